@@ -1,0 +1,221 @@
+// The activation-sized product for a few rows, where reading G is the whole cost: G is read once,
+// in the order it lies in memory, converted in registers and never packed.
+#pragma once
+#include "philox.h"
+#include "tile.h"
+
+namespace peft_kernels::PK_ISA {
+
+// Fills Z first: S = dropout(X) A^T, Z = scale S.
+struct Projection {
+  Matrix a;                // [r, d], rows contiguous
+  const Dropout* dropout;  // null for none
+  float scale;
+  float* s;  // [m, r]
+};
+
+struct Sweep {
+  Matrix x, g;                   // [m, d], [d, c]
+  const Projection* projection;  // null: Z is given
+  float* z;                      // [m, r]
+  Matrix h;                      // [r, c]
+  int64_t r;
+  const Matrix* bias;      // [1, c], or null
+  const Dropout* dropout;  // on Z H; null for none
+  Matrix out;              // [m, c]
+};
+
+constexpr int64_t FEW_ROWS_DOT = 8;
+constexpr int64_t FEW_ROWS_AXPY = 8;
+constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
+constexpr int64_t MIN_AXPY_COLUMNS = 256;
+constexpr int AXPY_DEPTH = 4;          // rows of G per pass over those sums
+
+inline float bias_at(const Sweep& s, int64_t j) {
+  if (!s.bias) return 0;
+  float value = 0;
+  with_type(s.bias->dtype, s.bias->at(0, j), [&](auto* b) { value = widen(*b); });
+  return value;
+}
+
+inline void add_bias(const Sweep& s, int64_t j, int64_t count, float* values) {
+  if (!s.bias) return;
+  for (int64_t i = 0; i < count; i++) values[i] += bias_at(s, j + i);
+}
+
+// dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g.
+template <int R, int C, class T>
+PK_INLINE void dot_block(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
+                         float (&dots)[4][4]) {
+  Vec acc[R][C]{};
+  int64_t p = 0;
+  for (; p + V <= depth; p += V) {
+    Vec gs[C];
+    for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
+    for (int i = 0; i < R; i++) {
+      const Vec xs = load(x + i * x_row + p);
+      for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
+    }
+  }
+  for (int i = 0; i < R; i++)
+    for (int j = 0; j < C; j++) {
+      dots[i][j] += sum(acc[i][j]);
+      for (int64_t q = p; q < depth; q++) dots[i][j] += x[i * x_row + q] * widen(g[j * g_row + q]);
+    }
+}
+
+// out(row + i, col + j) for R x C elements: G's rows here are columns of the product.
+template <int R, int C>
+PK_INLINE void few_dot_block(const Sweep& s, const float* x, int64_t row, int64_t col) {
+  float dots[4][4];
+  for (int j = 0; j < C; j++)
+    for (int i = 0; i < R; i++) dots[i][j] = bias_at(s, col + j);
+  const int64_t d = s.x.cols;
+  with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
+    dot_block<R, C>(d, x + row * d, d, g, s.g.col_stride, dots);
+  });
+  if (s.r)
+    with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
+      dot_block<R, C>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, dots);
+    });
+  for (int i = 0; i < R; i++) store_row(s.out, row + i, col, dots[i], C);
+}
+
+template <int C>
+PK_INLINE void few_dot_columns(const Sweep& s, const float* x, int64_t col) {
+  const int64_t m = s.x.rows;
+  for (int64_t row = 0; row < m; row += 4) switch (m - row) {
+      case 1: few_dot_block<1, C>(s, x, row, col); break;
+      case 2: few_dot_block<2, C>(s, x, row, col); break;
+      case 3: few_dot_block<3, C>(s, x, row, col); break;
+      default: few_dot_block<4, C>(s, x, row, col);
+    }
+}
+
+// X as contiguous float rows: in place, or copied to buffer.
+inline const float* contiguous_rows(const Matrix& x, float* buffer) {
+  const bool in_place = x.dtype == DType::f32 && x.col_stride == 1 && x.row_stride == x.cols;
+  if (in_place) return static_cast<const float*>(x.data);
+  with_type(x.dtype, x.data, [&](auto* from) {
+    for (int64_t i = 0; i < x.rows; i++)
+      for (int64_t p = 0; p < x.cols; p++)
+        buffer[i * x.cols + p] = widen(from[i * x.row_stride + p * x.col_stride]);
+  });
+  return buffer;
+}
+
+inline void few_dot(const Sweep& s, const float* x, const Parallel& parallel) {
+  const int64_t c = s.out.cols, tasks = std::min<int64_t>(parallel.threads, round_up(c, 3) / 3);
+  parallel(tasks, [&](int64_t task) {
+    int64_t col = c * task / tasks;
+    const int64_t end = c * (task + 1) / tasks;
+    for (; col + 3 <= end; col += 3) few_dot_columns<3>(s, x, col);
+    for (; col < end; col++) few_dot_columns<1>(s, x, col);
+  });
+}
+
+// S and Z for a few rows: the same dot products, with the rows of A.
+inline void few_project(const Sweep& s, const float* x, const Parallel& parallel) {
+  const Projection& p = *s.projection;
+  const int64_t m = s.x.rows, d = s.x.cols;
+  const Scratch dropped(p.dropout ? m * d : 0);
+  if (p.dropout) {
+    for (int64_t i = 0; i < m; i++) {
+      float* row = dropped + i * d;
+      dropout_factors(*p.dropout, i, 0, d, row);
+      for (int64_t j = 0; j < d; j++) row[j] *= x[i * d + j];
+    }
+    x = dropped;
+  }
+  const Matrix out{p.s, DType::f32, m, s.r, s.r, 1};
+  few_dot({.x = s.x, .g = p.a.transposed(), .out = out}, x, parallel);
+  for (int64_t i = 0; i < m * s.r; i++) s.z[i] = p.scale * p.s[i];
+}
+
+// G with d contiguous: dot products of rows of X with columns of G. H too must have r contiguous.
+inline void sweep_few_dot(const Sweep& s, const Parallel& parallel) {
+  const Scratch buffer(s.x.rows * s.x.cols);
+  const float* x = contiguous_rows(s.x, buffer);
+  if (s.projection) few_project(s, x, parallel);
+  few_dot(s, x, parallel);
+}
+
+// sums[i][0, cols) = F * (Z H) + bias for one block of columns, in rows of width floats.
+inline void few_axpy_start(const Sweep& s, int64_t col, int64_t cols, int64_t width, float* panel,
+                           float* sums) {
+  const int64_t m = s.x.rows;
+  for (int64_t j = 0; j < cols; j += LANES) {
+    pack(s.h, 0, s.r, col + j, std::min<int64_t>(LANES, cols - j), panel);
+    for (int64_t i = 0; i < m; i += ROWS)
+      with_rows(m - i, [&](auto R) {
+        Vec tile[ROWS][VECS]{};
+        accumulate<R>(s.r, {s.z + i * s.r, s.r, 1}, panel, LANES, tile);
+        for (int a = 0; a < R; a++)
+          for (int v = 0; v < VECS; v++) store(sums + (i + a) * width + j + v * V, tile[a][v]);
+      });
+  }
+  const Scratch factors(s.dropout ? cols : 0);
+  for (int64_t i = 0; i < m; i++) {
+    float* row = sums + i * width;
+    if (s.dropout) {
+      dropout_factors(*s.dropout, i, col, cols, factors);
+      for (int64_t j = 0; j < cols; j++) row[j] *= factors[j];
+    }
+    add_bias(s, col, cols, row);
+  }
+}
+
+// sums[i][j] += sum over AXPY_DEPTH rows p of x[i][p] g[p][j].
+template <class T>
+PK_INLINE void axpy_block(int64_t m, const float* x, int64_t x_row, const T* g, int64_t g_row,
+                          int64_t cols, int64_t width, float* sums) {
+  int64_t j = 0;
+  for (; j + LANES <= cols; j += LANES) {
+    Vec gs[AXPY_DEPTH][VECS];
+    for (int p = 0; p < AXPY_DEPTH; p++)
+      for (int v = 0; v < VECS; v++) gs[p][v] = load(g + p * g_row + j + v * V);
+    for (int64_t i = 0; i < m; i++) {
+      float* to = sums + i * width + j;
+      for (int v = 0; v < VECS; v++) {
+        Vec total = load(to + v * V);
+        for (int p = 0; p < AXPY_DEPTH; p++) total += splat(x[i * x_row + p]) * gs[p][v];
+        store(to + v * V, total);
+      }
+    }
+  }
+  for (; j < cols; j++)
+    for (int64_t i = 0; i < m; i++)
+      for (int p = 0; p < AXPY_DEPTH; p++)
+        sums[i * width + j] += x[i * x_row + p] * widen(g[p * g_row + j]);
+}
+
+// G with c contiguous: rows of G scaled by elements of X and summed.
+inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
+  const Scratch x_buffer(m * d);
+  const float* x = contiguous_rows(s.x, x_buffer);
+  if (s.projection) few_project(s, x, parallel);
+  const int64_t width = round_up(std::max<int64_t>(MIN_AXPY_COLUMNS, AXPY_SUMS / m), LANES);
+  const int64_t units = round_up(c, LANES) / LANES;
+  const int64_t tasks = std::min<int64_t>(parallel.threads, units);
+  parallel(tasks, [&](int64_t task) {
+    const Scratch panel(s.r * LANES), sums(m * width);
+    const int64_t end = std::min(c, units * (task + 1) / tasks * LANES);
+    for (int64_t col = units * task / tasks * LANES; col < end; col += width) {
+      const int64_t cols = std::min(width, end - col);
+      few_axpy_start(s, col, cols, width, panel, sums);
+      with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
+        const int64_t row = s.g.row_stride, whole = d / AXPY_DEPTH * AXPY_DEPTH;
+        for (int64_t p = 0; p < whole; p += AXPY_DEPTH)
+          axpy_block(m, x + p, d, g + p * row, row, cols, width, sums);
+        for (int64_t p = whole; p < d; p++)
+          for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < cols; j++)
+              sums[i * width + j] += x[i * d + p] * widen(g[p * row + j]);
+      });
+      for (int64_t i = 0; i < m; i++) store_row(s.out, i, col, sums + i * width, cols);
+    }
+  });
+}
+
+}  // namespace peft_kernels::PK_ISA

@@ -1,0 +1,125 @@
+// Registers LoRA linear for the CPU key: tensors to matrices, and the build for this processor.
+#include "lora_linear.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "../common.h"
+
+namespace peft_kernels {
+namespace {
+
+// PEFT_KERNELS_ISA=baseline asks for the portable build on any processor.
+const LoRALinearKernels& choose_kernels() {
+#if defined(__x86_64__)
+  const char* asked = std::getenv("PEFT_KERNELS_ISA");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (avx2 && !(asked && std::strcmp(asked, "baseline") == 0)) return lora_linear_avx2;
+#endif
+  return lora_linear_baseline;
+}
+
+const LoRALinearKernels& kernels() {
+  static const LoRALinearKernels& chosen = choose_kernels();
+  return chosen;
+}
+
+std::optional<Dropout> dropout_of(double p, const std::optional<Tensor>& seed) {
+  if (!seed) return std::nullopt;
+  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
+  return Dropout{static_cast<uint64_t>(read_scalar<int64_t>(*seed, "seed")),
+                 static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
+}
+
+void check_shapes(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                  const Tensor& lora_b) {
+  STD_TORCH_CHECK(weight.size(1) == x.size(1), "weight must be [n, k] for x [m, k]");
+  STD_TORCH_CHECK(lora_a.size(1) == x.size(1), "lora_a must be [r, k] for x [m, k]");
+  STD_TORCH_CHECK(lora_b.size(0) == weight.size(0) && lora_b.size(1) == lora_a.size(0),
+                  "lora_b must be [n, r] for weight [n, k] and lora_a [r, k]");
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                           Tensor lora_a, Tensor lora_b, Tensor scale,
+                                           double dropout_p, std::optional<Tensor> seed) {
+  check_shapes(x, weight, lora_a, lora_b);
+  x = with_unit_stride(x, true), weight = with_unit_stride(weight, false);
+  lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
+  const int64_t m = x.size(0), n = weight.size(0), r = lora_a.size(0);
+  Tensor y = torch::stable::new_empty(x, {m, n});
+  Tensor s = torch::stable::new_empty(x, {m, r}, ScalarType::Float);
+  const auto dropout = dropout_of(dropout_p, seed);
+  std::optional<Matrix> bias_row;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must be [n]");
+    bias_row = Matrix{bias->mutable_data_ptr(), dtype_of(*bias, "bias"), 1, n, n, bias->stride(0)};
+  }
+  kernels().forward({.x = matrix_of(x, "x"),
+                     .weight = matrix_of(weight, "weight"),
+                     .lora_a = matrix_of(lora_a, "lora_a"),
+                     .lora_b = matrix_of(lora_b, "lora_b"),
+                     .bias = bias_row ? &*bias_row : nullptr,
+                     .dropout = dropout ? &*dropout : nullptr,
+                     .scale = read_scalar<float>(scale, "scale"),
+                     .y = matrix_of(y, "y"),
+                     .s = s.mutable_data_ptr<float>()},
+                    torch_threads());
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor weight,
+                                                   Tensor lora_a, Tensor lora_b, Tensor s,
+                                                   Tensor scale, double dropout_p,
+                                                   std::optional<Tensor> seed, bool needs_x,
+                                                   bool needs_a, bool needs_b) {
+  check_shapes(x, weight, lora_a, lora_b);
+  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == weight.size(0), "dy must be [m, n]");
+  STD_TORCH_CHECK(s.is_contiguous() && s.scalar_type() == ScalarType::Float, "s must be float32");
+  STD_TORCH_CHECK(s.size(0) == x.size(0) && s.size(1) == lora_a.size(0), "s must be [m, r]");
+  x = with_unit_stride(x, true), dy = with_unit_stride(dy, true);
+  weight = with_unit_stride(weight, false);
+  lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
+  const auto shaped = [](const Tensor& like, bool needed) {
+    if (!needed) return torch::stable::new_empty(like, {0});
+    return torch::stable::new_empty(like, {like.size(0), like.size(1)});
+  };
+  Tensor dx = shaped(x, needs_x), da = shaped(lora_a, needs_a), db = shaped(lora_b, needs_b);
+  std::optional<Matrix> dx_out, da_out, db_out;
+  if (needs_x) dx_out = matrix_of(dx, "dx");
+  if (needs_a) da_out = matrix_of(da, "da");
+  if (needs_b) db_out = matrix_of(db, "db");
+  const auto dropout = dropout_of(dropout_p, seed);
+  kernels().backward({.dy = matrix_of(dy, "dy"),
+                      .x = matrix_of(x, "x"),
+                      .weight = matrix_of(weight, "weight"),
+                      .lora_a = matrix_of(lora_a, "lora_a"),
+                      .lora_b = matrix_of(lora_b, "lora_b"),
+                      .s = s.const_data_ptr<float>(),
+                      .dropout = dropout ? &*dropout : nullptr,
+                      .scale = read_scalar<float>(scale, "scale"),
+                      .dx = dx_out ? &*dx_out : nullptr,
+                      .da = da_out ? &*da_out : nullptr,
+                      .db = db_out ? &*db_out : nullptr},
+                     torch_threads());
+  return {dx, da, db};
+}
+
+std::string native_info() { return std::string("isa=") + kernels().isa; }
+
+}  // namespace
+}  // namespace peft_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
+  library.impl("lora_linear_fwd", TORCH_BOX(&peft_kernels::lora_linear_fwd));
+  library.impl("lora_linear_bwd", TORCH_BOX(&peft_kernels::lora_linear_bwd));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, library) { library.def("native_info() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CompositeExplicitAutograd, library) {
+  library.impl("native_info", TORCH_BOX(&peft_kernels::native_info));
+}

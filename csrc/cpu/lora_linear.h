@@ -1,0 +1,33 @@
+// The two passes of LoRA linear on the CPU, one build of each per instruction set.
+#pragma once
+#include "matrix.h"
+
+namespace peft_kernels {
+
+struct LoRALinearForward {
+  Matrix x, weight, lora_a, lora_b;  // [m, k], [n, k], [r, k], [n, r]
+  const Matrix* bias;                // [1, n], or null
+  const Dropout* dropout;            // null for none
+  float scale;
+  Matrix y;   // [m, n]
+  float* s;   // [m, r]: dropout(x) A^T
+};
+
+struct LoRALinearBackward {
+  Matrix dy, x, weight, lora_a, lora_b;
+  const float* s;
+  const Dropout* dropout;
+  float scale;
+  const Matrix *dx, *da, *db;  // null where no gradient is wanted
+};
+
+struct LoRALinearKernels {
+  const char* isa;
+  void (*forward)(const LoRALinearForward&, const Parallel&);
+  void (*backward)(const LoRALinearBackward&, const Parallel&);
+};
+
+extern const LoRALinearKernels lora_linear_baseline;
+extern const LoRALinearKernels lora_linear_avx2;
+
+}  // namespace peft_kernels

@@ -1,0 +1,119 @@
+// Vectors of floats, and loads and stores that convert from and to half precision.
+// Compiled once per instruction set: PK_ISA names the namespace, compiler flags choose the width.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#else
+#include <torch/headeronly/util/Half.h>
+#endif
+
+#include "matrix.h"
+
+namespace peft_kernels::PK_ISA {
+
+#if defined(__AVX2__)
+constexpr int V = 8;
+#else
+constexpr int V = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(V * 4)));
+typedef float LooseVec __attribute__((vector_size(V * 4), aligned(4)));
+typedef uint32_t WordVec __attribute__((vector_size(V * 4)));
+
+PK_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+PK_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+PK_INLINE Vec splat(float f) { return f - Vec{}; }
+
+struct Float {
+  float value;
+};
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+PK_INLINE float widen(Float x) { return x.value; }
+PK_INLINE float widen(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+PK_INLINE void narrow(float f, Float* out) { out->value = f; }
+PK_INLINE void narrow(float f, BFloat16* out) {  // to nearest even; a NaN stays a NaN
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out->bits = uint16_t(f == f ? rounded : (bits >> 16) | 0x40);
+}
+
+PK_INLINE Vec load(const Float* p) { return load(&p->value); }
+
+#if defined(__AVX2__)
+PK_INLINE float widen(Half x) { return _cvtsh_ss(x.bits); }
+PK_INLINE void narrow(float f, Half* out) { out->bits = _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+PK_INLINE Vec load(const Half* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+PK_INLINE Vec load(const BFloat16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+}
+#else
+PK_INLINE float widen(Half x) { return c10::detail::fp16_ieee_to_fp32_value(x.bits); }
+PK_INLINE void narrow(float f, Half* out) { out->bits = c10::detail::fp16_ieee_from_fp32_value(f); }
+template <class T>
+PK_INLINE Vec load(const T* p) {
+  Vec v;
+  for (int i = 0; i < V; i++) v[i] = widen(p[i]);
+  return v;
+}
+#endif
+
+PK_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < V; i++) total += v[i];
+  return total;
+}
+
+// Calls f with a pointer of the type that dtype names.
+template <class F>
+PK_INLINE void with_type(DType dtype, void* data, F f) {
+  switch (dtype) {
+    case DType::f32: return f(static_cast<Float*>(data));
+    case DType::f16: return f(static_cast<Half*>(data));
+    case DType::bf16: return f(static_cast<BFloat16*>(data));
+  }
+}
+
+template <class T>
+PK_INLINE void widen_row(const T* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + V <= count; i += V) store(to + i, load(from + i));
+  for (; i < count; i++) to[i] = widen(from[i]);
+}
+
+template <class T>
+PK_INLINE void narrow_row(const float* from, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
+}
+
+#if defined(__AVX2__)
+PK_INLINE void narrow_row(const float* from, Half* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + V <= count; i += V) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+  }
+  for (; i < count; i++) narrow(from[i], to + i);
+}
+#endif
+
+}  // namespace peft_kernels::PK_ISA

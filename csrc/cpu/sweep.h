@@ -1,0 +1,193 @@
+// The activation-sized product, base and low-rank part accumulated in the same registers:
+//
+//     out[m, c] = X G + F * (Z H) + bias      X [m, d], G [d, c], Z [m, r], H [r, c]
+//
+// F holds the dropout factors (or is 1). The forward is X = x, G = W^T, Z = scale S, H = B^T; the
+// backward to x is X = dy, G = W, Z = dS, H = A. Each element of out is stored once. G's layout
+// chooses the form: with d contiguous the vector lanes are rows of X, with c contiguous they are
+// columns of G, so a weight is never transposed; with few rows nothing is packed at all.
+#pragma once
+#include "few_rows.h"
+
+namespace peft_kernels::PK_ISA {
+
+// Floats of packed X shared by all threads: at m = 512, k = 2048 both half and twice are as fast.
+constexpr int64_t PACKED_X = 256 * 1024;
+constexpr int64_t COLUMN_PANELS = 4;  // packing 4 panels at once reads 256 bytes of each row of G
+constexpr int64_t WIDENED_ROWS = 256;
+
+// to[j * row + i] = tile[i][j] for R x lanes elements, through 8-wide transposes where they exist.
+template <int R>
+PK_INLINE void store_transposed(Float* to, int64_t row, int64_t lanes,
+                                const Vec (&tile)[ROWS][VECS]) {
+  for (int v = 0; v < VECS && v * V < lanes; v++) {
+    Vec columns[V]{};
+    for (int i = 0; i < std::min(R, V); i++) columns[i] = tile[i][v];
+    transpose(columns);
+    const int64_t end = std::min<int64_t>(V, lanes - v * V);
+    for (int64_t j = 0; j < end; j++) std::memcpy(to + (v * V + j) * row, &columns[j], R * 4);
+  }
+}
+
+// out(row + j, col + i) = tile[i][j] for R x lanes elements.
+template <int R>
+PK_INLINE void store_transposed(const Matrix& out, int64_t row, int64_t col, int64_t lanes,
+                                const Vec (&tile)[ROWS][VECS]) {
+  if (out.dtype == DType::f32 && out.col_stride == 1 && R <= V)
+    return store_transposed<R>(static_cast<Float*>(static_cast<void*>(out.at(row, col))),
+                               out.row_stride, lanes, tile);
+  alignas(64) float values[R][LANES];
+  for (int i = 0; i < R; i++)
+    for (int v = 0; v < VECS; v++) store(&values[i][v * V], tile[i][v]);
+  with_type(out.dtype, out.at(row, col), [&](auto* to) {
+    for (int64_t j = 0; j < lanes; j++)
+      for (int i = 0; i < R; i++) narrow(values[i][j], to + j * out.row_stride + i * out.col_stride);
+  });
+}
+
+// S and Z for the rows of one packed panel of X.
+inline void project_panel(const Sweep& s, int64_t row, int64_t lanes, const float* x_panel) {
+  const Projection& p = *s.projection;
+  const int64_t d = s.x.cols;
+  const Scratch dropped(p.dropout ? d * (LANES + 1) : 0), a_buffer(ROWS * d);
+  if (p.dropout) {
+    float* factors = dropped + d * LANES;
+    for (int64_t j = 0; j < lanes; j++) {
+      dropout_factors(*p.dropout, row + j, 0, d, factors);
+      for (int64_t i = 0; i < d; i++) dropped[i * LANES + j] = x_panel[i * LANES + j] * factors[i];
+    }
+    x_panel = dropped;
+  }
+  for (int64_t q = 0; q < s.r; q += ROWS)
+    with_rows(s.r - q, [&](auto R) {
+      Vec tile[ROWS][VECS]{};
+      accumulate<R>(d, float_rows(p.a, q, R, 0, d, a_buffer), x_panel, LANES, tile);
+      alignas(64) float values[ROWS][LANES];
+      for (int i = 0; i < R; i++)
+        for (int v = 0; v < VECS; v++) store(&values[i][v * V], tile[i][v]);
+      for (int64_t j = 0; j < lanes; j++)
+        for (int i = 0; i < R; i++) {
+          p.s[(row + j) * s.r + q + i] = values[i][j];
+          s.z[(row + j) * s.r + q + i] = p.scale * values[i][j];
+        }
+    });
+}
+
+// Lanes are rows of X. X is packed in blocks, G and H are broadcast from where they lie.
+inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
+  const int64_t wanted = std::max<int64_t>(4 * LANES, PACKED_X / std::max<int64_t>(d, 1));
+  const int64_t block = std::min(round_up(wanted, LANES), round_up(m, LANES));
+  const int64_t panel = (d + s.r) * LANES;  // X's lanes, then Z's
+  const Scratch packed(block / LANES * panel);
+  const Matrix g_rows = s.g.transposed(), h_rows = s.h.transposed();
+  const Matrix z_columns{s.z, DType::f32, s.r, m, 1, s.r};
+  for (int64_t row = 0; row < m; row += block) {
+    const int64_t rows = std::min(block, m - row), panels = round_up(rows, LANES) / LANES;
+    parallel(panels, [&](int64_t p) {
+      const int64_t i = row + p * LANES, lanes = std::min<int64_t>(LANES, m - i);
+      pack(s.x.transposed(), 0, d, i, lanes, packed + p * panel);
+      if (s.projection) project_panel(s, i, lanes, packed + p * panel);
+      pack(z_columns, 0, s.r, i, lanes, packed + p * panel + d * LANES);
+    });
+    const int64_t units = round_up(c, ROWS) / ROWS;
+    const int64_t tasks = std::min<int64_t>(parallel.threads, units);
+    parallel(tasks, [&](int64_t task) {
+      const Scratch buffer(ROWS * (d + s.r));
+      const int64_t end = std::min(c, units * (task + 1) / tasks * ROWS);
+      for (int64_t j = units * task / tasks * ROWS; j < end; j += ROWS)
+        with_rows(end - j, [&](auto R) {
+          const Rows g = float_rows(g_rows, j, R, 0, d, buffer);
+          const Rows h = float_rows(h_rows, j, R, 0, s.r, buffer + ROWS * d);
+          for (int64_t p = 0; p < panels; p++) {
+            Vec tile[ROWS][VECS];
+            for (int i = 0; i < R; i++)
+              for (int v = 0; v < VECS; v++) tile[i][v] = splat(bias_at(s, j + i));
+            accumulate<R>(d, g, packed + p * panel, LANES, tile);
+            accumulate<R>(s.r, h, packed + p * panel + d * LANES, LANES, tile);
+            const int64_t i = row + p * LANES;
+            store_transposed<R>(s.out, i, j, std::min<int64_t>(LANES, m - i), tile);
+          }
+        });
+    });
+  }
+}
+
+// One strip of columns of the form below, for rows [row, row + x.rows) of out.
+inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int64_t col,
+                               float* buffer) {
+  const int64_t d = x.cols, cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
+  const int64_t panels = round_up(cols, LANES) / LANES;
+  float* g_panels = buffer;
+  float* h_panels = g_panels + COLUMN_PANELS * LANES * d;
+  pack(s.g, 0, d, col, cols, g_panels);
+  pack(s.h, 0, s.r, col, cols, h_panels);
+  for (int64_t i = 0; i < x.rows; i += ROWS)
+    with_rows(x.rows - i, [&](auto R) {
+      alignas(64) float factors[ROWS][COLUMN_PANELS * LANES], values[COLUMN_PANELS * LANES];
+      if (s.dropout)
+        for (int a = 0; a < R; a++) dropout_factors(*s.dropout, row + i + a, col, cols, factors[a]);
+      const Rows z{s.z + (row + i) * s.r, s.r, 1};
+      const Rows rows = float_rows(x, i, R, 0, d, nullptr);
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t j = p * LANES, lanes = std::min<int64_t>(LANES, cols - j);
+        Vec tile[ROWS][VECS]{};
+        accumulate<R>(s.r, z, h_panels + j * s.r, LANES, tile);
+        if (s.dropout)
+          for (int a = 0; a < R; a++)
+            for (int v = 0; v < VECS; v++) tile[a][v] *= load(&factors[a][j + v * V]);
+        accumulate<R>(d, rows, g_panels + j * d, LANES, tile);
+        for (int a = 0; a < R; a++) {
+          for (int v = 0; v < VECS; v++) store(values + v * V, tile[a][v]);
+          add_bias(s, col + j, lanes, values);
+          store_row(s.out, row + i + a, col + j, values, lanes);
+        }
+      }
+    });
+}
+
+// Lanes are columns of G, packed strip by strip; X is broadcast from where it lies, or from a block
+// of rows widened to float.
+inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols, width = COLUMN_PANELS * LANES;
+  const bool in_place = s.x.dtype == DType::f32;
+  const int64_t block = in_place ? m : std::min(m, WIDENED_ROWS);
+  const Scratch widened(in_place ? 0 : block * d);
+  const int64_t strips = round_up(s.out.cols, width) / width;
+  const int64_t tasks = std::min<int64_t>(parallel.threads, strips);
+  if (s.projection)
+    parallel(round_up(m, LANES) / LANES, [&](int64_t p) {
+      const Scratch panel(d * LANES);
+      const int64_t lanes = std::min<int64_t>(LANES, m - p * LANES);
+      pack(s.x.transposed(), 0, d, p * LANES, lanes, panel);
+      project_panel(s, p * LANES, lanes, panel);
+    });
+  for (int64_t row = 0; row < m; row += block) {
+    const int64_t rows = std::min(block, m - row);
+    Matrix x{s.x.at(row, 0), s.x.dtype, rows, d, s.x.row_stride, s.x.col_stride};
+    if (!in_place) {
+      parallel(rows, [&](int64_t i) { float_rows(s.x, row + i, 1, 0, d, widened + i * d); });
+      x = {widened, DType::f32, rows, d, d, 1};
+    }
+    parallel(tasks, [&](int64_t task) {
+      const Scratch buffer(width * (d + s.r));
+      const int64_t end = strips * (task + 1) / tasks;
+      for (int64_t strip = strips * task / tasks; strip < end; strip++)
+        sweep_column_strip(s, x, row, strip * width, buffer);
+    });
+  }
+}
+
+inline void sweep(const Sweep& s, const Parallel& parallel) {
+  const int64_t m = s.x.rows;
+  if (m == 0 || s.out.cols == 0) return;
+  const bool rows_contiguous = s.g.row_stride == 1 && s.g.col_stride != 1;
+  if (rows_contiguous && !s.dropout) {
+    const bool dot = m <= FEW_ROWS_DOT && s.h.row_stride == 1;
+    return dot ? sweep_few_dot(s, parallel) : sweep_rows_as_lanes(s, parallel);
+  }
+  if (!rows_contiguous && m <= FEW_ROWS_AXPY) return sweep_few_axpy(s, parallel);
+  sweep_columns_as_lanes(s, parallel);
+}
+
+}  // namespace peft_kernels::PK_ISA

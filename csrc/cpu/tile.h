@@ -1,0 +1,186 @@
+// The register tile every product is made of, and the buffers that feed it.
+//
+// A tile is ROWS broadcast rows by LANES vector lanes: tile[i][j] += sum_p a(i, p) * b(p, j), with a
+// read where it lies (or from a panel converted to float) and b from a packed [p][LANES] panel.
+#pragma once
+#include <memory>
+
+#include "simd.h"
+
+namespace peft_kernels::PK_ISA {
+
+// 6 x 2 accumulators, 2 vectors of b and 1 broadcast fill 15 of AVX2's 16 registers. AVX-512 with
+// 14 x 2 was 15-30% slower than this on Zen 4, whose 512-bit units are two of 256.
+constexpr int ROWS = 6;
+constexpr int VECS = 2;
+constexpr int LANES = VECS * V;
+constexpr int PREFETCH_ROWS = 16;
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// 64-byte aligned floats. Freed at scope exit, so glibc hands the same pages out on the next call.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64)))) {
+    if (!data_) __builtin_trap();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator float*() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// Rows of floats to broadcast from: element (i, p) is data[i * row + p * step].
+struct Rows {
+  const float* data;
+  int64_t row, step;
+  Rows at(int64_t i, int64_t p = 0) const { return {data + i * row + p * step, row, step}; }
+};
+
+template <int R, bool UNIT_STEP>
+PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
+                          Vec (&tile)[ROWS][VECS]) {
+  const int64_t step = UNIT_STEP ? 1 : a.step;
+  for (int64_t p = 0; p < depth; p++) {
+    Vec lanes[VECS];
+    for (int v = 0; v < VECS; v++) lanes[v] = load(b + p * b_step + v * V);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; i++) {
+      const Vec factor = splat(a.data[i * a.row + p * step]);
+      for (int v = 0; v < VECS; v++) tile[i][v] += factor * lanes[v];
+    }
+  }
+}
+
+template <int R>
+PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
+                          Vec (&tile)[ROWS][VECS]) {
+  if (a.step == 1)
+    accumulate<R, true>(depth, a, b, b_step, tile);
+  else
+    accumulate<R, false>(depth, a, b, b_step, tile);
+}
+
+// Calls f with rows as a compile-time constant, 1 to ROWS.
+template <class F>
+PK_INLINE void with_rows(int64_t rows, F f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    default: return f(std::integral_constant<int, ROWS>{});
+  }
+}
+
+#if defined(__AVX2__)
+PK_INLINE void transpose(Vec (&v)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm256_unpacklo_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < 2; j++) {
+      b[4 * i + 2 * j] = _mm256_shuffle_ps(a[4 * i + j], a[4 * i + 2 + j], 0x44);
+      b[4 * i + 2 * j + 1] = _mm256_shuffle_ps(a[4 * i + j], a[4 * i + 2 + j], 0xEE);
+    }
+  for (int j = 0; j < 4; j++) {
+    v[j] = (Vec)_mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    v[4 + j] = (Vec)_mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  }
+}
+#else
+PK_INLINE void transpose(Vec (&v)[V]) {
+  for (int i = 0; i < V; i++)
+    for (int j = 0; j < i; j++) std::swap(v[i][j], v[j][i]);
+}
+#endif
+
+// One panel: panel[p * LANES + j] = from(p, j) for count <= LANES columns whose depth is contiguous.
+template <class T>
+PK_INLINE void pack_transposed(const T* from, int64_t col_stride, int64_t depth, int64_t count,
+                               float* panel) {
+  int64_t p = 0;
+  for (; p + V <= depth; p += V)
+    for (int64_t j = 0; j < count; j += V) {
+      Vec block[V]{};
+      const int64_t filled = std::min<int64_t>(V, count - j);
+      for (int64_t i = 0; i < filled; i++) block[i] = load(from + (j + i) * col_stride + p);
+      transpose(block);
+      for (int i = 0; i < V; i++) store(panel + (p + i) * LANES + j, block[i]);
+    }
+  for (; p < depth; p++)
+    for (int64_t j = 0; j < count; j++) panel[p * LANES + j] = widen(from[p + j * col_stride]);
+}
+
+// Columns as panels [column / LANES][depth][LANES] of floats, 0 in the lanes beyond count.
+template <class T>
+void pack_typed(const T* from, int64_t row_stride, int64_t col_stride, int64_t depth, int64_t count,
+                float* panels) {
+  const int64_t whole = count / LANES * LANES;
+  if (whole < count) std::memset(panels + whole * depth, 0, depth * LANES * sizeof(float));
+  if (col_stride == 1) {
+    for (int64_t p = 0; p < depth; p++) {
+      const T* row = from + p * row_stride;
+      for (int64_t j = 0; j < count; j += LANES) {
+        __builtin_prefetch(row + PREFETCH_ROWS * row_stride + j);  // each row is another page
+        widen_row(row + j, panels + j * depth + p * LANES, std::min<int64_t>(LANES, count - j));
+      }
+    }
+    return;
+  }
+  for (int64_t j = 0; j < count; j += LANES) {
+    float* panel = panels + j * depth;
+    const int64_t lanes = std::min<int64_t>(LANES, count - j);
+    if (row_stride == 1) {
+      pack_transposed(from + j * col_stride, col_stride, depth, lanes, panel);
+      continue;
+    }
+    for (int64_t p = 0; p < depth; p++)
+      for (int64_t i = 0; i < lanes; i++)
+        panel[p * LANES + i] = widen(from[p * row_stride + (j + i) * col_stride]);
+  }
+}
+
+// Packs rows [row, row + depth) x columns [col, col + count) of a matrix.
+inline void pack(const Matrix& m, int64_t row, int64_t depth, int64_t col, int64_t count,
+                 float* panels) {
+  with_type(m.dtype, m.at(row, col), [&](auto* from) {
+    pack_typed(from, m.row_stride, m.col_stride, depth, count, panels);
+  });
+}
+
+// A block of a matrix as float rows: in place where it already is float, else converted to buffer.
+inline Rows float_rows(const Matrix& m, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                       float* buffer) {
+  if (m.dtype == DType::f32)
+    return {reinterpret_cast<float*>(m.at(row, col)), m.row_stride, m.col_stride};
+  with_type(m.dtype, m.at(row, col), [&](auto* from) {
+    for (int64_t i = 0; i < rows; i++) {
+      if (m.col_stride == 1) {
+        widen_row(from + i * m.row_stride, buffer + i * cols, cols);
+        continue;
+      }
+      for (int64_t j = 0; j < cols; j++)
+        buffer[i * cols + j] = widen(from[i * m.row_stride + j * m.col_stride]);
+    }
+  });
+  return {buffer, cols, 1};
+}
+
+// out(row, col + j) = values[j], rounded to out's dtype.
+inline void store_row(const Matrix& out, int64_t row, int64_t col, const float* values,
+                      int64_t count) {
+  with_type(out.dtype, out.at(row, col), [&](auto* to) {
+    if (out.col_stride == 1) return narrow_row(values, to, count);
+    for (int64_t j = 0; j < count; j++) narrow(values[j], to + j * out.col_stride);
+  });
+}
+
+}  // namespace peft_kernels::PK_ISA

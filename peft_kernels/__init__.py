@@ -1,0 +1,19 @@
+"""Fused kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
+
+from peft_kernels import nn, ops
+from peft_kernels._library import backend, backend_of, load_native
+from peft_kernels.checkpoint import load_adapter, save_adapter
+from peft_kernels.swap import swap_linear
+
+__version__ = "0.1.0"
+__all__ = [
+    "backend",
+    "backend_of",
+    "load_adapter",
+    "nn",
+    "ops",
+    "save_adapter",
+    "swap_linear",
+]
+
+load_native()

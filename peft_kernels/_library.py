@@ -1,0 +1,147 @@
+"""The one ``torch.library.Library`` of the package, and the choice of backend.
+
+Every op is defined here under up to three names with one schema:
+
+``peft_kernels::<op>``
+    dispatched by key: the reference is its default (CompositeExplicitAutograd) kernel, the native
+    library registers the CPU key, Triton the CUDA key (which ROCm builds of torch use as well).
+``peft_kernels::<op>_ref`` and ``peft_kernels::<op>_triton``
+    the reference, and Triton, whatever the device: what a forced backend calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "peft_kernels"
+BACKENDS = ("auto", "reference", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+NATIVE_LIBRARY = Path(
+    os.environ.get("PEFT_KERNELS_NATIVE") or Path(__file__).with_name("_native.so")
+)
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(op: str, schema: str, *, reference: Callable, fake: Callable, triton: str) -> None:
+    """Defines ``op`` with its reference, its shape function and its Triton launcher.
+
+    ``triton`` names the launcher as ``module:function``; that module is imported at the first call,
+    so importing the package never imports Triton.
+    """
+    reference = _outside_autocast(reference)
+    launcher = _outside_autocast(_imported_at_first_call(triton))
+    defaults = {op: reference, op + "_ref": reference}
+    if HAS_TRITON:
+        defaults[op + "_triton"] = launcher
+    for name, kernel in defaults.items():
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if HAS_TRITON:
+        LIBRARY.impl(op, launcher, "CUDA")
+
+
+def _imported_at_first_call(target: str) -> Callable:
+    module, function = target.split(":")
+
+    @functools.cache
+    def resolve() -> Callable:
+        return getattr(importlib.import_module(module), function)
+
+    return lambda *args: resolve()(*args)
+
+
+def _outside_autocast(kernel: Callable) -> Callable:
+    """Runs ``kernel`` with autocast off: an op's dtypes are settled before it is dispatched."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        device = args[0].device.type
+        if args[0].is_meta or not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
+def load_native() -> None:
+    """Loads the C++ library, if it was built; its kernels register themselves.
+
+    It lies beside this file. ``PEFT_KERNELS_NATIVE`` names another one, or ``0`` for none.
+    """
+    if NATIVE_LIBRARY.exists():
+        torch.ops.load_library(str(NATIVE_LIBRARY))
+
+
+def _checked_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton' needs the triton package, which is not installed")
+    return name
+
+
+_forced = _checked_backend(os.environ.get("PEFT_KERNELS_BACKEND", "auto"))
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces a backend inside a ``with`` block, for the whole process.
+
+    ``"auto"`` dispatches by device, ``"reference"`` is pure PyTorch on any device, ``"triton"`` runs
+    the Triton kernels on any device (on a CPU only under ``TRITON_INTERPRET=1``). A backward pass
+    uses the backend of its forward. ``PEFT_KERNELS_BACKEND`` sets the same for a whole process.
+
+    Raises:
+        ValueError: the name is unknown, or Triton is not installed.
+    """
+    global _forced
+    previous, _forced = _forced, _checked_backend(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def variant(dtype: torch.dtype) -> str:
+    """The suffix of the op's name that serves tensors of ``dtype`` under the backend in force."""
+    if _forced == "reference" or dtype is torch.float64:
+        return "_ref"
+    return "_triton" if _forced == "triton" else ""
+
+
+def get_op(name: str, suffix: str) -> Callable:
+    """``torch.ops.peft_kernels.<name><suffix>.default``."""
+    return getattr(torch.ops.peft_kernels, name + suffix).default
+
+
+def backend_of(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Names the backend that would run ``op``: ``"cpu"``, ``"triton"`` or ``"reference"``.
+
+    Args:
+        op: the op's public name, e.g. ``"lora_linear"``.
+        device: where its tensors would be.
+        dtype: the dtype of its input. float64 is always served by the reference.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    qualified = f"{NAMESPACE}::{op}_fwd"
+    if not torch._C._dispatch_has_kernel(qualified):
+        raise ValueError(f"op must be one that peft_kernels defines; got {op!r}")
+    suffix = variant(dtype)
+    if suffix:
+        return {"_ref": "reference", "_triton": "triton"}[suffix]
+    key, name = ("CPU", "cpu") if torch.device(device).type == "cpu" else ("CUDA", "triton")
+    present = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+    return name if present else "reference"

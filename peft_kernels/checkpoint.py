@@ -1,0 +1,365 @@
+"""Reads and writes LoRA adapters in Hugging Face PEFT's folder format.
+
+``adapter_config.json`` is PEFT's LoraConfig as JSON; ``adapter_model.safetensors`` holds, for each
+layer, ``base_model.model.<name>.lora_A.weight`` [r, k] and ``….lora_B.weight`` [n, r].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.nn.lora import LoRALinear, alpha_of, check_base, check_settings, scaling
+from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+
+INTERPRETED_KEYS = {
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# Keys without a bearing on what the trained adapter computes; the layer tells fan_in_fan_out.
+IRRELEVANT_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}
+# Initialisations that leave the base weight as it is.
+INNOCENT_INITS = (True, False, "gaussian", "orthogonal")
+
+
+class Adapter(NamedTuple):
+    """The trained matrices of one layer: A [r, k], B [n, r]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+# ---- save ------------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes the adapters of every LoRALinear in ``model`` in PEFT's format.
+
+    ``peft.PeftModel.from_pretrained(base_model, folder)`` loads the folder, and so does
+    :func:`load_adapter`. The rank, alpha and names that most layers share become the config's, the
+    others its patterns. A layer's alpha is taken from its present ``scale``. When adapters are
+    sharded (DTensor), every process must call this. A folder that exists keeps its other files;
+    each file is replaced whole or, when anything fails, not at all.
+
+    Args:
+        model: a model with LoRALinear layers below it, merged or not; may be wrapped in
+            DistributedDataParallel or torch.compile.
+        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+
+    Raises:
+        ValueError: there is no LoRALinear below ``model``.
+        NotADirectoryError: ``folder`` is a file.
+    """
+    model = _unwrapped(model)
+    layers = _lora_layers(model)
+    if not layers or "" in layers:
+        raise ValueError("model must have LoRALinear layers below it; it has none")
+    config = _config_of(model, layers)
+    contents = {
+        WEIGHTS_FILE: safetensors.torch.save(_tensors_of(layers), metadata={"format": "pt"}),
+        CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
+    _write_files(Path(folder), contents)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def _plain_name(name: str) -> str:
+    """A module's name without the parts that torch.compile and checkpoint wrappers add."""
+    wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {
+        _plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+    }
+
+
+def _tensors_of(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, layer in layers.items():
+        for key, parameter in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
+            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = _whole(parameter.detach())
+    return tensors
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU of a tensor, or of all the shards of a DTensor."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return (gather() if gather else tensor).to("cpu", copy=True).contiguous()
+
+
+def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
+    use_rslora = all(layer.use_rslora for layer in layers.values())
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {
+        name: alpha_of(float(layer.scale), layer.r, use_rslora) for name, layer in layers.items()
+    }
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    base = getattr(model, "config", None)
+    return {
+        "alpha_pattern": {_exact(n): value for n, value in alphas.items() if value != alpha},
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "bias": "none",
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": _most_common(layer.dropout for layer in layers.values()),
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {_exact(n): value for n, value in ranks.items() if value != r},
+        "target_modules": _target_modules(model, layers),
+        "task_type": None,
+        "use_rslora": use_rslora,
+    }
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _exact(name: str) -> str:
+    """A pattern key for this module alone: the anchor keeps PEFT from matching it as an ending."""
+    return "^" + re.escape(name)
+
+
+def _target_modules(model: nn.Module, layers: Iterable[str]) -> str | list[str]:
+    """What selects just ``layers``: last parts of names, or full names, or a regular expression."""
+    chosen = set(layers)
+    names = [_plain_name(name) for name, _ in model.named_modules() if name]
+    for endings in ({name.rpartition(".")[2] for name in chosen}, chosen):
+        if {name for name in names if matches(name, endings)} == chosen:
+            return sorted(endings)
+    return "|".join(re.escape(name) for name in sorted(chosen))
+
+
+def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes every file beside its place first, and puts them there when all are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        for name, data in contents.items():
+            Path(scratch, name).write_bytes(data)
+        for name in contents:
+            os.replace(Path(scratch, name), folder / name)
+
+
+# ---- load ------------------------------------------------------------------------------------
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """Loads an adapter that :func:`save_adapter` or PEFT has written.
+
+    A model that has LoRALinear layers takes over their values and scales; any other model has them
+    swapped in first, as the config says (:func:`peft_kernels.swap_linear`), and the rest frozen.
+    The adapters are left trainable. ``adapter_model.safetensors`` is read, or else an
+    ``adapter_model.bin``, which is unpickled with ``weights_only=True``.
+
+    Args:
+        model: a plain model, or one with LoRALinear layers, unmerged.
+        folder: holds ``adapter_config.json`` and the weights.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        FileNotFoundError: ``folder`` isn't an adapter.
+        ValueError: a file can't be read, the config asks for what isn't supported, or layers, keys,
+            ranks or shapes don't fit the model.
+        TypeError: the config targets a layer that isn't linear.
+        RuntimeError: a layer is merged.
+        Nothing is changed when one is raised.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    adapters = _adapters_in(_read_tensors(folder))
+    plain = _unwrapped(model)
+    layers: dict[str, Any] = _lora_layers(plain)
+    swaps = not layers
+    if swaps:
+        layers = _targets_of(plain, config)
+    _check_fit(layers, adapters, config)
+    if swaps:
+        swap_targets(
+            plain,
+            layers,
+            config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            use_rslora=config["use_rslora"],
+            rank_pattern=config["rank_pattern"],
+            alpha_pattern=config["alpha_pattern"],
+        )
+        layers = _lora_layers(plain)
+    for name, (lora_a, lora_b) in adapters.items():
+        layers[name].switch(lora_a, lora_b, scale=_scale_of(config, name))
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"folder must be an adapter; {folder} has no {CONFIG_FILE}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON; {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
+    _check_supported(path, config)
+    defaults = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return defaults | {key: value for key, value in config.items() if value is not None}
+
+
+def _check_supported(path: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be 'LORA'; got {config.get('peft_type')!r}")
+    if config.get("bias") not in (None, "none"):
+        raise ValueError(f"{path}: bias must be 'none'; got {config['bias']!r}")
+    init = config.get("init_lora_weights", True)
+    if init not in INNOCENT_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights must be one that leaves the base weight as it is "
+            f"({', '.join(map(repr, INNOCENT_INITS))}); got {init!r}"
+        )
+    known = INTERPRETED_KEYS | IRRELEVANT_KEYS | {"peft_type", "bias", "init_lora_weights"}
+    for key, value in config.items():
+        if key not in known and value:
+            raise ValueError(f"{path}: {key} isn't supported and must be off; got {value!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} must be an object; got {config[key]!r}")
+    if not config.get("target_modules"):
+        raise ValueError(f"{path}: target_modules must name layers; got nothing")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_WEIGHTS_FILE
+    try:
+        if path.is_file():
+            return safetensors.torch.load_file(path)
+        path = pickled
+        if path.is_file():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} must be a file of tensors; {error}") from error
+    raise FileNotFoundError(
+        f"folder must be an adapter; {folder} has no {WEIGHTS_FILE} and no {PICKLED_WEIGHTS_FILE}"
+    )
+
+
+def _adapters_in(tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if ".lora_embedding_" in key:
+            raise ValueError(f"adapters of embeddings aren't supported; the file has {key}")
+        match = re.fullmatch(re.escape(KEY_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise ValueError(
+                f"keys must be {KEY_PREFIX}<name>.lora_A.weight or .lora_B.weight; got {key}"
+            )
+        found.setdefault(match[1], {})[match[2]] = tensor
+    for name, pair in found.items():
+        if len(pair) != 2:
+            raise ValueError(
+                f"{name} must have lora_A and lora_B; it has lora_{''.join(pair)} only"
+            )
+    return {name: Adapter(pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _targets_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
+    options = ("exclude_modules", "layers_to_transform", "layers_pattern", "task_type")
+    given = {option: config[option] for option in options if option in config}
+    targets = find_targets(model, config["target_modules"], **given)
+    for name, module in targets.items():
+        check_base(module, name)
+    return targets
+
+
+def _rank_of(config: Mapping[str, Any], name: str) -> int:
+    return pattern_value(config["rank_pattern"], name, config["r"])
+
+
+def _scale_of(config: Mapping[str, Any], name: str) -> float:
+    alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
+    return scaling(alpha, _rank_of(config, name), config["use_rslora"])
+
+
+def _check_fit(
+    layers: Mapping[str, Any], adapters: Mapping[str, Adapter], config: Mapping[str, Any]
+) -> None:
+    missing, unexpected = sorted(layers.keys() - adapters), sorted(adapters.keys() - layers)
+    if missing or unexpected:
+        raise ValueError(
+            "the adapter's layers must be those of the model; "
+            f"not in the file: {missing}; not in the model: {unexpected}"
+        )
+    for name, adapter in adapters.items():
+        _check_layer(name, layers[name], adapter, config)
+
+
+def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, Any]) -> None:
+    r = _rank_of(config, name)
+    alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
+    check_settings(r, alpha, config["lora_dropout"], "gaussian")
+    if not isinstance(layer, LoRALinear):
+        n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+    elif layer.merged:
+        raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
+    elif layer.r != r:
+        raise ValueError(f"{name} has rank {layer.r}, but the adapter has rank {r}")
+    else:
+        n, k = layer.out_features, layer.in_features
+    for key, tensor, shape in (("A", adapter.lora_a, (r, k)), ("B", adapter.lora_b, (n, r))):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}.lora_{key} must be {list(shape)}; the file has {list(tensor.shape)}"
+            )

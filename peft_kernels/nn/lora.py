@@ -1,0 +1,376 @@
+"""LoRA on a linear layer, as a drop-in for ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_kernels.ops.lora_linear import lora_linear
+
+INITS = ("kaiming_uniform", "gaussian")
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+BASE_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
+
+
+def scaling(alpha: float, r: int, use_rslora: bool) -> float:
+    """``alpha / r`` (Hu et al. 2021), or ``alpha / sqrt(r)`` (rsLoRA, Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def alpha_of(scale: float, r: int, use_rslora: bool) -> float:
+    """The alpha whose :func:`scaling` is ``scale``; an int where rounding alone made it none."""
+    alpha = scale * (math.sqrt(r) if use_rslora else r)
+    nearest = round(alpha)
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-14) else alpha
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is ``transformers``' Conv1D: a linear layer whose weight is stored [k, n]."""
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+    return "transformers.pytorch_utils.Conv1D" in names
+
+
+def check_base(linear: nn.Module, name: str = "linear") -> None:
+    """Raises a TypeError unless :meth:`LoRALinear.from_linear` can take over this layer's work."""
+    kind = type(linear).__name__
+    if isinstance(linear, LoRALinear):
+        raise TypeError(f"{name} must be a plain linear layer; it is a LoRALinear already")
+    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
+        raise TypeError(f"{name} must be nn.Linear or transformers' Conv1D; got {kind}")
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{name} must be a layer that is called; nn.MultiheadAttention reads the weight of its "
+            "out_proj and never calls it, so leave it out of the targets"
+        )
+    overridden = isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward
+    if overridden or "forward" in vars(linear):
+        raise TypeError(f"{name} must use nn.Linear's own forward; {kind} has another")
+    weight = linear._parameters.get("weight")
+    if weight is None or nn.parameter.is_lazy(weight):
+        raise TypeError(f"{name}.weight must be an initialised Parameter of {name} itself")
+    if weight.dtype not in BASE_DTYPES:
+        raise TypeError(f"{name}.weight must be float32, 64, 16 or bfloat16; got {weight.dtype}")
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        raise TypeError(f"{name} must have no hooks, for they would be lost; remove them first")
+
+
+def check_settings(r: int, alpha: float, dropout: float, init: str) -> None:
+    """Raises a TypeError or ValueError unless these can configure a :class:`LoRALinear`."""
+    if not isinstance(r, int) or isinstance(r, bool):
+        raise TypeError(f"r must be an int; got {r!r}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1; got {r}")
+    if not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a number; got {alpha!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite; got {alpha}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
+
+
+def _adapter_dtype(base: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    wide = torch.float32 if base in HALF_DTYPES else base
+    if requested not in (None, wide, base):
+        raise TypeError(f"adapter_dtype must be {wide} or the base's {base}; got {requested}")
+    return requested or wide
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a trainable low-rank update.
+
+    ``y = x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` (Hu et al. 2021, "LoRA:
+    Low-Rank Adaptation of Large Language Models", equation 3), computed by
+    :func:`peft_kernels.ops.lora_linear`. ``scale`` is ``alpha / r``, or ``alpha / sqrt(r)`` with
+    ``use_rslora``; it is a plain attribute, and may be set to another float or to a 0-d tensor at
+    any time. Dropout acts on the low-rank branch, in training mode only.
+
+    Parameters:
+        weight: ``[n, k]``, frozen (``[k, n]`` when ``fan_in_fan_out``: taken from a Conv1D).
+        bias: ``[n]`` or None, frozen.
+        lora_a: ``[r, k]``, Kaiming-uniform with a = sqrt(5), or Gaussian with mean 0 and standard
+            deviation 1 / r.
+        lora_b: ``[n, r]``, zero.
+        unmerged_weight: the base weight while the layer is merged, else None.
+
+    While merged, ``weight`` is another Parameter holding ``weight + scale * lora_b @ lora_a``, and
+    forward is ``F.linear`` alone, without dropout. The base Parameter is kept, untouched: unmerging
+    restores every bit, other modules tied to it never change, and a merged layer costs one more
+    weight in memory. ``state_dict`` always holds the base weight.
+
+    Args:
+        in_features: k.
+        out_features: n.
+        r: the rank, at least 1.
+        alpha: the numerator of ``scale``.
+        bias: whether there is a bias.
+        dropout: the share of x dropped on the low-rank branch, in [0, 1).
+        use_rslora: divide alpha by sqrt(r) rather than r.
+        init: ``"kaiming_uniform"`` or ``"gaussian"``, how A is drawn.
+        device, dtype: of weight and bias.
+        adapter_dtype: of A and B: float32 or ``dtype``. By default float32 over a float16 or
+            bfloat16 base, else ``dtype``.
+
+    Raises:
+        ValueError: a value out of range.
+        TypeError: a value of the wrong type, or a dtype that can't be mixed.
+    """
+
+    weight: nn.Parameter
+    scale: float | Tensor
+    unmerged_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        alpha: float,
+        bias: bool = True,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming_uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(base, r, alpha, dropout, use_rslora, init, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int,
+        *,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming_uniform",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """Builds the layer around ``linear``'s very Parameters, which it freezes.
+
+        Weights that are tied stay tied. The result is in the training mode of ``linear``.
+
+        Args:
+            linear: ``nn.Linear`` or ``transformers``' Conv1D; the other arguments are the
+                constructor's.
+
+        Raises:
+            ValueError: a value out of range.
+            TypeError: ``linear`` is something else, or has another forward, hooks, or a weight that
+                isn't a floating-point Parameter.
+        """
+        self = cls.__new__(cls)
+        self._adopt(linear, r, alpha, dropout, use_rslora, init, adapter_dtype)
+        return self
+
+    def _adopt(
+        self,
+        linear: Any,
+        r: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
+        init: str,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        check_base(linear)
+        check_settings(r, alpha, dropout, init)
+        weight, bias = linear.weight, linear.bias
+        adapter_dtype = _adapter_dtype(weight.dtype, adapter_dtype)
+        nn.Module.__init__(self)
+        self.fan_in_fan_out = is_conv1d(linear)
+        self.out_features, self.in_features = self._matrix(weight).shape
+        self.r, self.use_rslora = r, use_rslora
+        self.dropout, self.init = float(dropout), init
+        self.scale = scaling(alpha, r, use_rslora)
+        self.weight, self.bias = weight, bias
+        factory = {"device": weight.device, "dtype": adapter_dtype}
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **factory))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self.register_parameter("unmerged_weight", None)
+        self.reset_adapter()
+        self.train(linear.training)
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as [n, k], however it is stored."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def reset_adapter(self) -> None:
+        """Draws A anew and sets B to zero, so that the layer computes what its base computes."""
+        if self.init == "gaussian":
+            nn.init.normal_(self.lora_a, std=1.0 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    def reset_parameters(self) -> None:
+        """Draws the base anew as ``nn.Linear`` does, and the adapter as :meth:`reset_adapter`."""
+        self._require(merged=False)
+        nn.init.kaiming_uniform_(self._matrix(self.weight), a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1.0 / math.sqrt(self.in_features) if self.in_features else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter()
+
+    @property
+    def alpha(self) -> float:
+        """The alpha that ``scale`` stands for at this rank."""
+        return alpha_of(float(self.scale), self.r, self.use_rslora)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is in ``weight`` now."""
+        return self.unmerged_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
+        weight = self._matrix(self.weight)
+        if self.unmerged_weight is not None:
+            return F.linear(x, weight, self.bias)
+        return lora_linear(
+            x,
+            weight,
+            self.lora_a,
+            self.lora_b,
+            bias=self.bias,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def _require(self, *, merged: bool) -> None:
+        if self.merged is not merged:
+            state, call = ("unmerged", "merge") if merged else ("merged", "unmerge")
+            raise RuntimeError(f"the layer is {state}; {call}() it first")
+
+    @torch.no_grad()
+    def _merged_weight(
+        self, base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor, safe: bool
+    ) -> Tensor:
+        """``base + scale * lora_b @ lora_a``, stored as ``base``; summed wide and rounded once."""
+        if hasattr(base, "full_tensor"):
+            raise RuntimeError("weight is sharded (a DTensor); merge before sharding the model")
+        wide = torch.float64 if base.dtype is torch.float64 else torch.float32
+        a, b = lora_a.to(base.device, wide), lora_b.to(base.device, wide)
+        with torch.autocast(base.device.type, enabled=False):
+            merged = torch.addmm(self._matrix(base).to(wide), b, a, alpha=float(scale))
+        merged = merged.to(base.dtype)
+        if safe and not merged.isfinite().all():
+            raise ValueError(
+                "the merged weight has values that are not finite; nothing was changed"
+            )
+        return self._matrix(merged).contiguous()
+
+    def merge(self, safe: bool = True) -> None:
+        """Puts ``weight + scale * lora_b @ lora_a`` in place of ``weight``; see the class.
+
+        The sum is taken in float32 (float64 for a float64 base) and rounded once.
+
+        Args:
+            safe: first check that the merged weight is finite.
+
+        Raises:
+            RuntimeError: the layer is merged already, or its weight is sharded.
+            ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
+        """
+        self._require(merged=False)
+        merged = self._merged_weight(self.weight, self.lora_a, self.lora_b, self.scale, safe)
+        self.unmerged_weight = self.weight
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Puts the base Parameter back: the very tensor, so every bit of weight and of logits.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        self._require(merged=True)
+        assert self.unmerged_weight is not None
+        self.weight, self.unmerged_weight = self.unmerged_weight, None
+
+    @torch.no_grad()
+    def switch(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        *,
+        scale: float | Tensor | None = None,
+        safe: bool = True,
+    ) -> None:
+        """Takes over the values of another task's adapter, merged or not.
+
+        A merged weight becomes ``base + scale * lora_b @ lora_a`` in the same memory. It is
+        computed from the base weight, so no error builds up however often tasks are switched. The
+        Parameters A and B keep their memory too, unless the rank changes.
+
+        Args:
+            lora_a: ``[r, k]``, any rank r >= 1, any floating dtype.
+            lora_b: ``[n, r]``.
+            scale: the new factor, a float or a 0-d tensor; the present one when None.
+            safe: when merged, first check that the new merged weight is finite.
+
+        Raises:
+            RuntimeError: the weight is merged and sharded.
+            ValueError: shapes that don't fit, or a merged weight that isn't finite. Nothing is
+                changed.
+        """
+        scale = self.scale if scale is None else scale
+        self._check_adapter(lora_a, lora_b, scale)
+        if self.unmerged_weight is not None:
+            self.weight.copy_(
+                self._merged_weight(self.unmerged_weight, lora_a, lora_b, scale, safe)
+            )
+        self.lora_a = _overwritten(self.lora_a, lora_a)
+        self.lora_b = _overwritten(self.lora_b, lora_b)
+        self.r, self.scale = lora_a.shape[0], scale
+
+    def _check_adapter(self, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor) -> None:
+        n, k = self.out_features, self.in_features
+        if lora_a.dim() != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != k:
+            raise ValueError(f"lora_a must be [r, {k}] with r >= 1; got {list(lora_a.shape)}")
+        if lora_b.shape != (n, lora_a.shape[0]):
+            raise ValueError(
+                f"lora_b must be [n, r] = [{n}, {lora_a.shape[0]}]; got {list(lora_b.shape)}"
+            )
+        if isinstance(scale, Tensor) and scale.dim() != 0:
+            raise ValueError(f"scale must be a float or a 0-d tensor; got {list(scale.shape)}")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "weight"] = destination.pop(prefix + "unmerged_weight")
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        """Loads the base weight and the adapter; a merged layer is merged anew from them."""
+        merged = self.merged
+        if merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if merged:
+            self.merge(safe=False)
+
+    def extra_repr(self) -> str:
+        state = ", merged" if self.merged else ""
+        return (
+            f"{super().extra_repr()}, r={self.r}, scale={self.scale}, dropout={self.dropout}{state}"
+        )
+
+
+def _overwritten(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """``parameter`` with new values: the same object where the shape is the same."""
+    if parameter.shape == values.shape:
+        parameter.copy_(values)
+        return parameter
+    fresh = parameter.new_empty(values.shape).copy_(values)
+    return nn.Parameter(fresh, requires_grad=parameter.requires_grad)

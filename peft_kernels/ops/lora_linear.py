@@ -1,0 +1,298 @@
+"""LoRA linear: ``y = x @ W.T + b + scale * dropout(x) @ A.T @ B.T``.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3. With
+
+    S  = dropout(x) A^T              [m, r]   fp32, the only tensor saved beyond the inputs
+    y  = x W^T + b + scale S B^T     [m, n]
+
+the backward shares dS between dA and dx and reads dy once for dS and dB:
+
+    dS = scale dy B                  [m, r]
+    dB = scale dy^T S                [n, r]
+    dA = dS^T dropout(x)             [r, k]
+    dx = dy W + dropout'(dS A)       [m, k]   dropout' multiplies by the same factor as dropout
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_kernels import _library
+from peft_kernels.ops._dropout import draw_seed, dropout_factor
+
+FWD_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale,"
+    " float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+)
+BWD_SCHEMA = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, Tensor scale,"
+    " float dropout_p, Tensor? seed, bool needs_x, bool needs_a, bool needs_b)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+# ---- reference -------------------------------------------------------------------------------
+
+
+def _acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums and of S: float32, or float64 for float64 input."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _factor(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    m, k = x.shape
+    return dropout_factor(seed, dropout_p, m, k, _acc_dtype(x)).to(x.device)
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    wide = x.to(_acc_dtype(x))
+    if seed is None:
+        return wide
+    return wide * _factor(x, dropout_p, seed)
+
+
+def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+    acc = _acc_dtype(x)
+    s = _dropped(x, dropout_p, seed) @ lora_a.to(acc).T
+    delta = scale.to(x.device, acc) * (s @ lora_b.to(acc).T)
+    return (F.linear(x, weight, bias) + delta).to(x.dtype), s
+
+
+def lora_linear_bwd_ref(
+    dy, x, weight, lora_a, lora_b, s, scale, dropout_p, seed, needs_x, needs_a, needs_b
+):
+    acc = _acc_dtype(x)
+    scale = scale.to(x.device, acc)
+    wide_dy = dy.to(acc)
+    ds = scale * (wide_dy @ lora_b.to(acc))
+    dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if needs_x:
+        low_rank = ds @ lora_a.to(acc)
+        if seed is not None:
+            low_rank *= _factor(x, dropout_p, seed)
+        dx = (dy @ weight + low_rank).to(x.dtype)
+    if needs_a:
+        da = (ds.T @ _dropped(x, dropout_p, seed)).to(lora_a.dtype)
+    if needs_b:
+        db = (scale * (wide_dy.T @ s)).to(lora_b.dtype)
+    return dx, da, db
+
+
+# ---- shapes ----------------------------------------------------------------------------------
+
+
+def _fwd_fake(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+    m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
+    return x.new_empty(m, n), x.new_empty(m, r, dtype=_acc_dtype(x))
+
+
+def _bwd_fake(dy, x, weight, lora_a, lora_b, s, scale, dropout_p, seed, needs_x, needs_a, needs_b):
+    def shaped(like: Tensor, needed: bool) -> Tensor:
+        return like.new_empty(like.shape if needed else (0,))
+
+    return shaped(x, needs_x), shaped(lora_a, needs_a), shaped(lora_b, needs_b)
+
+
+_library.define(
+    "lora_linear_fwd",
+    FWD_SCHEMA,
+    reference=lora_linear_fwd_ref,
+    fake=_fwd_fake,
+    triton="peft_kernels.triton.lora_linear:lora_linear_fwd",
+)
+_library.define(
+    "lora_linear_bwd",
+    BWD_SCHEMA,
+    reference=lora_linear_bwd_ref,
+    fake=_bwd_fake,
+    triton="peft_kernels.triton.lora_linear:lora_linear_bwd",
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, variant):
+        fwd = _library.get_op("lora_linear_fwd", variant)
+        y, s = fwd(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, s, scale, seed)
+        ctx.dropout_p, ctx.variant = dropout_p, variant
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_a, lora_b, s, scale, seed = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        dy = dy.contiguous()
+        bwd = _library.get_op("lora_linear_bwd", ctx.variant)
+        dx, da, db = bwd(
+            dy, x, weight, lora_a, lora_b, s, scale, ctx.dropout_p, seed, needs_x, needs_a, needs_b
+        )
+        return (
+            dx if needs_x else None,
+            dy.T @ x if needs_weight else None,
+            dy.sum(0) if needs_bias else None,
+            da if needs_a else None,
+            db if needs_b else None,
+            *(None,) * 4,
+        )
+
+
+# ---- public ----------------------------------------------------------------------------------
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Frozen linear layer plus low-rank update, in one pass.
+
+    ``y = x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T``
+    (Hu et al. 2021, equation 3). Sums are kept in float32 and rounded once; the intermediate
+    ``dropout(x) @ lora_a.T`` is float32 and is all that the backward saves beyond the inputs.
+
+    Args:
+        x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
+        weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good).
+        lora_a: ``[r, k]`` in float32 or the dtype of x, r >= 1.
+        lora_b: ``[n, r]`` in the dtype of ``lora_a``.
+        bias: ``[n]`` in the dtype of x.
+        scale: the factor of the low-rank part, a float or a 0-d tensor; it gets no gradient.
+        dropout_p: the share of elements dropped, in [0, 1), on the low-rank branch only.
+        seed: 64-bit seed of the dropout, an int or a 0-d int64 tensor; drawn from torch's
+            generator when None. No mask is stored: the backward draws it again.
+
+    Returns:
+        ``[..., n]`` in the dtype of x, or in autocast's dtype under autocast.
+
+    Raises:
+        ValueError: shapes that don't fit, tensors on several devices, ``dropout_p`` outside [0, 1).
+        TypeError: dtypes that can't be mixed.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    seed = _seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    if not isinstance(scale, Tensor):
+        scale = torch.scalar_tensor(scale, dtype=torch.float64)
+    variant = _library.variant(x.dtype)
+    inputs = (rows, weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
+        y = _LoRALinear.apply(*inputs, variant)
+    else:
+        y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)
+    # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
+    """What ``F.linear`` does under autocast: base tensors in autocast's dtype. A and B stay wide."""
+    device = x.device.type
+    if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, int):
+        return torch.full((), seed, dtype=torch.int64)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed!r}")
+    if seed.dim() != 0 or seed.dtype is not torch.int64:
+        shape, dtype = tuple(seed.shape), seed.dtype
+        raise ValueError(f"seed must be an int or a 0-d int64 tensor; got {dtype} of shape {shape}")
+    return seed
+
+
+def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
+    if x.dim() < 1:
+        raise ValueError("x must have at least 1 dimension; got a 0-d tensor")
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
+    n, k = weight.shape
+    r = lora_a.shape[0]
+    if r < 1:
+        raise ValueError(
+            f"lora_a must have at least 1 row (the rank); got shape {tuple(lora_a.shape)}"
+        )
+    _check_shape("x", x, (*x.shape[:-1], k), f"its last dimension must be weight's k = {k}")
+    _check_shape("lora_a", lora_a, (r, k), f"its columns must be weight's k = {k}")
+    _check_shape("lora_b", lora_b, (n, r), f"it must be [n, r] = [{n}, {r}]")
+    if bias is not None:
+        _check_shape("bias", bias, (n,), f"it must be [n] = [{n}]")
+    _check_dtypes(x, weight, bias, lora_a, lora_b)
+    tensors = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
+    if isinstance(scale, Tensor) and scale.dim() != 0:
+        raise ValueError(f"scale must be a float or a 0-d tensor; got shape {tuple(scale.shape)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], rule: str) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {rule}")
+
+
+def _check_dtypes(x, weight, bias, lora_a, lora_b) -> None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {x.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype is not x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}; got {tensor.dtype}")
+    if lora_a.dtype not in (x.dtype, _acc_dtype(x)):
+        raise TypeError(
+            f"lora_a must be {_acc_dtype(x)} or have x's dtype {x.dtype}; got {lora_a.dtype}"
+        )
+    if lora_b.dtype is not lora_a.dtype:
+        raise TypeError(f"lora_b must have lora_a's dtype {lora_a.dtype}; got {lora_b.dtype}")
+
+
+# ---- example inputs, for tests and benchmarks ------------------------------------------------
+
+
+def example_inputs(
+    m: int,
+    n: int,
+    k: int,
+    r: int = 16,
+    *,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Random arguments of :func:`lora_linear` at the scale of a trained layer (y is about 1)."""
+
+    def normal(*shape: int, std: float, dtype: torch.dtype) -> Tensor:
+        return (torch.randn(*shape, device=device) * std).to(dtype)
+
+    adapter_dtype = adapter_dtype or dtype
+    inputs = {
+        "x": normal(m, k, std=1.0, dtype=dtype),
+        "weight": normal(n, k, std=max(k, 1) ** -0.5, dtype=dtype),
+        "lora_a": normal(r, k, std=max(k, 1) ** -0.5, dtype=adapter_dtype),
+        "lora_b": normal(n, r, std=r**-0.5, dtype=adapter_dtype),
+    }
+    if bias:
+        inputs["bias"] = normal(n, std=1.0, dtype=dtype)
+    return inputs

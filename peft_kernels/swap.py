@@ -1,0 +1,268 @@
+"""Swaps LoRALinear into a model, choosing layers by name with Hugging Face PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from peft_kernels.nn.lora import LoRALinear, check_base, check_settings, is_conv1d
+
+ALL_LINEAR = "all-linear"
+SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
+
+Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value")
+
+
+def swap_linear(
+    model: Model,
+    target_modules: str | Iterable[str],
+    r: int,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    init: str = "kaiming_uniform",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    task_type: str | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> Model:
+    """Replaces the chosen linear layers of ``model`` by LoRALinear, in place, and freezes the rest.
+
+    Each new layer keeps the Parameters of the one it replaces
+    (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
+    names is matched by the first and replaced under all of them. Afterwards only adapters require
+    gradients, those of earlier swaps included; unfreeze a newly initialised head yourself.
+
+    Args:
+        model: any module; the layers to replace are below it.
+        target_modules: which layers. A list holds full names, or endings of names that begin at a
+            dot. A str is a regular expression that must match the full name, or ``"all-linear"``:
+            every nn.Linear and Conv1D except the output embeddings.
+        r, alpha: rank and alpha where no pattern says otherwise.
+        dropout, use_rslora, init, adapter_dtype: as in LoRALinear.
+        rank_pattern, alpha_pattern: rank, alpha by layer. A key is a regular expression that must
+            match the full name, or an ending of it that begins at a dot; the first match counts.
+        exclude_modules: layers to leave out, in the form of ``target_modules``.
+        layers_to_transform: the indices of the blocks to adapt, with a list of targets only. The
+            index of a block is the first number in a name that follows two parts of it.
+        layers_pattern: the part (or parts) of a name that a block's index must follow instead.
+        task_type: ``"SEQ_CLS"`` keeps a ``score`` or ``classifier`` head out of ``"all-linear"``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: a pattern of ``target_modules`` that selects nothing, a value out of range.
+        TypeError: a target that isn't a linear layer, or is a LoRALinear already.
+        Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
+        matches no target gets a RuntimeWarning, as in PEFT.
+    """
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    targets = find_targets(
+        model,
+        target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        task_type=task_type,
+    )
+    _require_matches(target_modules, targets)
+    return swap_targets(
+        model,
+        targets,
+        r,
+        alpha=alpha,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        init=init,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        adapter_dtype=adapter_dtype,
+    )
+
+
+# ---- matching --------------------------------------------------------------------------------
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    *,
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    task_type: str | None = None,
+) -> dict[str, nn.Module]:
+    """The modules that :func:`swap_linear`'s arguments of the same names select, by name."""
+    if layers_pattern and layers_to_transform is None:
+        raise ValueError("layers_pattern needs layers_to_transform, which is None")
+    if isinstance(target_modules, str) and layers_to_transform is not None:
+        raise ValueError("layers_to_transform needs target_modules to be a list, not a str")
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        target_modules = _all_linear(model, task_type)
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    indices = {layers_to_transform} if isinstance(layers_to_transform, int) else layers_to_transform
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and matches(name, target_modules)
+        and not (exclude_modules and matches(name, exclude_modules))
+        and (not indices or _block_index(name, layers_pattern) in indices)
+    }
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether a regular expression (a str) or one of several endings selects module ``name``."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in patterns)
+
+
+def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the first key of a rank or alpha pattern that matches ``name``."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
+    head = _head(model, task_type)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+    ]
+
+
+def _head(model: nn.Module, task_type: str | None) -> nn.Module | None:
+    """What "all-linear" leaves out: the output embeddings, or a sequence classification head."""
+    find_output_embeddings = getattr(model, "get_output_embeddings", None)
+    output_embeddings = find_output_embeddings() if find_output_embeddings else None
+    if output_embeddings is not None or task_type != "SEQ_CLS":
+        return output_embeddings
+    heads = (getattr(model, name, None) for name in SEQUENCE_CLASSIFICATION_HEADS)
+    return next((head for head in heads if head is not None), None)
+
+
+def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    if isinstance(layers_pattern, str):
+        layers_pattern = [layers_pattern]
+    if layers_pattern:
+        expressions = [rf"(?:^|.*?\.){part}\.(\d+)\." for part in layers_pattern]
+    else:
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
+    found = (re.match(expression, name) for expression in expressions)
+    first = next((match for match in found if match), None)
+    return int(first.group(1)) if first else None
+
+
+def _require_matches(target_modules: str | list[str], targets: Iterable[str]) -> None:
+    if isinstance(target_modules, str):
+        unmatched = [] if targets else [target_modules]
+    else:
+        unmatched = [end for end in target_modules if not any(matches(n, [end]) for n in targets)]
+    if unmatched or not targets:
+        raise ValueError(
+            f"target_modules must select layers of the model; nothing matches {unmatched} (a list "
+            "holds names or endings of names, a str is a regular expression for the full name)"
+        )
+
+
+# ---- replacing -------------------------------------------------------------------------------
+
+
+def swap_targets(
+    model: Model,
+    targets: Mapping[str, nn.Module],
+    r: int,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    init: str = "kaiming_uniform",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> Model:
+    """:func:`swap_linear` for layers that :func:`find_targets` has found."""
+    rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+    for name, module in targets.items():
+        check_base(module, name)
+    check_settings(r, alpha, dropout, init)
+    _warn_unused("rank_pattern", rank_pattern, targets)
+    _warn_unused("alpha_pattern", alpha_pattern, targets)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        swapped = {
+            module: LoRALinear.from_linear(
+                module,
+                pattern_value(rank_pattern, name, r),
+                alpha=pattern_value(alpha_pattern, name, alpha),
+                dropout=dropout,
+                use_rslora=use_rslora,
+                init=init,
+                adapter_dtype=adapter_dtype,
+            )
+            for name, module in targets.items()
+        }
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    _replace(model, swapped)
+    _freeze_all_but_adapters(model)
+    _keep_off_fast_paths(model)
+    return model
+
+
+def _warn_unused(argument: str, patterns: Mapping[str, float], names: Iterable[str]) -> None:
+    for key, value in patterns.items():
+        if not any(pattern_value({key: True}, name, False) for name in names):
+            warnings.warn(
+                f"{argument} has {key!r}: {value}, which matches no target",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _replace(model: nn.Module, swapped: Mapping[nn.Module, LoRALinear]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in swapped:
+                setattr(parent, name, swapped[child])
+
+
+def _freeze_all_but_adapters(model: nn.Module) -> None:
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    adapters = {id(p) for layer in layers for p in (layer.lora_a, layer.lora_b)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+
+
+def _keep_off_fast_paths(model: nn.Module) -> None:
+    """Has torch's encoder call its linear layers: its inference fast path reads weights alone."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and (
+            isinstance(module.linear1, LoRALinear) or isinstance(module.linear2, LoRALinear)
+        ):
+            module.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and not all(
+            getattr(layer, "activation_relu_or_gelu", 0) for layer in module.layers
+        ):
+            module.use_nested_tensor = False

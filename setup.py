@@ -1,0 +1,53 @@
+"""Builds the native library with CMake and ninja, or says why not and installs pure Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def missing() -> str | None:
+    """Why the native library can't be built here, or None."""
+    if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
+        return "PEFT_KERNELS_NATIVE=0 is set"
+    compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
+    for tool in (compiler.split()[0], "cmake", "ninja"):
+        if shutil.which(tool) is None:
+            return f"{tool} was not found"
+    try:
+        import torch  # noqa: F401 - only its presence matters here
+    except ImportError:
+        return "torch is not importable in the build environment"
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake for the one extension there is: peft_kernels/_native.so."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.run(["cmake", str(ROOT), *configure], cwd=build, check=True)
+        subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(build / "_native.so", output)
+
+
+reason = missing()
+if reason:
+    print(f"peft_kernels: installing without native kernels, because {reason}.", file=sys.stderr)
+setup(
+    ext_modules=[] if reason else [Extension("peft_kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

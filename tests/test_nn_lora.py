@@ -1,0 +1,520 @@
+"""LoRALinear: a drop-in for nn.Linear, and merging."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_kernels.nn import LoRALinear
+
+
+def make_layer(k=12, n=7, r=3, *, trained=True, **options) -> LoRALinear:
+    torch.manual_seed(0)
+    layer = LoRALinear(k, n, r, **{"alpha": 6, **options})
+    if trained:
+        nn.init.normal_(layer.lora_b, std=0.3)
+    return layer
+
+
+def expected(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+    """The equation of the class, in float64, without dropout."""
+    a, b, w = (t.detach().double() for t in (layer.lora_a, layer.lora_b, layer.weight))
+    y = x.double() @ w.T + float(layer.scale) * (x.double() @ a.T @ b.T)
+    return y if layer.bias is None else y + layer.bias.detach().double()
+
+
+def conv1d(k: int, n: int) -> nn.Module:
+    torch.manual_seed(1)
+    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(n, k)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+# ---- construction ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_forward_is_the_equation(bias, use_rslora):
+    layer = make_layer(bias=bias, use_rslora=use_rslora)
+    assert layer.scale == (6 / math.sqrt(3) if use_rslora else 2.0)
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_layer_computes_what_its_base_computes():
+    linear = nn.Linear(12, 7)
+    layer = LoRALinear.from_linear(linear, 4, alpha=8, init="gaussian")
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(layer(x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_initialisation():
+    wide = LoRALinear(4096, 2, 16, alpha=1).requires_grad_(False)
+    assert wide.lora_a.abs().max() <= 1 / math.sqrt(4096)
+    assert wide.lora_a.std() == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.05)
+    gaussian = LoRALinear(4096, 2, 16, alpha=1, init="gaussian").requires_grad_(False)
+    assert gaussian.lora_a.std() == pytest.approx(1 / 16, rel=0.05)
+    assert not wide.lora_b.any()
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_alpha_is_what_was_given(use_rslora):
+    for r in range(1, 80):
+        for alpha in (1, 3, 16, 49):
+            layer = LoRALinear(1, 1, r, alpha=alpha, use_rslora=use_rslora)
+            assert layer.alpha == alpha and isinstance(layer.alpha, int)
+
+
+def test_from_linear_keeps_the_parameters_and_freezes_them():
+    linear = nn.Linear(5, 4).eval()
+    weight, bias = linear.weight, linear.bias
+    layer = LoRALinear.from_linear(linear, 2, alpha=4)
+    assert layer.weight is weight and layer.bias is bias
+    assert not weight.requires_grad and not bias.requires_grad
+    assert layer.lora_a.requires_grad and layer.lora_b.requires_grad
+    assert not layer.training
+
+
+def test_conv1d_is_taken_as_it_is_stored():
+    base = conv1d(5, 9)
+    x = torch.randn(2, 3, 5)
+    before = base(x)
+    layer = LoRALinear.from_linear(base, 2, alpha=4)
+    assert layer.weight is base.weight and layer.fan_in_fan_out
+    assert (layer.in_features, layer.out_features) == (5, 9)
+    torch.testing.assert_close(layer(x), before)
+    nn.init.normal_(layer.lora_b)
+    adapted, weight = layer(x), layer.weight.clone()
+    assert (adapted - before).abs().max() > 0.1
+    layer.merge()
+    torch.testing.assert_close(layer(x), adapted, rtol=1e-5, atol=1e-5)
+    assert layer.weight.shape == weight.shape
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight) and torch.equal(layer(x), adapted)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "expected_dtype"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float64, None, torch.float64),
+        (torch.bfloat16, None, torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_adapter_dtype(base, adapter, expected_dtype):
+    layer = make_layer(dtype=base, adapter_dtype=adapter)
+    assert layer.lora_a.dtype is layer.lora_b.dtype is expected_dtype
+    x = torch.randn(4, 12, dtype=base)
+    assert layer(x).dtype is base
+    tolerance = 1e-5 if base.itemsize > 2 else 3e-2
+    torch.testing.assert_close(
+        layer(x).double(), expected(layer, x), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "options"),
+    [
+        (ValueError, "r must be", {"r": 0}),
+        (TypeError, "r must be", {"r": 2.0}),
+        (TypeError, "alpha must be", {"alpha": "8"}),
+        (ValueError, "alpha must be", {"alpha": math.inf}),
+        (ValueError, "dropout must be", {"dropout": 1.0}),
+        (ValueError, "dropout must be", {"dropout": -0.1}),
+        (ValueError, "init must be", {"init": "zeros"}),
+        (TypeError, "adapter_dtype must be", {"adapter_dtype": torch.bfloat16}),
+        (TypeError, "adapter_dtype must be", {"adapter_dtype": torch.float64}),
+        (TypeError, "weight must be", {"dtype": torch.complex64}),
+    ],
+)
+def test_bad_settings(error, named, options):
+    with pytest.raises(error, match=named):
+        LoRALinear(6, 4, **{"r": 2, "alpha": 4, **options})
+
+
+def hooked() -> nn.Module:
+    linear = nn.Linear(4, 4)
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make_base", "named"),
+    [
+        (lambda: nn.Embedding(4, 4), "nn.Linear or transformers' Conv1D; got Embedding"),
+        (lambda: LoRALinear(4, 4, 2, alpha=4), "LoRALinear already"),
+        (lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention"),
+        (lambda: Scaled(4, 4), "own forward; Scaled"),
+        (hooked, "no hooks"),
+        (lambda: nn.LazyLinear(4), "initialised"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "Parameter of"),
+    ],
+)
+def test_bases_that_cannot_be_taken_over(make_base, named):
+    base = make_base()
+    flags = [p.requires_grad for p in base.parameters()]
+    with pytest.raises(TypeError, match=named):
+        LoRALinear.from_linear(base, 2, alpha=4)
+    assert [p.requires_grad for p in base.parameters()] == flags
+
+
+# ---- a drop-in -------------------------------------------------------------------------------
+
+
+def test_it_is_a_linear():
+    layer = make_layer(dropout=0.25)
+    assert isinstance(layer, nn.Linear)
+    assert "in_features=12, out_features=7, bias=True, r=3, scale=2.0, dropout=0.25" in repr(layer)
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_a", "lora_b"]
+    assert layer.alpha == 6
+
+
+def test_gradients_reach_x_and_the_adapter_alone():
+    layer = make_layer()
+    x = torch.randn(5, 12, requires_grad=True)
+    layer(x).square().sum().backward()
+    for tensor in (x, layer.lora_a, layer.lora_b):
+        assert tensor.grad is not None and tensor.grad.abs().max() > 0
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+def test_dropout_in_training_only():
+    layer = make_layer(dropout=0.5)
+    x = torch.randn(64, 12)
+    base = F.linear(x, layer.weight, layer.bias)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+    nn.init.zeros_(layer.train().lora_b)
+    torch.testing.assert_close(layer(x), base)
+
+
+def test_scale_may_become_a_tensor():
+    layer = make_layer()
+    x = torch.randn(5, 12)
+    base = F.linear(x, layer.weight, layer.bias)
+    difference = layer(x) - base
+    layer.scale = torch.tensor(4.0)
+    torch.testing.assert_close(layer(x) - base, 2 * difference, rtol=1e-4, atol=1e-4)
+    assert layer.alpha == 12
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies(duplicate, merged):
+    layer = make_layer()
+    x = torch.randn(5, 12)
+    unmerged = layer(x)
+    if merged:
+        layer.merge()
+    other = duplicate(layer)
+    assert torch.equal(other(x), layer(x)) and other.merged is merged
+    nn.init.zeros_(layer.weight)
+    if merged:
+        other.unmerge()
+    assert torch.equal(other(x), unmerged)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_state_dict_round_trip(merged):
+    layer = make_layer(dtype=torch.bfloat16)
+    x = torch.randn(5, 12, dtype=torch.bfloat16)
+    unmerged, weight = layer(x), layer.weight.clone()
+    if merged:
+        layer.merge()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file)
+    assert list(state) == ["weight", "bias", "lora_a", "lora_b"]
+    assert torch.equal(state["weight"], weight)
+    other = LoRALinear(12, 7, 3, alpha=6, dtype=torch.bfloat16)
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(other(x), unmerged)
+
+
+def test_loading_into_a_merged_layer_merges_anew():
+    source, target = make_layer(), make_layer(trained=False)
+    nn.init.normal_(source.weight)
+    target.merge()
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(target(x), source(x), rtol=1e-5, atol=1e-5)
+    target.unmerge()
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_to_dtype(dtype):
+    layer = make_layer().to(dtype)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    x = torch.randn(5, 12, dtype=dtype)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=2e-2, atol=2e-2)
+
+
+def test_half_while_merged_keeps_the_base():
+    layer = make_layer()
+    half_base = layer.weight.half()
+    layer.merge()
+    layer.half().unmerge()
+    assert torch.equal(layer.weight, half_base)
+
+
+def test_meta_device_then_reset():
+    layer = LoRALinear(12, 7, 3, alpha=6, device="meta")
+    assert layer(torch.empty(5, 12, device="meta")).shape == (5, 7)
+    layer = layer.to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1e6)
+    layer.reset_parameters()
+    bound = 1 / math.sqrt(12)
+    for parameter in (layer.weight, layer.bias, layer.lora_a):
+        assert 0 < parameter.abs().max() <= bound
+    assert not layer.lora_b.any()
+
+
+def test_tied_weights_stay_tied():
+    embedding = nn.Embedding(7, 12)
+    head = nn.Linear(12, 7, bias=False)
+    head.weight = embedding.weight
+    layer = LoRALinear.from_linear(head, 2, alpha=4)
+    assert layer.weight is embedding.weight
+    layer.double()
+    assert layer.weight is embedding.weight and embedding.weight.dtype is torch.float64
+
+
+# ---- merging ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge(dtype):
+    layer = make_layer(dtype=dtype).eval()
+    x = torch.randn(5, 12, dtype=dtype)
+    parameter, bits, logits = layer.weight, layer.weight.clone(), layer(x)
+    layer.merge()
+    merged = layer(x)
+    tolerance = 1e-5 if dtype.itemsize > 2 else 3e-2
+    torch.testing.assert_close(merged, logits, rtol=tolerance, atol=tolerance)
+    assert torch.equal(merged, F.linear(x, layer.weight, layer.bias))
+    assert not torch.equal(layer.weight, bits)
+    layer.unmerge()
+    assert layer.weight is parameter
+    assert torch.equal(layer.weight, bits) and torch.equal(layer(x), logits)
+
+
+def test_merge_rounds_once():
+    layer = make_layer(dtype=torch.bfloat16)
+    w, a, b = (t.detach().float() for t in (layer.weight, layer.lora_a, layer.lora_b))
+    layer.merge()
+    torch.testing.assert_close(layer.weight, (w + 2.0 * (b @ a)).bfloat16(), rtol=0, atol=0)
+
+
+def test_merge_is_wide_under_autocast():
+    layer, other = make_layer(), make_layer()
+    layer.merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        other.merge()
+    assert torch.equal(layer.weight, other.weight)
+
+
+def test_merging_leaves_a_tied_module_alone():
+    embedding = nn.Embedding(7, 12)
+    head = nn.Linear(12, 7, bias=False)
+    head.weight = embedding.weight
+    layer = LoRALinear.from_linear(head, 2, alpha=4)
+    nn.init.normal_(layer.lora_b)
+    bits = embedding.weight.clone()
+    layer.merge()
+    assert torch.equal(embedding.weight, bits)
+    layer.unmerge()
+    assert layer.weight is embedding.weight
+
+
+def test_merging_twice_changes_nothing():
+    layer = make_layer()
+    layer.merge()
+    bits = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="is merged"):
+        layer.merge()
+    with pytest.raises(RuntimeError, match="is merged"):
+        layer.reset_parameters()
+    assert torch.equal(layer.weight, bits)
+
+
+def test_unmerging_an_unmerged_layer_changes_nothing():
+    layer = make_layer()
+    weight = layer.weight
+    with pytest.raises(RuntimeError, match="is unmerged"):
+        layer.unmerge()
+    assert layer.weight is weight
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
+def test_safe_merge_refuses_what_is_not_finite(value):
+    layer = make_layer(dtype=torch.float16)
+    nn.init.constant_(layer.lora_b, value)
+    bits = layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge()
+    assert not layer.merged and torch.equal(layer.weight, bits)
+    layer.merge(safe=False)
+    assert layer.merged and not layer.weight.isfinite().all()
+
+
+# ---- switching -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("r", [3, 5])
+def test_switching_tasks(merged, r):
+    layer, other = make_layer().eval(), make_layer(r=r, alpha=7).eval()
+    nn.init.normal_(other.lora_a)
+    nn.init.normal_(other.lora_b)
+    x = torch.randn(5, 12)
+    bits = layer.weight.clone()
+    if merged:
+        layer.merge()
+    weight, lora_a = layer.weight, layer.lora_a
+    layer.switch(other.lora_a, other.lora_b, scale=other.scale)
+    assert layer.weight is weight and (layer.lora_a is lora_a) == (r == 3)
+    torch.testing.assert_close(layer(x), other(x), rtol=1e-5, atol=1e-5)
+    assert layer.r == r and layer.alpha == 7
+    if merged:
+        layer.unmerge()
+    assert torch.equal(layer.weight, bits)
+    assert torch.equal(layer(x), other(x))
+    assert layer.lora_a is not other.lora_a and layer.lora_a.requires_grad
+
+
+def test_switching_back_and_forth_does_not_drift():
+    layer = make_layer(dtype=torch.bfloat16)
+    first = (layer.lora_a.clone(), layer.lora_b.clone())
+    second = (torch.randn(4, 12), torch.randn(7, 4))
+    layer.merge()
+    bits = layer.weight.clone()
+    for _ in range(20):
+        layer.switch(*second)
+        assert not torch.equal(layer.weight, bits)
+        layer.switch(*first)
+        assert torch.equal(layer.weight, bits)
+
+
+@pytest.mark.parametrize(
+    ("shape_a", "shape_b", "scale", "value", "named"),
+    [
+        ((3, 11), (7, 3), 1.0, 1.0, "lora_a must be"),
+        ((0, 12), (7, 0), 1.0, 1.0, "lora_a must be"),
+        ((12,), (7, 3), 1.0, 1.0, "lora_a must be"),
+        ((3, 12), (7, 4), 1.0, 1.0, "lora_b must be"),
+        ((3, 12), (6, 3), 1.0, 1.0, "lora_b must be"),
+        ((3, 12), (7, 3), torch.ones(2), 1.0, "scale must be"),
+        ((3, 12), (7, 3), 1.0, math.nan, "not finite"),
+    ],
+)
+def test_a_bad_switch_changes_nothing(shape_a, shape_b, scale, value, named):
+    layer = make_layer()
+    layer.merge()
+    before = [p.clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match=named):
+        layer.switch(torch.full(shape_a, value), torch.ones(shape_b), scale=scale)
+    assert all(map(torch.equal, before, layer.parameters()))
+    assert layer.scale == 2.0 and layer.r == 3
+
+
+# ---- under PyTorch's own machinery -----------------------------------------------------------
+
+
+def test_compiles_whole():
+    layer = make_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 12, requires_grad=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).square().sum().backward()
+    gradient, layer.lora_a.grad = layer.lora_a.grad, None
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_a.grad, gradient)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_draws_the_same_dropout(reentrant):
+    def gradients(run):
+        layer = make_layer(dropout=0.5)
+        x = torch.randn(8, 12, requires_grad=True)
+        torch.manual_seed(3)
+        run(layer, x).square().sum().backward()
+        return x.grad, layer.lora_a.grad, layer.lora_b.grad
+
+    plain = gradients(lambda layer, x: layer(x))
+    again = gradients(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
+    assert all(map(torch.equal, plain, again))
+
+
+def test_autocast():
+    layer = make_layer()
+    x = torch.randn(8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.double(), expected(layer, x), rtol=3e-2, atol=3e-2)
+    y.float().square().sum().backward()
+    assert layer.lora_a.grad.dtype is torch.float32 and layer.lora_a.grad.any()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+def step(model: nn.Module, layer: LoRALinear) -> torch.Tensor:
+    """One step of SGD; the new B."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    torch.manual_seed(4)
+    model(torch.randn(6, 12)).square().mean().backward()
+    optimizer.step()
+    b = layer.lora_b.detach()
+    return b.full_tensor() if hasattr(b, "full_tensor") else b
+
+
+def test_a_step_under_ddp(process_group):
+    layer, other = make_layer(), make_layer()
+    ddp = nn.parallel.DistributedDataParallel(other)
+    before = layer.lora_b.detach().clone()
+    plain = step(layer, layer)
+    assert not torch.equal(plain, before)
+    torch.testing.assert_close(step(ddp, other), plain)
+
+
+def test_a_step_under_fsdp2(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer, other = make_layer(), make_layer()
+    fully_shard(other, mesh=init_device_mesh("cpu", (1,)))
+    torch.testing.assert_close(step(other, other), step(layer, layer))
+    with pytest.raises(RuntimeError, match="sharded"):
+        other.merge()
+    assert not other.merged
