@@ -98,8 +98,8 @@ _forced = _checked_backend(os.environ.get("PEFT_KERNELS_BACKEND", "auto"))
 def backend(name: str) -> Iterator[None]:
     """Forces a backend inside a ``with`` block, for the whole process.
 
-    ``"auto"`` dispatches by device, ``"reference"`` is pure PyTorch on any device, ``"triton"`` runs
-    the Triton kernels on any device (on a CPU only under ``TRITON_INTERPRET=1``). A backward pass
+    ``"auto"`` dispatches by device, ``"reference"`` is pure PyTorch on any device, ``"triton"``
+    runs the Triton kernels on any device (on a CPU only under ``TRITON_INTERPRET=1``). A backward
     uses the backend of its forward. ``PEFT_KERNELS_BACKEND`` sets the same for a whole process.
 
     Raises:

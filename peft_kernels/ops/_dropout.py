@@ -2,7 +2,7 @@
 
 Element (i, j) of an [m, k] input is dropped when word ``j % 4`` of
 ``philox(key=seed, counter=(j // 4, i, 0, 0))`` is below ``p * 2**32``. The backward draws the same
-words again from the seed. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+words again from the seed. Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LOW = 0xFFFFFFFF
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of ``a * b``; b is int64 below 2**32 and the wrapped product keeps its bits."""
+    """High and low 32 bits of ``a * b``, for b below 2**32: an int64 that wraps keeps its bits."""
     product = a * b
     return (product >> 32) & _LOW, product & _LOW
 

@@ -199,7 +199,7 @@ def lora_linear(
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
-    """What ``F.linear`` does under autocast: base tensors in autocast's dtype. A and B stay wide."""
+    """As ``F.linear`` does under autocast: base tensors in autocast's dtype; A and B stay wide."""
     device = x.device.type
     if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
         return x, weight, bias

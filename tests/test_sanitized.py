@@ -1,0 +1,40 @@
+"""The native kernels under the address and undefined-behaviour sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "sanitized"
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+def runtime(name):
+    return run("g++", f"-print-file-name={name}").strip()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_native_kernels_under_sanitizers():
+    options = ("-DPEFT_KERNELS_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++")
+    interpreter = f"-DPython_EXECUTABLE={sys.executable}"
+    run("cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", interpreter, *options)
+    run("cmake", "--build", str(BUILD))
+    tests = ("tests/test_lora_linear.py", "-k", "test_native_on_any_shape or test_rank_512")
+    output = run(
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests),
+        LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
+        PEFT_KERNELS_NATIVE=str(BUILD / "_native.so"),
+    )
+    assert "2 passed" in output
