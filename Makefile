@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/peft-kernels bench
+	$(BIN)/peft-kernels bench --all --markdown out/bench/bench.md
 
 $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -41,7 +41,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", str(ROOT), *configure], cwd=build, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / "_native.so", output)
+        # Renamed into place: a running process keeps the library it has mapped.
+        scratch = output.with_name(output.name + ".new")
+        shutil.copyfile(build / "_native.so", scratch)
+        scratch.replace(output)
 
 
 reason = missing()

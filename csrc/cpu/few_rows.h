@@ -23,6 +23,7 @@ struct Sweep {
   const Matrix* bias;      // [1, c], or null
   const Dropout* dropout;  // on Z H; null for none
   Matrix out;              // [m, c]
+  bool has_base;           // out holds X G already: only the rest is added to it
 };
 
 constexpr int64_t FEW_ROWS_DOT = 8;

@@ -9,8 +9,9 @@ struct LoRALinearForward {
   const Matrix* bias;                // [1, n], or null
   const Dropout* dropout;            // null for none
   float scale;
-  Matrix y;   // [m, n]
-  float* s;   // [m, r]: dropout(x) A^T
+  Matrix y;                          // [m, n]
+  bool has_base;                     // y holds x W^T already
+  float* s;                          // [m, r]: dropout(x) A^T
 };
 
 struct LoRALinearBackward {
@@ -19,6 +20,7 @@ struct LoRALinearBackward {
   const Dropout* dropout;
   float scale;
   const Matrix *dx, *da, *db;  // null where no gradient is wanted
+  bool has_base;               // dx holds dy W already
 };
 
 struct LoRALinearKernels {
@@ -29,5 +31,6 @@ struct LoRALinearKernels {
 
 extern const LoRALinearKernels lora_linear_baseline;
 extern const LoRALinearKernels lora_linear_avx2;
+extern const LoRALinearKernels lora_linear_avx512;
 
 }  // namespace peft_kernels

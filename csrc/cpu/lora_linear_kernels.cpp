@@ -20,7 +20,8 @@ void lora_linear_fwd(const LoRALinearForward& f, const Parallel& parallel) {
          .h = f.lora_b.transposed(),
          .r = r,
          .bias = f.bias,
-         .out = f.y},
+         .out = f.y,
+         .has_base = f.has_base},
         parallel);
 }
 
@@ -52,7 +53,8 @@ void lora_linear_bwd(const LoRALinearBackward& b, const Parallel& parallel) {
            .h = b.lora_a,
            .r = r,
            .dropout = b.dropout,
-           .out = *b.dx},
+           .out = *b.dx,
+           .has_base = b.has_base},
           parallel);
 }
 

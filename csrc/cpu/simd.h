@@ -14,14 +14,19 @@
 
 namespace peft_kernels::PK_ISA {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int V = 16;
+#elif defined(__AVX2__)
 constexpr int V = 8;
 #else
 constexpr int V = 4;
 #endif
+constexpr int B = V < 8 ? V : 8;  // transposes go by B x B blocks
 
 typedef float Vec __attribute__((vector_size(V * 4)));
 typedef float LooseVec __attribute__((vector_size(V * 4), aligned(4)));
+typedef float Block __attribute__((vector_size(B * 4)));
+typedef float LooseBlock __attribute__((vector_size(B * 4), aligned(4)));
 typedef uint32_t WordVec __attribute__((vector_size(V * 4)));
 
 PK_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
@@ -55,26 +60,41 @@ PK_INLINE void narrow(float f, BFloat16* out) {  // to nearest even; a NaN stays
 }
 
 PK_INLINE Vec load(const Float* p) { return load(&p->value); }
+PK_INLINE Block load_block(const float* p) { return *reinterpret_cast<const LooseBlock*>(p); }
+PK_INLINE Block load_block(const Float* p) { return load_block(&p->value); }
 
 #if defined(__AVX2__)
 PK_INLINE float widen(Half x) { return _cvtsh_ss(x.bits); }
 PK_INLINE void narrow(float f, Half* out) { out->bits = _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
-PK_INLINE Vec load(const Half* p) {
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+PK_INLINE Block load_block(const Half* p) {
+  return (Block)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-PK_INLINE Vec load(const BFloat16* p) {
+PK_INLINE Block load_block(const BFloat16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+  return (Block)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 }
 #else
 PK_INLINE float widen(Half x) { return c10::detail::fp16_ieee_to_fp32_value(x.bits); }
 PK_INLINE void narrow(float f, Half* out) { out->bits = c10::detail::fp16_ieee_from_fp32_value(f); }
 template <class T>
-PK_INLINE Vec load(const T* p) {
-  Vec v;
-  for (int i = 0; i < V; i++) v[i] = widen(p[i]);
+PK_INLINE Block load_block(const T* p) {
+  Block v;
+  for (int i = 0; i < B; i++) v[i] = widen(p[i]);
   return v;
 }
+#endif
+
+#if defined(__AVX512F__)
+PK_INLINE Vec load(const Half* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+PK_INLINE Vec load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+#else
+PK_INLINE Vec load(const Half* p) { return load_block(p); }
+PK_INLINE Vec load(const BFloat16* p) { return load_block(p); }
 #endif
 
 PK_INLINE float sum(Vec v) {
@@ -108,7 +128,7 @@ PK_INLINE void narrow_row(const float* from, T* to, int64_t count) {
 #if defined(__AVX2__)
 PK_INLINE void narrow_row(const float* from, Half* to, int64_t count) {
   int64_t i = 0;
-  for (; i + V <= count; i += V) {
+  for (; i + 8 <= count; i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
   }

@@ -16,29 +16,24 @@ constexpr int64_t PACKED_X = 256 * 1024;
 constexpr int64_t COLUMN_PANELS = 4;  // packing 4 panels at once reads 256 bytes of each row of G
 constexpr int64_t WIDENED_ROWS = 256;
 
-// to[j * row + i] = tile[i][j] for R x lanes elements, through 8-wide transposes where they exist.
-template <int R>
-PK_INLINE void store_transposed(Float* to, int64_t row, int64_t lanes,
-                                const Vec (&tile)[ROWS][VECS]) {
-  for (int v = 0; v < VECS && v * V < lanes; v++) {
-    Vec columns[V]{};
-    for (int i = 0; i < std::min(R, V); i++) columns[i] = tile[i][v];
-    transpose(columns);
-    const int64_t end = std::min<int64_t>(V, lanes - v * V);
-    for (int64_t j = 0; j < end; j++) std::memcpy(to + (v * V + j) * row, &columns[j], R * 4);
-  }
-}
-
-// out(row + j, col + i) = tile[i][j] for R x lanes elements.
+// out(row + j, col + i) = tile[i][j] for R x lanes elements; floats go through B x B transposes.
 template <int R>
 PK_INLINE void store_transposed(const Matrix& out, int64_t row, int64_t col, int64_t lanes,
                                 const Vec (&tile)[ROWS][VECS]) {
-  if (out.dtype == DType::f32 && out.col_stride == 1 && R <= V)
-    return store_transposed<R>(static_cast<Float*>(static_cast<void*>(out.at(row, col))),
-                               out.row_stride, lanes, tile);
-  alignas(64) float values[R][LANES];
+  alignas(64) float values[(R + B - 1) / B * B][LANES];
   for (int i = 0; i < R; i++)
     for (int v = 0; v < VECS; v++) store(&values[i][v * V], tile[i][v]);
+  if (out.dtype == DType::f32 && out.col_stride == 1) {
+    for (int j = 0; j < lanes; j += B)
+      for (int i = 0; i < R; i += B) {
+        Block columns[B];
+        for (int b = 0; b < B; b++) columns[b] = load_block(&values[i + b][j]);
+        transpose(columns);
+        for (int b = 0; b < std::min<int64_t>(B, lanes - j); b++)
+          std::memcpy(out.at(row + j + b, col + i), &columns[b], std::min(B, R - i) * 4);
+      }
+    return;
+  }
   with_type(out.dtype, out.at(row, col), [&](auto* to) {
     for (int64_t j = 0; j < lanes; j++)
       for (int i = 0; i < R; i++) narrow(values[i][j], to + j * out.row_stride + i * out.col_stride);
@@ -113,10 +108,17 @@ inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
   }
 }
 
+// values[j] += out(row, col + j).
+inline void add_row(const Matrix& out, int64_t row, int64_t col, float* values, int64_t count) {
+  with_type(out.dtype, out.at(row, col), [&](auto* from) {
+    for (int64_t j = 0; j < count; j++) values[j] += widen(from[j * out.col_stride]);
+  });
+}
+
 // One strip of columns of the form below, for rows [row, row + x.rows) of out.
 inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int64_t col,
                                float* buffer) {
-  const int64_t d = x.cols, cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
+  const int64_t d = s.has_base ? 0 : x.cols, cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
   const int64_t panels = round_up(cols, LANES) / LANES;
   float* g_panels = buffer;
   float* h_panels = g_panels + COLUMN_PANELS * LANES * d;
@@ -128,7 +130,7 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
       if (s.dropout)
         for (int a = 0; a < R; a++) dropout_factors(*s.dropout, row + i + a, col, cols, factors[a]);
       const Rows z{s.z + (row + i) * s.r, s.r, 1};
-      const Rows rows = float_rows(x, i, R, 0, d, nullptr);
+      const Rows rows = d ? float_rows(x, i, R, 0, d, nullptr) : z;
       for (int64_t p = 0; p < panels; p++) {
         const int64_t j = p * LANES, lanes = std::min<int64_t>(LANES, cols - j);
         Vec tile[ROWS][VECS]{};
@@ -140,6 +142,7 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
         for (int a = 0; a < R; a++) {
           for (int v = 0; v < VECS; v++) store(values + v * V, tile[a][v]);
           add_bias(s, col + j, lanes, values);
+          if (s.has_base) add_row(s.out, row + i + a, col + j, values, lanes);
           store_row(s.out, row + i + a, col + j, values, lanes);
         }
       }
@@ -150,7 +153,7 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
 // of rows widened to float.
 inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, width = COLUMN_PANELS * LANES;
-  const bool in_place = s.x.dtype == DType::f32;
+  const bool in_place = s.x.dtype == DType::f32 || s.has_base;
   const int64_t block = in_place ? m : std::min(m, WIDENED_ROWS);
   const Scratch widened(in_place ? 0 : block * d);
   const int64_t strips = round_up(s.out.cols, width) / width;
@@ -182,6 +185,7 @@ inline void sweep(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows;
   if (m == 0 || s.out.cols == 0) return;
   const bool rows_contiguous = s.g.row_stride == 1 && s.g.col_stride != 1;
+  if (s.has_base) return sweep_columns_as_lanes(s, parallel);
   if (rows_contiguous && !s.dropout) {
     const bool dot = m <= FEW_ROWS_DOT && s.h.row_stride == 1;
     return dot ? sweep_few_dot(s, parallel) : sweep_rows_as_lanes(s, parallel);

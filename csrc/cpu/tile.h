@@ -9,9 +9,12 @@
 
 namespace peft_kernels::PK_ISA {
 
-// 6 x 2 accumulators, 2 vectors of b and 1 broadcast fill 15 of AVX2's 16 registers. AVX-512 with
-// 14 x 2 was 15-30% slower than this on Zen 4, whose 512-bit units are two of 256.
+// The accumulators, VECS vectors of b and a broadcast fill the registers: 16 on AVX2, 32 on AVX-512.
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;
+#else
 constexpr int ROWS = 6;
+#endif
 constexpr int VECS = 2;
 constexpr int LANES = VECS * V;
 constexpr int PREFETCH_ROWS = 16;
@@ -48,7 +51,7 @@ PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
   for (int64_t p = 0; p < depth; p++) {
     Vec lanes[VECS];
     for (int v = 0; v < VECS; v++) lanes[v] = load(b + p * b_step + v * V);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
       const Vec factor = splat(a.data[i * a.row + p * step]);
       for (int v = 0; v < VECS; v++) tile[i][v] += factor * lanes[v];
@@ -66,20 +69,15 @@ PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
 }
 
 // Calls f with rows as a compile-time constant, 1 to ROWS.
-template <class F>
+template <int R = ROWS, class F>
 PK_INLINE void with_rows(int64_t rows, F f) {
-  switch (rows) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    default: return f(std::integral_constant<int, ROWS>{});
-  }
+  if constexpr (R > 1)
+    if (rows < R) return with_rows<R - 1>(rows, f);
+  f(std::integral_constant<int, R>{});
 }
 
 #if defined(__AVX2__)
-PK_INLINE void transpose(Vec (&v)[8]) {
+PK_INLINE void transpose(Block (&v)[B]) {
   __m256 a[8], b[8];
   for (int i = 0; i < 4; i++) {
     a[2 * i] = _mm256_unpacklo_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
@@ -91,13 +89,13 @@ PK_INLINE void transpose(Vec (&v)[8]) {
       b[4 * i + 2 * j + 1] = _mm256_shuffle_ps(a[4 * i + j], a[4 * i + 2 + j], 0xEE);
     }
   for (int j = 0; j < 4; j++) {
-    v[j] = (Vec)_mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
-    v[4 + j] = (Vec)_mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+    v[j] = (Block)_mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    v[4 + j] = (Block)_mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
   }
 }
 #else
-PK_INLINE void transpose(Vec (&v)[V]) {
-  for (int i = 0; i < V; i++)
+PK_INLINE void transpose(Block (&v)[B]) {
+  for (int i = 0; i < B; i++)
     for (int j = 0; j < i; j++) std::swap(v[i][j], v[j][i]);
 }
 #endif
@@ -107,13 +105,13 @@ template <class T>
 PK_INLINE void pack_transposed(const T* from, int64_t col_stride, int64_t depth, int64_t count,
                                float* panel) {
   int64_t p = 0;
-  for (; p + V <= depth; p += V)
-    for (int64_t j = 0; j < count; j += V) {
-      Vec block[V]{};
-      const int64_t filled = std::min<int64_t>(V, count - j);
-      for (int64_t i = 0; i < filled; i++) block[i] = load(from + (j + i) * col_stride + p);
+  for (; p + B <= depth; p += B)
+    for (int64_t j = 0; j < count; j += B) {
+      Block block[B]{};
+      const int64_t filled = std::min<int64_t>(B, count - j);
+      for (int64_t i = 0; i < filled; i++) block[i] = load_block(from + (j + i) * col_stride + p);
       transpose(block);
-      for (int i = 0; i < V; i++) store(panel + (p + i) * LANES + j, block[i]);
+      for (int i = 0; i < B; i++) std::memcpy(panel + (p + i) * LANES + j, &block[i], B * 4);
     }
   for (; p < depth; p++)
     for (int64_t j = 0; j < count; j++) panel[p * LANES + j] = widen(from[p + j * col_stride]);

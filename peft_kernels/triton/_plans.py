@@ -28,6 +28,8 @@ PLANS = ("i", "ii", "library")
 IN_LOOP_MAX_RANK = 64
 # Ranks are handled in blocks of at most this many; a higher rank loops over blocks.
 MAX_BLOCK_R = 64
+# Beside a full tile of y or dx, P and Q of this many ranks are what the registers hold.
+MAX_TILE_BLOCK_R = 32
 MIN_BLOCK_R = 16  # the least depth of a tensor-core product
 
 
@@ -72,7 +74,7 @@ ARCHS: dict[str, Arch] = {
             "tile_masked": Tile(128, 128, 32, 8, 3),
             "in_loop_few": Tile(16, 64, 64, 4, 3),
             "in_loop_many": Tile(128, 128, 32, 8, 3),
-            "shrink": Tile(64, 0, 32, 4, 3),
+            "shrink": Tile(128, 0, 32, 8, 3),
             "from_dy": Tile(32, 128, 0, 8, 2),
             "grad_a": Tile(32, 0, 128, 8, 2),
             "add_low_rank": Tile(64, 128, 0, 4, 1),
@@ -89,7 +91,7 @@ ARCHS: dict[str, Arch] = {
             "in_loop_few": Tile(64, 32, 64, 4, 4),
             "in_loop_many": Tile(128, 128, 64, 8, 3),
             "shrink": Tile(64, 0, 64, 4, 4),
-            "from_dy": Tile(64, 128, 0, 8, 3),
+            "from_dy": Tile(64, 64, 0, 8, 3),
             "grad_a": Tile(64, 0, 128, 8, 3),
             "add_low_rank": Tile(64, 128, 0, 4, 1),
         },
@@ -104,8 +106,8 @@ ARCHS: dict[str, Arch] = {
             "tile_masked": Tile(128, 128, 64, 8, 3),
             "in_loop_few": Tile(64, 32, 64, 4, 4),
             "in_loop_many": Tile(128, 128, 64, 8, 3),
-            "shrink": Tile(128, 0, 64, 4, 3),
-            "from_dy": Tile(64, 128, 0, 8, 2),
+            "shrink": Tile(128, 0, 64, 8, 3),
+            "from_dy": Tile(64, 64, 0, 8, 2),
             "grad_a": Tile(64, 0, 128, 8, 3),
             "add_low_rank": Tile(128, 128, 0, 8, 1),
         },
@@ -203,6 +205,11 @@ class Problem:
     r: int
     dropout: bool
 
+    def terms(self) -> int:
+        """Numbers of x's dtype that together hold A, B, S or dS to the adapters' precision."""
+        exact = self.dtype is torch.bfloat16 and self.adapter_dtype is torch.float32
+        return 3 if exact else 2
+
     def bucket(self) -> str:
         """The tune cache's key: every size rounded up to a power of two."""
         sizes = " ".join(
@@ -225,9 +232,9 @@ def default_plan(name: str, problem: Problem) -> str:
     one by one. Otherwise "i" or, in the forward, "ii" where it is cheaper:
 
     "i" reads x once more: m k b bytes. "ii" multiplies x and A once in each of the T column tiles
-    instead: T 2 m k R FLOP, R the rank's block, times 3 for a float32 A beside 16-bit x. So "ii"
-    wins while T R 2 / b < balance. With few rows the base waits for the weight and those FLOP are
-    free, so "ii" also saves a launch. Under dropout the mask would be drawn T times (some 20
+    instead: T 2 m k R FLOP, R the rank's block, times the terms of a float32 A beside 16-bit x. So
+    "ii" wins while T R 2 / b < balance. With few rows the base waits for the weight and those FLOP
+    are free, so "ii" also saves a launch. Under dropout the mask would be drawn T times (some 20
     integer instructions an element), so T must be 1 there.
     """
     known = ARCHS.get(name)
@@ -240,7 +247,7 @@ def default_plan(name: str, problem: Problem) -> str:
         return "ii" if columns == 1 else "i"
     if problem.m <= FEW_ROWS:
         return "ii"
-    terms = 1 if problem.adapter_dtype is problem.dtype else 3
+    terms = 1 if problem.adapter_dtype is problem.dtype else problem.terms()
     flops_per_byte = columns * 2 * rank_block(problem.r) * terms / problem.dtype.itemsize
     return "ii" if flops_per_byte < known.balance else "i"
 
@@ -340,17 +347,6 @@ def forget_cache() -> None:
 # ---- precision -------------------------------------------------------------------------------
 
 
-def dot_precision(dtype: torch.dtype, *, hip: bool, allow_tf32: bool) -> str:
-    """``input_precision`` of the products of float32 operands, for x in ``dtype``.
-
-    float32 x: IEEE, or TF32 if torch allows it, as in ``F.linear``. 16-bit x: only float32 adapters
-    and S are multiplied so; TF32 in three passes keeps their precision on NVIDIA's tensor cores,
-    AMD's multiply float32 itself.
-    """
-    if dtype is torch.float32:
-        return "tf32" if allow_tf32 else "ieee"
-    return "ieee" if hip else "tf32x3"
-
-
-def allows_tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def float32_precision() -> str:
+    """``input_precision`` of the products of float32 x: TF32 if torch allows it, as `F.linear`."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

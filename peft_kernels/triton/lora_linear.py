@@ -6,6 +6,7 @@ The maths and the schemas are in ``peft_kernels/ops/lora_linear.py``, the kernel
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -112,9 +113,7 @@ class _Call:
         self.inv_keep = 1.0 / (1.0 - dropout_p)
         self.threshold = threshold(dropout_p)
         self.seed, self.seed_on_device = _argument(seed, 0)
-        self.precision = _plans.dot_precision(
-            x.dtype, hip=torch.version.hip is not None, allow_tf32=_plans.allows_tf32()
-        )
+        self.precision = _plans.float32_precision()
 
     def tile(self, kernel: str) -> _plans.Tile:
         return _plans.tile(self.arch_name, kernel, self.problem.dtype, self.m)
@@ -125,9 +124,17 @@ class _Call:
         chunk = block * triton.cdiv(triton.cdiv(length, block), min(max(wanted, 1), MAX_SPLITS))
         return chunk, triton.cdiv(length, chunk) if length else 0
 
-    def terms(self) -> int:
-        """bfloat16 terms that hold S or dS to the precision of the gradients' dtype."""
-        return 3 if self.problem.adapter_dtype is torch.float32 else 2
+    def column_groups(self, block: int) -> tuple[int, int]:
+        """Splits the columns of dy in groups: (blocks in a group, groups).
+
+        G groups and C chunks of rows fill the GPU when G C is about twice the cores; their partial
+        sums, (G m + C n) r numbers, are fewest at G / C = n / m.
+        """
+        blocks = triton.cdiv(self.n, block)
+        wanted = 2 * _plans.arch(self.arch_name).cores / self.rank_blocks
+        groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
+        group = triton.cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
+        return group, triton.cdiv(blocks, group) if blocks else 0
 
 
 def _argument(value: Tensor | float | None, default: float) -> tuple[Any, bool]:
@@ -163,7 +170,8 @@ def _shrink(call: _Call, x: Tensor, lora_a: Tensor) -> Tensor:
         (programs, splits),
         x, lora_a, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(), *lora_a.stride(),
-        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision,
+        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
+        PRECISION=call.precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
     )  # fmt: skip
     if splits == 1:
@@ -192,7 +200,8 @@ def _in_loop(
         call.m, call.n, call.k, call.r,
         *x.stride(), weight.stride(1), weight.stride(0), *lora_a.stride(), *lora_b.stride(),
         HAS_BIAS=bias is not None, DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
+        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), PRECISION=call.precision,
+        GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
     )  # fmt: skip
     return y, s
@@ -221,7 +230,8 @@ def _tile(
         *a.stride(), *w.stride(), *q.stride(),
         HAS_BIAS=bias is not None, DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        BLOCK_R=min(call.block_r, _plans.MAX_TILE_BLOCK_R), **_options(tile),
     )  # fmt: skip
     return out
 
@@ -239,7 +249,8 @@ def _add_low_rank(
         p, q, out, value, call.seed, call.threshold, m, n, call.r, *q.stride(),
         DROPOUT=masked and call.dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **_options(tile),
+        BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_R=min(call.block_r, _plans.MAX_TILE_BLOCK_R), **_options(tile),
     )  # fmt: skip
     return out
 
@@ -256,19 +267,20 @@ def _from_dy(
 ) -> tuple[Tensor, Tensor]:
     """dS = scale dy B and dB = scale dy^T S; what isn't needed is left as it is."""
     tile = call.tile("from_dy")
-    column_blocks = triton.cdiv(call.n, tile.n)
-    chunk, splits = call.chunks(call.m, tile.m, column_blocks * call.rank_blocks)
+    group, groups = call.column_groups(tile.n)
+    chunk, splits = call.chunks(call.m, tile.m, groups * call.rank_blocks)
     ds = s.new_empty(call.m if needs_ds else 0, call.r)
-    ds_parts = s.new_empty(column_blocks, *ds.shape)
+    ds_parts = s.new_empty(groups, *ds.shape)
     db = lora_b.new_empty(call.n if needs_db else 0, call.r) if needs_db else db
     db_parts = s.new_empty(splits, *db.shape)
     if needs_ds or needs_db:
         _launch(
             kernels.from_dy_kernel,
-            (column_blocks * call.rank_blocks, splits),
-            dy, lora_b, s, ds_parts, db_parts, call.m, call.n, call.r, chunk,
+            (groups * call.rank_blocks, splits),
+            dy, lora_b, s, ds_parts, db_parts, call.m, call.n, call.r, group, chunk,
             *dy.stride(), *lora_b.stride(),
-            NEEDS_DS=needs_ds, NEEDS_DB=needs_db, TERMS=call.terms(), PRECISION=call.precision,
+            NEEDS_DS=needs_ds, NEEDS_DB=needs_db, TERMS=call.problem.terms(),
+            PRECISION=call.precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **_options(tile),
         )  # fmt: skip
     return _sum_partials(ds_parts, ds, scale), _sum_partials(db_parts, db, scale)
@@ -285,7 +297,7 @@ def _grad_a(call: _Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
         (programs, splits),
         x, ds, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(),
-        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.terms(),
+        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
         PRECISION=call.precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
     )  # fmt: skip

@@ -1,0 +1,133 @@
+"""The ``peft-kernels`` command: ``doctor``, ``bench``, ``report`` and ``tune``.
+
+Each command's module is imported when it is asked for, so that no command needs what another needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from peft_kernels._library import HAS_TRITON
+from peft_kernels.tools import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0; 1 where ``report`` finds a kernel outside its budget; 2 after a mistake of
+        the caller's, which is told in one line.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args, Console())
+    except UserError as error:
+        print(f"peft-kernels {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    from peft_kernels.tools.doctor import doctor
+
+    doctor(console)
+    return 0
+
+
+def _bench(args: argparse.Namespace, console: Console) -> int:
+    from peft_kernels.tools.bench import Request, bench
+
+    if args.all and (args.shapes or args.dtype or args.backward):
+        raise UserError("--all measures every case; it takes no --shapes, --dtype or --backward")
+    bench(
+        console,
+        Request(
+            op=args.op,
+            shapes=args.shapes,
+            dtype=args.dtype or torch.float32,
+            backward=args.backward,
+            everything=args.all,
+            compiled=args.compile,
+            device=args.device,
+            rounds=args.rounds,
+            seconds=args.seconds,
+            out=args.out,
+            markdown=args.markdown,
+        ),
+    )
+    return 0
+
+
+def _report(args: argparse.Namespace, console: Console) -> int:
+    if not HAS_TRITON:
+        raise UserError("report compiles Triton kernels, and triton is not installed")
+    from peft_kernels.tools.report import report
+
+    return 0 if report(console) else 1
+
+
+def _tune(args: argparse.Namespace, console: Console) -> int:
+    if not HAS_TRITON:
+        raise UserError("tune measures Triton kernels on a GPU, and triton is not installed")
+    from peft_kernels.tools.tune import tune
+
+    tune(console=console)
+    return 0
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-kernels", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("doctor", _doctor, "what is installed here; which backend serves each op, and why"),
+        ("bench", _bench, "time an op beside its rivals, as ratios to the bare frozen layer"),
+        ("report", _report, "compile every GPU kernel; registers, spills, instructions, traffic"),
+        ("tune", _tune, "measure an op's plans on this GPU and cache the fastest"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        if name == "bench":
+            _add_bench_arguments(command)
+    return parser
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("op", nargs="?", default="lora_linear", help="default: %(default)s")
+    add("--shapes", nargs="+", type=_shape, metavar="MxNxK", help="default: the op's own")
+    add("--dtype", type=_dtype, help="of x and the base weight; default: float32")
+    add("--backward", action="store_true", help="time forward and backward")
+    add("--all", action="store_true", help="every shape, dtype and direction that has a target")
+    add("--compile", action="store_true", help="torch.compile of the composition, too (slow)")
+    add("--device", default="cpu", help="default: %(default)s")
+    add("--rounds", type=int, default=15, help="rounds at least; default: %(default)s")
+    add("--seconds", type=float, default=1.0, help="an implementation at least; default: 1")
+    add("--out", type=Path, default=Path("out/bench"), help="folder; default: %(default)s")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables as markdown as well")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = text.lower().replace("×", "x").split("x")  # noqa: RUF001  the sign is what is meant
+    if len(sizes) != 3 or not all(s.isdigit() and int(s) > 0 for s in sizes):
+        raise argparse.ArgumentTypeError(f"a shape is MxNxK, such as 512x2048x2048; got {text!r}")
+    m, n, k = map(int, sizes)
+    return m, n, k
+
+
+def _dtype(text: str) -> torch.dtype:
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text not in found:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(found)}; got {text!r}")
+    return found[text]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""``peft-kernels bench``: an op beside its rivals, as ratios to the bare frozen layer.
+
+What is measured, and against what, stands in ``suites/<op>.py``; how, in ``measure.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from peft_kernels._library import backend_of
+from peft_kernels.tools import UserError
+from peft_kernels.tools.measure import Budget, Timing, interleaved
+
+LEGEND = (
+    "A ratio is the median over rounds of this time / the bare float32 layer's in the same round. "
+    "What is saved for the backward is counted beyond x and the parameters."
+)
+MISSED = "missed"
+
+Cells = tuple[str, list[str], list[list[str]]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; the fields are its arguments."""
+
+    op: str = "lora_linear"
+    shapes: list[tuple[int, int, int]] | None = None
+    dtype: torch.dtype = torch.float32
+    backward: bool = False
+    everything: bool = False
+    compiled: bool = False
+    device: str = "cpu"
+    rounds: int = 15
+    seconds: float = 1.0
+    out: Path = Path("out/bench")
+    markdown: Path | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case, measured: for each implementation its timing and what it saves for the backward."""
+
+    case: Any
+    timings: dict[str, Timing]
+    saved: dict[str, int]
+
+    def verdict(self, fused: str) -> str:
+        """The target and whether ``fused`` reaches it, or nothing where no target is set."""
+        if self.case.target is None:
+            return ""
+        reached = self.timings[fused].ratio <= self.case.target
+        return f"≤ {self.case.target:.2f} {'reached' if reached else MISSED}"
+
+
+def bench(console: Console, request: Request) -> list[Row]:
+    """Measures, prints a table a group of cases, and writes ``bench.json`` and ``bench.png``.
+
+    Raises:
+        UserError: no such op, or no such device.
+    """
+    suite = find_suite(request.op)
+    _check_device(request.device)
+    if request.rounds < 1:
+        raise UserError(f"--rounds must be at least 1; got {request.rounds}")
+    cases = select_cases(suite, request)
+    _print_conditions(console, request, cases)
+    rows = [
+        measure(suite, case, request)
+        for case in track(cases, description="measuring", console=console, transient=True)
+    ]
+    for title, header, body in tables(suite, rows):
+        console.print(to_rich(title, header, body))
+    console.print(LEGEND, style="dim")
+    write(console, suite, request, rows)
+    return rows
+
+
+def find_suite(op: str) -> ModuleType:
+    """The module ``peft_kernels.tools.suites.<op>``."""
+    name = f"peft_kernels.tools.suites.{op}"
+    if not op.isidentifier() or importlib.util.find_spec(name) is None:
+        folder = Path(__file__).with_name("suites")
+        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+        raise UserError(f"there is no op {op!r} to measure; there is {', '.join(known)}")
+    return importlib.import_module(name)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} can't be used: {reason}") from error
+
+
+def select_cases(suite: ModuleType, request: Request) -> list[Any]:
+    """The cases that a request names; all of the suite's with ``everything``."""
+    if request.everything:
+        return list(suite.CASES)
+    return suite.cases(request.shapes, request.dtype, request.backward)
+
+
+def measure(suite: ModuleType, case: Any, request: Request) -> Row:
+    """Times a case's implementations, interleaved, and weighs what each saves for its backward."""
+    options = {"device": request.device, "compiled": request.compiled}
+    plain = suite.implementations(case, **options)
+    dropping = suite.implementations(case, **options, dropout_p=suite.DROPOUT_P)
+    calls = {name: one.call(case.backward) for name, one in plain.items()}
+    timings = interleaved(calls, suite.BARE, Budget(request.rounds, request.seconds))
+    return Row(case, timings, {name: one.saved_bytes() for name, one in dropping.items()})
+
+
+# ---- output ----------------------------------------------------------------------------------
+
+
+def _print_conditions(console: Console, request: Request, cases: list[Any]) -> None:
+    for dtype in dict.fromkeys(case.dtype for case in cases):
+        backend = backend_of(request.op, request.device, dtype)
+        name = str(dtype).removeprefix("torch.")
+        console.print(f"{request.op} of {name} on {request.device} runs on the backend '{backend}'")
+    console.print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+
+
+def grouped(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows of one dtype and direction together, in the order in which these first appear."""
+    for group in dict.fromkeys(row.case.group for row in rows):
+        yield [row for row in rows if row.case.group == group]
+
+
+def tables(suite: ModuleType, rows: list[Row]) -> Iterator[Cells]:
+    """Title, header and body of each table, for the terminal and for markdown alike."""
+    for group in grouped(rows):
+        yield _time_table(suite, group)
+    yield _memory_table(suite, rows)
+
+
+def _time_table(suite: ModuleType, rows: list[Row]) -> Cells:
+    rivals = [name for name in rows[0].timings if name != suite.BARE]
+    header = ["m x n x k", f"{suite.BARE}, ms", *rivals, "must reach"]
+    body = []
+    for row in rows:
+        milliseconds = f"{1e3 * row.timings[suite.BARE].median:.3g}"
+        ratios = [f"{row.timings[name].ratio:.2f}" for name in rivals]
+        body.append([row.case.shape, milliseconds, *ratios, row.verdict(suite.FUSED)])
+    return f"{rows[0].case.group}, ratio to the {suite.BARE}", header, body
+
+
+def _memory_table(suite: ModuleType, rows: list[Row]) -> Cells:
+    """Once a shape and dtype: the direction that was timed makes no difference."""
+    rivals = [name for name in rows[0].saved if name != suite.BARE]
+    distinct = {(row.case.shape, row.case.dtype): row for row in rows}
+    body = [
+        [shape, str(dtype).removeprefix("torch."), *(f"{row.saved[n] / 1e3:.1f}" for n in rivals)]
+        for (shape, dtype), row in distinct.items()
+    ]
+    title = f"saved for the backward, kB, dropout {suite.DROPOUT_P}"
+    return title, ["m x n x k", "dtype", *rivals], body
+
+
+def to_rich(title: str, header: list[str], body: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for values in body:
+        table.add_row(*values, style="red" if values[-1].endswith(MISSED) else None)
+    return table
+
+
+def to_markdown(suite: ModuleType, rows: list[Row]) -> str:
+    """Every table under its title."""
+    parts = []
+    for title, header, body in tables(suite, rows):
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"**{title}**\n\n{table}\n")
+    return "\n".join([*parts, LEGEND]) + "\n"
+
+
+def to_record(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows as JSON can hold them."""
+    return [
+        {
+            "shape": row.case.shape,
+            "group": row.case.group,
+            "target": row.case.target,
+            "timings": {name: dataclasses.asdict(t) for name, t in row.timings.items()},
+            "saved_bytes": row.saved,
+        }
+        for row in rows
+    ]
+
+
+def write(console: Console, suite: ModuleType, request: Request, rows: list[Row]) -> None:
+    request.out.mkdir(parents=True, exist_ok=True)
+    record = request.out / "bench.json"
+    record.write_text(json.dumps(to_record(rows), indent=2))
+    console.print(f"numbers: {record}")
+    if request.markdown:
+        request.markdown.write_text(to_markdown(suite, rows))
+        console.print(f"tables:  {request.markdown}")
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("chart:   none, for matplotlib is not installed")
+        return
+    from peft_kernels.tools.bench_chart import save_chart
+
+    chart = request.out / "bench.png"
+    save_chart(chart, suite, list(grouped(rows)))
+    console.print(f"chart:   {chart}")

@@ -1,0 +1,116 @@
+"""``peft-kernels doctor``: what is installed here, and which backend serves each op and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import peft_kernels
+from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, backend_of
+
+PACKAGES = ("torch", "triton", "peft", "transformers", "loralib")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def doctor(console: Console) -> None:
+    """Prints both tables."""
+    facts = Table(title="This machine", title_justify="left", show_header=False)
+    for name, value in machine():
+        facts.add_row(name, value)
+    console.print(facts, backend_table())
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Versions and hardware, as (name, value)."""
+    yield "peft_kernels", peft_kernels.__version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        yield package, _version(package)
+    yield "CPU", torch.backends.cpu.get_cpu_capability()
+    yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
+    yield "GPU", _gpu()
+    yield "native library", _native()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "none found" if built else "none: this torch is built for the CPU alone"
+    devices = range(torch.cuda.device_count())
+    return ", ".join(torch.cuda.get_device_name(i) for i in devices)
+
+
+def native_info() -> str | None:
+    """What the native library says of itself: its instruction set. None if it isn't loaded."""
+    if not hasattr(torch.ops.peft_kernels, "native_info"):
+        return None
+    return torch.ops.peft_kernels.native_info()
+
+
+def _native() -> str:
+    return native_info() or f"not loaded: {_why_no_native()}"
+
+
+def _why_no_native() -> str:
+    if not NATIVE_LIBRARY.exists():
+        return "it was not built (it needs CMake and a C++ compiler)"
+    if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
+        return "PEFT_KERNELS_NATIVE=0 is set"
+    return "it has no native_info; build it again"
+
+
+# ---- backends --------------------------------------------------------------------------------
+
+
+def backend_table() -> Table:
+    """A row for every op, device and dtype."""
+    table = Table(title="Which backend runs", title_justify="left")
+    for column in ("op", "device", "dtype", "backend", "why"):
+        table.add_column(column)
+    for op in peft_kernels.ops.__all__:
+        for device in ("cpu", "cuda"):
+            for dtype in DTYPES:
+                name = str(dtype).removeprefix("torch.")
+                backend = backend_of(op, device, dtype)
+                table.add_row(op, device, name, backend, _why(backend, device, dtype))
+        table.add_section()
+    return table
+
+
+def _why(backend: str, device: str, dtype: torch.dtype) -> str:
+    reason = _why_backend(backend, device, dtype)
+    return reason + (", once there is a GPU" if _is_absent(device) else "")
+
+
+def _is_absent(device: str) -> bool:
+    return device == "cuda" and not torch.cuda.is_available()
+
+
+def _why_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    forced = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
+    if dtype is torch.float64:
+        return "float64 is served by the reference"
+    if forced != "auto":
+        return f"PEFT_KERNELS_BACKEND={forced} is set"
+    if backend == "reference":
+        return _why_reference(device)
+    return "native library" if backend == "cpu" else "Triton kernels"
+
+
+def _why_reference(device: str) -> str:
+    if device == "cpu":
+        return f"the native library is not loaded: {_why_no_native()}"
+    return "no kernel is registered" if HAS_TRITON else "triton is not installed"

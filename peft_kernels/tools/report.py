@@ -1,0 +1,138 @@
+"""``peft-kernels report``: what compiler and memory get to see of the Triton kernels.
+
+Two tables, neither of which needs a GPU:
+
+compile   every kernel in every shipped configuration, compiled for every target: registers, spills,
+          shared memory against the chip's limit, tensor-core instructions
+traffic   bytes and full-size activation passes of every plan, counted from the kernels' own loads
+          and stores, against the floor and against the peers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from peft_kernels.tools._compile import CompiledRow
+    from peft_kernels.tools._traffic import TrafficRow
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "other (sm_80)")
+# Several tiles a side with the H100's tiles, and four different numbers.
+TRAFFIC_SIZES = (192, 320, 256, 16)
+# Full-size activation passes beyond the base GEMMs, forward and backward, of bfloat16 layers,
+# read from the peers' sources.
+PEERS = {"PEFT": (7.0, 9.0), "Unsloth": (3.0, 7.0), "LoRAFusion": (3.5, 2.5)}
+
+
+def compile_table(targets: tuple[str, ...] = TARGETS, workers: int = 2) -> list[CompiledRow]:
+    """Compiles every kernel x shipped configuration for ``targets``.
+
+    Runs in a process of its own: a process with ``TRITON_INTERPRET=1`` can't compile.
+    """
+    unknown = set(targets) - set(TARGETS)
+    if unknown:
+        raise ValueError(f"targets must be among {', '.join(TARGETS)}; got {', '.join(unknown)}")
+    rows = _run("_compile", [str(workers), *targets], interpret=False)
+    from peft_kernels.tools._compile import CompiledRow
+
+    return [CompiledRow(**row) for row in rows]
+
+
+def traffic_table(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
+    """Counts the traffic of every plan, forward and backward; four different sizes.
+
+    Runs in a process of its own, under the Triton interpreter.
+    """
+    rows = _run("_traffic", [str(size) for size in (m, n, k, r)], interpret=True)
+    from peft_kernels.tools._traffic import TrafficRow
+
+    return [TrafficRow(**{**row, "sizes": tuple(row["sizes"])}) for row in rows]
+
+
+def _run(module: str, arguments: list[str], *, interpret: bool) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", f"peft_kernels.tools.{module}", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+# ---- printing --------------------------------------------------------------------------------
+
+
+def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -> bool:
+    """Prints both tables; True if every kernel is within its budget."""
+    console = console or Console()
+    with console.status("counting loads and stores in the interpreter"):
+        traffic = traffic_table(*TRAFFIC_SIZES)
+    console.print(_traffic_view(traffic))
+    with console.status("compiling for " + ", ".join(targets)):
+        compiled = compile_table(targets)
+    console.print(_compile_view(compiled))
+    outside = [row for row in compiled if not row.within_budget()]
+    console.print(
+        f"{len(compiled)} kernels compiled, {len(outside)} outside the budget (no spills, shared"
+        " memory within the chip, 16-bit products on the tensor cores). Nothing was run on a GPU."
+    )
+    return not outside
+
+
+def _traffic_view(rows: list[TrafficRow]) -> Table:
+    m, n, k, r = rows[0].sizes
+    table = Table(
+        title=f"memory traffic at m={m} n={n} k={k} r={r}, bfloat16 with float32 adapters, dropout",
+        caption="extra passes: reads and writes of x, y, dy, dx beyond the base layer's own two",
+    )
+    for column in ("direction", "plan"):
+        table.add_column(column)
+    for column in ("launches", "extra passes", "bytes", "floor", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.direction,
+            row.plan,
+            str(row.launches),
+            f"{row.extra_passes:g}",
+            f"{row.bytes_moved:,}",
+            f"{row.bytes_floor:,}",
+            f"{row.bytes_moved / row.bytes_floor:.2f}",
+        )
+    table.add_section()
+    for index, direction in enumerate(("fwd", "bwd")):
+        for peer, passes in PEERS.items():
+            table.add_row(direction, peer, "", f"{passes[index]:g}", "", "", "")
+    return table
+
+
+def _compile_view(rows: list[CompiledRow]) -> Table:
+    table = Table(title="kernels compiled ahead of time")
+    for column in ("target", "kernel", "case", "tile"):
+        table.add_column(column)
+    for column in ("regs", "spills", "shared KB", "of"):
+        table.add_column(column, justify="right")
+    table.add_column("tensor-core instructions")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.target,
+            row.kernel,
+            row.case,
+            row.tile,
+            str(row.registers),
+            str(row.spills),
+            f"{row.shared / 1024:.1f}",
+            f"{row.shared_limit / 1024:.0f}",
+            ", ".join(f"{count} {name}" for name, count in row.tensor_core.items()) or "-",
+            "ok" if row.within_budget() else "OUTSIDE",
+        )
+    return table

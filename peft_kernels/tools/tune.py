@@ -1,0 +1,196 @@
+"""``peft-kernels tune``: measures `lora_linear`'s plans on the present GPU and caches the best.
+
+The plans are in ``peft_kernels/triton/_plans.py``. Every measured bucket of (direction, dtypes, m,
+n, k, r, dropout) goes into the tune cache, which later processes on this kind of GPU read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from peft_kernels.tools import UserError
+from peft_kernels.triton import _plans
+from peft_kernels.triton import lora_linear as launchers
+
+# (m, n, k, r): decoding, a short and a long batch, on the layer shapes of 1B to 70B models
+SHAPES = tuple(
+    (m, n, k, 16)
+    for m in (1, 16, 64, 512, 2048, 8192)
+    for n, k in ((2048, 2048), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+)
+DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
+ROUNDS = 3
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+class NoGPUError(UserError, RuntimeError):
+    """There is no GPU to measure on."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds of every plan that can serve a problem; ``best`` is the least."""
+
+    problem: _plans.Problem
+    milliseconds: dict[str, float]
+    best: str
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int, int]] = SHAPES,
+    dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = DTYPES,
+    *,
+    dropout_p: float = 0.0,
+    device: torch.device | str | None = None,
+    timer: Timer | None = None,
+    console: Console | None = None,
+) -> list[Measurement]:
+    """Measures every plan at every shape, forward and backward, and writes the tune cache.
+
+    Args:
+        shapes: (m, n, k, r) of the layers; each stands for its bucket (`Problem.bucket`).
+        dtypes: (dtype of x, dtype of the adapters).
+        dropout_p: dropout has a bucket of its own; give its p to measure that.
+        device: the GPU, by default the current one.
+        timer: milliseconds of a call; by default the median of ``triton.testing.do_bench``.
+        console: where the table is printed.
+
+    Raises:
+        NoGPUError: a RuntimeError; there is no GPU, and no ``timer`` was given.
+    """
+    if timer is None:
+        timer, device = _gpu_timer, device or _require_gpu()
+    device = torch.device(device or "cpu")
+    measurements = [
+        measurement
+        for dtype, adapter_dtype in dtypes
+        for shape in shapes
+        for measurement in _measure(shape, dtype, adapter_dtype, dropout_p, device, timer)
+    ]
+    measured = {m.problem.bucket(): m.best for m in measurements}
+    path = _plans.save_cache({_plans.device_key(device): measured})
+    console = console or Console()
+    console.print(_table(measurements, device))
+    console.print(f"{len(measured)} buckets written to {path}")
+    return measurements
+
+
+def _gpu_timer(call: Callable[[], object]) -> float:
+    return triton.testing.do_bench(call, return_mode="median")
+
+
+def _require_gpu() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    build = torch.version.cuda or torch.version.hip
+    why = "finds no device" if build else "is built without CUDA and ROCm"
+    raise NoGPUError(
+        f"tune measures on a GPU, and there is none: torch {torch.__version__} {why}. Without"
+        " measurements the plans are chosen by arithmetic."
+    )
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+def _measure(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float,
+    device: torch.device,
+    timer: Timer,
+) -> list[Measurement]:
+    """The forward's measurement and the backward's."""
+    m, n, k, r = shape
+    calls = _calls(shape, dtype, adapter_dtype, dropout_p, device)
+    found = []
+    for direction, call in calls.items():
+        problem = _plans.Problem(direction, dtype, adapter_dtype, m, n, k, r, dropout_p > 0)
+        times = _time_plans(_candidates(problem, device), call, timer)
+        found.append(Measurement(problem, times, min(times, key=times.__getitem__)))
+    return found
+
+
+def _candidates(problem: _plans.Problem, device: torch.device) -> list[str]:
+    """The plans that can serve the problem: a forced plan that can't is replaced by another."""
+    plans = []
+    for plan in _plans.PLANS:
+        with _plans.force(plan):
+            if _plans.choose(device, problem) == plan:
+                plans.append(plan)
+    return plans
+
+
+def _calls(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float,
+    device: torch.device,
+) -> dict[str, Callable[[], object]]:
+    op = importlib.import_module("peft_kernels.ops.lora_linear")
+    m, n, _, r = shape
+    inputs = op.example_inputs(*shape, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    a, b = inputs["lora_a"], inputs["lora_b"]
+    dy = torch.randn(m, n, device=device).to(dtype)
+    s = torch.randn(m, r, device=device)
+    scale = torch.tensor(1.0)
+    seed: Tensor | None = torch.tensor(0, device=device) if dropout_p else None
+
+    def forward() -> object:
+        return launchers.lora_linear_fwd(x, weight, bias, a, b, scale, dropout_p, seed)
+
+    def backward() -> object:
+        return launchers.lora_linear_bwd(
+            dy, x, weight, a, b, s, scale, dropout_p, seed, True, True, True
+        )
+
+    return {"fwd": forward, "bwd": backward}
+
+
+def _time_plans(plans: list[str], call: Callable[[], object], timer: Timer) -> dict[str, float]:
+    """The median of ROUNDS rounds; the plans take turns, so that a drift of the clock hits all."""
+    times: dict[str, list[float]] = {plan: [] for plan in plans}
+    for _ in range(ROUNDS):
+        for plan in list(times):
+            try:
+                with _plans.force(plan):
+                    times[plan].append(timer(call))
+            except OutOfResources:
+                # A GPU smaller than the tiles: "library" takes the GEMM, and the least of them.
+                del times[plan]
+    return {plan: statistics.median(rounds) for plan, rounds in times.items()}
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def _table(measurements: list[Measurement], device: torch.device) -> Table:
+    table = Table(title=f"milliseconds on {_plans.device_key(device)}")
+    table.add_column("bucket")
+    for plan in _plans.PLANS:
+        table.add_column(plan, justify="right")
+    table.add_column("best")
+    table.add_column("default")
+    for measurement in measurements:
+        times = measurement.milliseconds
+        table.add_row(
+            measurement.problem.bucket(),
+            *(f"{times[plan]:.4f}" if plan in times else "" for plan in _plans.PLANS),
+            measurement.best,
+            _plans.default_plan(_plans.arch_name(device), measurement.problem),
+        )
+    return table

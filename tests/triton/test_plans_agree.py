@@ -1,0 +1,248 @@
+"""Every plan of the Triton kernels against float64, in the interpreter."""
+
+import importlib
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from peft_kernels.triton import _blocks, _plans
+from peft_kernels.triton import lora_linear as launchers
+
+op = importlib.import_module("peft_kernels.ops.lora_linear")
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+NAMES = ("y", "s", "dx", "da", "db")
+SCALE = torch.tensor(0.7, dtype=torch.float64)
+SEED = torch.tensor(-1234567890123)  # negative: all 64 bits count
+
+
+class Case:
+    """Inputs of a forward and backward, and the same through the reference."""
+
+    def __init__(self, m, n, k, r, dtype=BF16, adapter_dtype=F32, dropout_p=0.3, bias=True):
+        torch.manual_seed(m + n + k + r)
+        inputs = op.example_inputs(m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype, bias=bias)
+        self.x, self.weight = inputs["x"], inputs["weight"]
+        self.lora_a, self.lora_b, self.bias = inputs["lora_a"], inputs["lora_b"], inputs.get("bias")
+        self.dy = torch.randn(m, n).to(dtype)
+        self.dropout_p = dropout_p
+        self.seed = SEED if dropout_p else None
+
+    def run(self, fwd, bwd, wide=False) -> dict[str, Tensor]:
+        def cast(tensor):
+            return tensor.double() if wide and tensor is not None else tensor
+
+        x, weight, a, b = map(cast, (self.x, self.weight, self.lora_a, self.lora_b))
+        drop = (self.dropout_p, self.seed)
+        y, s = fwd(x, weight, cast(self.bias), a, b, SCALE, *drop)
+        gradients = bwd(cast(self.dy), x, weight, a, b, s, SCALE, *drop, True, True, True)
+        return dict(zip(NAMES, (y, s, *gradients), strict=True))
+
+    def triton(self, plan) -> dict[str, Tensor]:
+        with _plans.force(plan):
+            return self.run(launchers.lora_linear_fwd, launchers.lora_linear_bwd)
+
+    def check(self, plan) -> None:
+        exact = self.run(op.lora_linear_fwd_ref, op.lora_linear_bwd_ref, wide=True)
+        eager = self.run(op.lora_linear_fwd_ref, op.lora_linear_bwd_ref)
+        for name, out in self.triton(plan).items():
+            assert out.dtype is eager[name].dtype and out.shape == eager[name].shape, name
+            limit = max(1.5 * error(eager[name], exact[name]), 1e-6)
+            assert error(out, exact[name]) <= limit, name
+            assert error(torch.zeros_like(out), exact[name]) > limit, f"{name}: no control"
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    for name in NAMES:
+        assert torch.equal(left[name], right[name]), name
+
+
+plans = pytest.mark.parametrize("plan", _plans.PLANS)
+
+
+# ---- shapes and dtypes -----------------------------------------------------------------------
+
+
+@plans
+@pytest.mark.parametrize("r", [1, 3, 16, 33, 130])
+def test_every_rank(plan, r):
+    Case(70, 75, 53, r).check(plan)
+
+
+@plans
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(F32, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str
+)
+def test_every_dtype(plan, dtype, adapter_dtype):
+    Case(70, 75, 53, 18, dtype, adapter_dtype).check(plan)
+
+
+@plans
+@pytest.mark.parametrize("m", [1, 5, 65])
+def test_few_rows(plan, m):
+    Case(m, 67, 130, 4).check(plan)
+
+
+@plans
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 131), (131, 1)])
+def test_narrow_layers(plan, n, k):
+    Case(70, n, k, 2, dropout_p=0.0).check(plan)
+
+
+@plans
+def test_without_bias_and_dropout(plan):
+    Case(70, 75, 53, 5, bias=False, dropout_p=0.0).check(plan)
+
+
+@plans
+def test_no_rows(plan):
+    out = Case(0, 7, 9, 3).triton(plan)
+    assert out["y"].shape == (0, 7) and out["s"].shape == (0, 3) and out["dx"].shape == (0, 9)
+    assert not out["da"].any() and out["da"].shape == (3, 9)
+    assert not out["db"].any() and out["db"].shape == (7, 3)
+
+
+@plans
+@pytest.mark.parametrize("arch", [*_plans.ARCHS, "other"])
+@pytest.mark.parametrize("m", [9, 150])
+def test_shipped_tiles(plan, arch, m):
+    """The tiles that a GPU gets, whose sizes are not those of the case."""
+    with patch.object(_plans, "arch_name", lambda device: arch):
+        Case(m, 140, 150, 20).check(plan)
+
+
+@plans
+@pytest.mark.parametrize("m", [40, 150])
+def test_a_small_gpu(plan, m):
+    """Few programs, each with several blocks of columns and rows; nothing is split."""
+    with patch.object(_plans, "SAFE", replace(_plans.SAFE, cores=1)):
+        Case(m, 300, 100, 20).check(plan)
+
+
+# ---- the same bits ---------------------------------------------------------------------------
+
+
+@plans
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_strides(plan, dtype):
+    """Transposed weight (Conv1D), x by columns, adapters and dy out of larger tensors."""
+    case = Case(37, 45, 50, 17, dtype)
+    expected = case.triton(plan)
+    case.weight = case.weight.T.contiguous().T
+    case.x = case.x.T.contiguous().T
+    case.dy = torch.cat([case.dy, case.dy], dim=1)[:, : case.dy.shape[1]]
+    case.lora_a = case.lora_a.repeat_interleave(2, dim=0)[::2]
+    case.lora_b = case.lora_b.T.contiguous().T
+    case.bias = case.bias.repeat_interleave(2)[::2]
+    assert case.weight.stride() == (1, 45) and not case.dy.is_contiguous()
+    if plan == "library" and dtype is F32:
+        # the library picks another kernel, and with it another order of summation
+        for name, out in case.triton(plan).items():
+            torch.testing.assert_close(out, expected[name], msg=name)
+    else:
+        assert_same_bits(case.triton(plan), expected)
+
+
+@plans
+def test_the_order_of_programs_does_not_matter(plan):
+    """A race, or a sum whose order depends on the schedule, would show."""
+    case = Case(70, 75, 150, 33)
+    expected = case.triton(plan)
+    builder = interpreter.InterpreterBuilder
+    forwards = builder.set_grid_idx
+
+    def backwards(self, x, y, z):
+        sizes = self.grid_dim
+        forwards(self, sizes[0] - 1 - x, sizes[1] - 1 - y, sizes[2] - 1 - z)
+
+    with patch.object(builder, "set_grid_idx", backwards):
+        assert_same_bits(case.triton(plan), expected)
+
+
+@plans
+@pytest.mark.parametrize("scale_dtype", [F32, torch.float64], ids=str)
+def test_scale_and_seed_on_the_device(plan, scale_dtype):
+    """The kernel loads them itself; here "the device" is the interpreter's memory."""
+    case = Case(20, 35, 30, 4)
+    expected = case.triton(plan)
+
+    def as_pointer(value, default):
+        if isinstance(value, Tensor):
+            return value.to(scale_dtype) if value.is_floating_point() else value, True
+        return (default if value is None else value), False
+
+    with patch.object(launchers, "_argument", as_pointer):
+        assert_same_bits(case.triton(plan), expected)
+
+
+@pytest.mark.parametrize("plan", ["i", "library"])
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_only_what_is_needed(plan, needed):
+    case = Case(20, 35, 30, 4)
+    expected = case.triton(plan)
+    needs = [index == needed for index in range(3)]
+
+    def bwd(*args):
+        return launchers.lora_linear_bwd(*args[:-3], *needs)
+
+    with _plans.force(plan):
+        out = case.run(launchers.lora_linear_fwd, bwd)
+    for name, wanted in zip(("dx", "da", "db"), needs, strict=True):
+        if wanted:
+            assert torch.equal(out[name], expected[name]), name
+        else:
+            assert out[name].numel() == 0, name
+
+
+# ---- details the sizes above can't reach -----------------------------------------------------
+
+
+@triton.jit
+def _offsets_kernel(base, out, first_row, row_stride, BLOCK: tl.constexpr):
+    rows = first_row + tl.arange(0, BLOCK)
+    pointers = _blocks.pointers(base, rows, rows, row_stride, 1)
+    where = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + where, pointers.to(tl.int64) - base.to(tl.int64))
+
+
+def test_offsets_have_64_bits():
+    out = torch.empty(4, 4, dtype=torch.int64)
+    first, stride = 87_383, 3 * 12_288
+    _offsets_kernel[(1,)](torch.empty(1, dtype=torch.uint8), out, first, stride, BLOCK=4)
+    rows = first + torch.arange(4)
+    assert torch.equal(out, rows[:, None] * stride + rows)
+    assert out.max() > 2**31
+
+
+@triton.jit
+def _rounded_kernel(values, out, BLOCK: tl.constexpr):
+    where = tl.arange(0, BLOCK)
+    tl.store(out + where, _blocks.rounded(tl.load(values + where), tl.bfloat16))
+
+
+def test_bfloat16_rounding_in_the_interpreter():
+    """Its own conversion truncates and loses carries; ours must be torch's."""
+    values = torch.tensor([1.0, 1.9999999, -1.0 - 2**-8, 1.0 + 3 * 2**-8, 3e38, 0.0, 1e-40, -7.3])
+    out = torch.empty(8, dtype=BF16)
+    _rounded_kernel[(1,)](values, out, BLOCK=8)
+    assert torch.equal(out, values.to(BF16))
+
+
+@plans
+def test_float16_range(plan):
+    """dS of 1e6 and more, which float16 doesn't hold, and S of 1e-6, which it holds badly."""
+    case = Case(20, 35, 30, 4, F16, F32, dropout_p=0.0)
+    case.lora_b *= 3e6
+    case.lora_a *= 1e-7
+    case.check(plan)
+    assert case.triton(plan)["y"].isfinite().all()
