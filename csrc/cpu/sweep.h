@@ -11,8 +11,8 @@
 
 namespace peft_kernels::PK_ISA {
 
-// Floats of packed X shared by all threads: at m = 512, k = 2048 both half and twice are as fast.
-constexpr int64_t PACKED_X = 256 * 1024;
+constexpr int64_t PACKED_X = 128 * 1024;  // floats: a thread's packed rows stay in its L2
+constexpr int64_t MIN_ROWS = 32;          // for a thread to read the whole of G
 constexpr int64_t COLUMN_PANELS = 4;  // packing 4 panels at once reads 256 bytes of each row of G
 constexpr int64_t WIDENED_ROWS = 256;
 
@@ -40,8 +40,9 @@ PK_INLINE void store_transposed(const Matrix& out, int64_t row, int64_t col, int
   });
 }
 
-// S and Z for the rows of one packed panel of X.
-inline void project_panel(const Sweep& s, int64_t row, int64_t lanes, const float* x_panel) {
+// S for the rows of one packed panel of X, if s is wanted, and Z = scale S as a panel, if that is.
+inline void project_panel(const Sweep& s, int64_t row, int64_t lanes, const float* x_panel,
+                          bool wants_s, float* z_panel) {
   const Projection& p = *s.projection;
   const int64_t d = s.x.cols;
   const Scratch dropped(p.dropout ? d * (LANES + 1) : 0), a_buffer(ROWS * d);
@@ -53,59 +54,78 @@ inline void project_panel(const Sweep& s, int64_t row, int64_t lanes, const floa
     }
     x_panel = dropped;
   }
+  const Matrix out{p.s, DType::f32, s.x.rows, s.r, s.r, 1};
   for (int64_t q = 0; q < s.r; q += ROWS)
     with_rows(s.r - q, [&](auto R) {
       Vec tile[ROWS][VECS]{};
       accumulate<R>(d, float_rows(p.a, q, R, 0, d, a_buffer), x_panel, LANES, tile);
-      alignas(64) float values[ROWS][LANES];
+      if (wants_s) store_transposed<R>(out, row, q, lanes, tile);
+      if (!z_panel) return;
       for (int i = 0; i < R; i++)
-        for (int v = 0; v < VECS; v++) store(&values[i][v * V], tile[i][v]);
-      for (int64_t j = 0; j < lanes; j++)
-        for (int i = 0; i < R; i++) {
-          p.s[(row + j) * s.r + q + i] = values[i][j];
-          s.z[(row + j) * s.r + q + i] = p.scale * values[i][j];
-        }
+        for (int v = 0; v < VECS; v++)
+          store(z_panel + (q + i) * LANES + v * V, tile[i][v] * p.scale);
     });
 }
 
-// Lanes are rows of X. X is packed in blocks, G and H are broadcast from where they lie.
-inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
-  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
-  const int64_t wanted = std::max<int64_t>(4 * LANES, PACKED_X / std::max<int64_t>(d, 1));
-  const int64_t block = std::min(round_up(wanted, LANES), round_up(m, LANES));
-  const int64_t panel = (d + s.r) * LANES;  // X's lanes, then Z's
-  const Scratch packed(block / LANES * panel);
+// How the threads share [m, c]: groups of rows, as long as each has MIN_ROWS, by groups of columns.
+inline int64_t row_groups(int64_t m, int64_t threads) {
+  int64_t groups = std::clamp<int64_t>(m / MIN_ROWS, 1, threads);
+  while (threads % groups) groups--;
+  return groups;
+}
+
+// A range of columns for a block of rows that is packed as panels of X's lanes, then Z's.
+inline void sweep_packed(const Sweep& s, int64_t row, int64_t rows, int64_t col, int64_t end,
+                         const float* panels, float* buffer) {
+  const int64_t d = s.x.cols, panel = (d + s.r) * LANES;
   const Matrix g_rows = s.g.transposed(), h_rows = s.h.transposed();
-  const Matrix z_columns{s.z, DType::f32, s.r, m, 1, s.r};
-  for (int64_t row = 0; row < m; row += block) {
-    const int64_t rows = std::min(block, m - row), panels = round_up(rows, LANES) / LANES;
-    parallel(panels, [&](int64_t p) {
-      const int64_t i = row + p * LANES, lanes = std::min<int64_t>(LANES, m - i);
-      pack(s.x.transposed(), 0, d, i, lanes, packed + p * panel);
-      if (s.projection) project_panel(s, i, lanes, packed + p * panel);
-      pack(z_columns, 0, s.r, i, lanes, packed + p * panel + d * LANES);
+  for (int64_t j = col; j < end; j += ROWS)
+    with_rows(end - j, [&](auto R) {
+      const Rows g = float_rows(g_rows, j, R, 0, d, buffer);
+      const Rows h = float_rows(h_rows, j, R, 0, s.r, buffer + ROWS * d);
+      for (int64_t i = 0; i < rows; i += LANES) {
+        const float* x = panels + i / LANES * panel;
+        Vec tile[ROWS][VECS];
+        for (int a = 0; a < R; a++)
+          for (int v = 0; v < VECS; v++) tile[a][v] = splat(bias_at(s, j + a));
+        accumulate<R>(d, g, x, LANES, tile);
+        accumulate<R>(s.r, h, x + d * LANES, LANES, tile);
+        store_transposed<R>(s.out, row + i, j, std::min<int64_t>(LANES, rows - i), tile);
+      }
     });
-    const int64_t units = round_up(c, ROWS) / ROWS;
-    const int64_t tasks = std::min<int64_t>(parallel.threads, units);
-    parallel(tasks, [&](int64_t task) {
-      const Scratch buffer(ROWS * (d + s.r));
-      const int64_t end = std::min(c, units * (task + 1) / tasks * ROWS);
-      for (int64_t j = units * task / tasks * ROWS; j < end; j += ROWS)
-        with_rows(end - j, [&](auto R) {
-          const Rows g = float_rows(g_rows, j, R, 0, d, buffer);
-          const Rows h = float_rows(h_rows, j, R, 0, s.r, buffer + ROWS * d);
-          for (int64_t p = 0; p < panels; p++) {
-            Vec tile[ROWS][VECS];
-            for (int i = 0; i < R; i++)
-              for (int v = 0; v < VECS; v++) tile[i][v] = splat(bias_at(s, j + i));
-            accumulate<R>(d, g, packed + p * panel, LANES, tile);
-            accumulate<R>(s.r, h, packed + p * panel + d * LANES, LANES, tile);
-            const int64_t i = row + p * LANES;
-            store_transposed<R>(s.out, i, j, std::min<int64_t>(LANES, m - i), tile);
-          }
-        });
-    });
-  }
+}
+
+// Lanes are rows of X. Each thread packs its own rows, as lines another core has read are dear to
+// write: sharing the packing took 1.2 to 2.6 times as long. G and H are broadcast from where they
+// lie.
+inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols, panel = (d + s.r) * LANES;
+  const int64_t row_units = round_up(m, LANES) / LANES, column_units = round_up(c, ROWS) / ROWS;
+  const int64_t groups = row_groups(m, parallel.threads);
+  const int64_t splits = std::clamp<int64_t>(parallel.threads / groups, 1, column_units + 1);
+  const int64_t wanted = std::max<int64_t>(MIN_ROWS, PACKED_X / std::max<int64_t>(d, 1));
+  const int64_t block = std::min(round_up(wanted, LANES), row_units * LANES);
+  const Matrix x_columns = s.x.transposed(), z_columns{s.z, DType::f32, s.r, m, 1, s.r};
+  parallel(groups * splits, [&](int64_t task) {
+    const int64_t group = task / splits, split = task % splits;
+    const int64_t row_end = std::min(m, row_units * (group + 1) / groups * LANES);
+    const int64_t col = column_units * split / splits * ROWS;
+    const int64_t col_end = std::min(c, column_units * (split + 1) / splits * ROWS);
+    const Scratch panels(block / LANES * panel), buffer(ROWS * (d + s.r));
+    for (int64_t row = row_units * group / groups * LANES; row < row_end; row += block) {
+      const int64_t rows = std::min(block, row_end - row);
+      for (int64_t i = 0; i < rows; i += LANES) {
+        float* x = panels + i / LANES * panel;
+        const int64_t lanes = std::min<int64_t>(LANES, rows - i);
+        pack(x_columns, 0, d, row + i, lanes, x);
+        if (s.projection)
+          project_panel(s, row + i, lanes, x, split == 0, x + d * LANES);
+        else
+          pack(z_columns, 0, s.r, row + i, lanes, x + d * LANES);
+      }
+      sweep_packed(s, row, rows, col, col_end, panels, buffer);
+    }
+  });
 }
 
 // values[j] += out(row, col + j).
@@ -163,7 +183,9 @@ inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
       const Scratch panel(d * LANES);
       const int64_t lanes = std::min<int64_t>(LANES, m - p * LANES);
       pack(s.x.transposed(), 0, d, p * LANES, lanes, panel);
-      project_panel(s, p * LANES, lanes, panel);
+      project_panel(s, p * LANES, lanes, panel, true, nullptr);
+      for (int64_t i = p * LANES * s.r; i < (p * LANES + lanes) * s.r; i++)
+        s.z[i] = s.projection->scale * s.projection->s[i];
     });
   for (int64_t row = 0; row < m; row += block) {
     const int64_t rows = std::min(block, m - row);
@@ -183,7 +205,7 @@ inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
 
 inline void sweep(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows;
-  if (m == 0 || s.out.cols == 0) return;
+  if (m == 0) return;
   const bool rows_contiguous = s.g.row_stride == 1 && s.g.col_stride != 1;
   if (s.has_base) return sweep_columns_as_lanes(s, parallel);
   if (rows_contiguous && !s.dropout) {
