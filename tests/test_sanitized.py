@@ -13,6 +13,8 @@ BUILD = ROOT / "build" / "sanitized"
 
 
 def run(*command, **environment):
+    # The environment's own cmake and ninja, so that a build folder always meets the same ones.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )
