@@ -184,18 +184,22 @@ def lora_linear(
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
-    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     seed = _seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if not isinstance(scale, Tensor):
         scale = torch.scalar_tensor(scale, dtype=torch.float64)
     variant = _library.variant(x.dtype)
     inputs = (rows, weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
+    trained = lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
+    trained = trained or x.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         y = _LoRALinear.apply(*inputs, variant)
     else:
         y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)
+    if x.dim() == 2:
+        return y
     # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
@@ -220,51 +224,49 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed
 
 
+# The checks run on every call, so a message is only put together when it is raised.
 def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
-    if x.dim() < 1:
-        raise ValueError("x must have at least 1 dimension; got a 0-d tensor")
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
-    n, k = weight.shape
-    r = lora_a.shape[0]
+    (n, k), (r, a_k), b_shape = weight.shape, lora_a.shape, lora_b.shape
+    if x.dim() < 1:
+        raise ValueError("x must have at least 1 dimension; got a 0-d tensor")
+    if x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must end in weight's k = {k}")
+    if a_k != k:
+        raise ValueError(f"lora_a has shape {(r, a_k)}, but must have weight's k = {k} columns")
     if r < 1:
-        raise ValueError(
-            f"lora_a must have at least 1 row (the rank); got shape {tuple(lora_a.shape)}"
-        )
-    _check_shape("x", x, (*x.shape[:-1], k), f"its last dimension must be weight's k = {k}")
-    _check_shape("lora_a", lora_a, (r, k), f"its columns must be weight's k = {k}")
-    _check_shape("lora_b", lora_b, (n, r), f"it must be [n, r] = [{n}, {r}]")
-    if bias is not None:
-        _check_shape("bias", bias, (n,), f"it must be [n] = [{n}]")
+        raise ValueError(f"lora_a must have at least 1 row (the rank); got shape {(r, a_k)}")
+    if b_shape != (n, r):
+        raise ValueError(f"lora_b has shape {tuple(b_shape)}, but must be [n, r] = [{n}, {r}]")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, but must be [n] = [{n}]")
     _check_dtypes(x, weight, bias, lora_a, lora_b)
-    tensors = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
+    device = x.device
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on x's device {device}; got {tensor.device}")
+    if bias is not None and bias.device != device:
+        raise ValueError(f"bias must be on x's device {device}; got {bias.device}")
     if isinstance(scale, Tensor) and scale.dim() != 0:
         raise ValueError(f"scale must be a float or a 0-d tensor; got shape {tuple(scale.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], rule: str) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {rule}")
-
-
 def _check_dtypes(x, weight, bias, lora_a, lora_b) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {x.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype is not x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}; got {tensor.dtype}")
-    if lora_a.dtype not in (x.dtype, _acc_dtype(x)):
-        raise TypeError(
-            f"lora_a must be {_acc_dtype(x)} or have x's dtype {x.dtype}; got {lora_a.dtype}"
-        )
-    if lora_b.dtype is not lora_a.dtype:
-        raise TypeError(f"lora_b must have lora_a's dtype {lora_a.dtype}; got {lora_b.dtype}")
+    base, adapter = x.dtype, lora_a.dtype
+    if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
+    if weight.dtype is not base:
+        raise TypeError(f"weight must have x's dtype {base}; got {weight.dtype}")
+    if bias is not None and bias.dtype is not base:
+        raise TypeError(f"bias must have x's dtype {base}; got {bias.dtype}")
+    if adapter is not base and adapter is not _acc_dtype(x):
+        raise TypeError(f"lora_a must be {_acc_dtype(x)} or have x's dtype {base}; got {adapter}")
+    if lora_b.dtype is not adapter:
+        raise TypeError(f"lora_b must have lora_a's dtype {adapter}; got {lora_b.dtype}")
 
 
 # ---- example inputs, for tests and benchmarks ------------------------------------------------
