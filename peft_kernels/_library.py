@@ -24,9 +24,7 @@ import torch
 NAMESPACE = "peft_kernels"
 BACKENDS = ("auto", "reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-NATIVE_LIBRARY = Path(
-    os.environ.get("PEFT_KERNELS_NATIVE") or Path(__file__).with_name("_native.so")
-)
+NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -77,9 +75,15 @@ def _outside_autocast(kernel: Callable) -> Callable:
 def load_native() -> None:
     """Loads the C++ library, if it was built; its kernels register themselves.
 
-    It lies beside this file. ``PEFT_KERNELS_NATIVE`` names another one, or ``0`` for none.
+    It lies beside this file. ``PEFT_KERNELS_NATIVE`` is ``0`` for none, or another one's path.
+
+    Raises:
+        OSError: ``PEFT_KERNELS_NATIVE`` names a file that can't be loaded.
     """
-    if NATIVE_LIBRARY.exists():
+    setting = os.environ.get("PEFT_KERNELS_NATIVE", "1")
+    if setting not in ("0", "1"):
+        torch.ops.load_library(setting)
+    elif setting == "1" and NATIVE_LIBRARY.exists():
         torch.ops.load_library(str(NATIVE_LIBRARY))
 
 

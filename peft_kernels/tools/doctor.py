@@ -65,10 +65,10 @@ def _native() -> str:
 
 
 def _why_no_native() -> str:
-    if not NATIVE_LIBRARY.exists():
-        return "it was not built (it needs CMake and a C++ compiler)"
     if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
         return "PEFT_KERNELS_NATIVE=0 is set"
+    if not NATIVE_LIBRARY.exists():
+        return "it was not built (it needs CMake and a C++ compiler)"
     return "it has no native_info; build it again"
 
 
