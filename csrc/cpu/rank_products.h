@@ -14,6 +14,7 @@ namespace peft_kernels::PK_ISA {
 
 constexpr int64_t BLOCK_FLOATS = 64 * 1024;  // of X: half of a 512 KB L2
 constexpr int64_t MIN_TASK_ROWS = 16;
+constexpr int64_t PARTIAL_FLOATS = 16 * 1024 * 1024;  // of O's partial sums, at most
 constexpr int64_t PREFETCH = 8 * LANES;
 
 struct RankProducts {
@@ -102,8 +103,8 @@ inline void rank_products(const RankProducts& t, const Parallel& parallel) {
   const int64_t m = t.x.rows, c = t.x.cols, r = t.r;
   const int64_t wanted = round_up(BLOCK_FLOATS / std::max<int64_t>(c, 1), ROWS);
   const int64_t block = std::max<int64_t>(ROWS, wanted);
-  const int64_t most = std::max<int64_t>(1, m / MIN_TASK_ROWS);
-  const int64_t tasks = std::min<int64_t>(parallel.threads, most);
+  const int64_t most = std::min(m / MIN_TASK_ROWS, PARTIAL_FLOATS / std::max<int64_t>(r * c, 1));
+  const int64_t tasks = std::clamp<int64_t>(most, 1, parallel.threads);
   const Scratch h_panels(t.h ? round_up(r, LANES) * c : 0);
   const Scratch partials(t.o ? tasks * r * c : 0);
   if (t.h) pack(*t.h, 0, c, 0, r, h_panels);

@@ -12,9 +12,9 @@
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t PACKED_X = 128 * 1024;  // floats: a thread's packed rows stay in its L2
-constexpr int64_t MIN_ROWS = 32;          // for a thread to read the whole of G
-constexpr int64_t COLUMN_PANELS = 4;  // packing 4 panels at once reads 256 bytes of each row of G
-constexpr int64_t WIDENED_ROWS = 256;
+constexpr int64_t MIN_ROWS = 32;          // fewest that are worth a thread's reading all of G
+constexpr int64_t COLUMN_PANELS = 4;      // packed at once: 256 bytes of each row of G
+constexpr int64_t WIDENED_ROWS = 256;     // of 16-bit X, so that a strip of G is packed seldom
 
 // out(row + j, col + i) = tile[i][j] for R x lanes elements; floats go through B x B transposes.
 template <int R>

@@ -3,7 +3,9 @@
 // A tile is ROWS broadcast rows by LANES vector lanes: tile[i][j] += sum_p a(i, p) * b(p, j), with a
 // read where it lies (or from a panel converted to float) and b from a packed [p][LANES] panel.
 #pragma once
-#include <memory>
+#include <cstdlib>
+#include <new>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -17,7 +19,7 @@ constexpr int ROWS = 6;
 #endif
 constexpr int VECS = 2;
 constexpr int LANES = VECS * V;
-constexpr int PREFETCH_ROWS = 16;
+constexpr int PREFETCH_ROWS = 16;  // ahead of the row being packed
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -26,7 +28,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t floats)
       : data_(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64)))) {
-    if (!data_) __builtin_trap();
+    if (!data_) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
