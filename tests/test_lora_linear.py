@@ -340,21 +340,29 @@ def test_the_native_op_checks_what_reaches_it():
             torch.ops.peft_kernels.lora_linear_fwd(*args[:index], wrong, *args[index + 1 :])
 
 
-@pytest.mark.parametrize(
-    "environment", [{"PEFT_KERNELS_ISA": "baseline"}, {"OMP_NUM_THREADS": "3"}], ids=str
-)
-def test_other_builds_and_thread_counts(environment):
-    """The same checks in a process that runs the portable build, or more threads than cores."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "native_on_any",
-    ]
+def python(*arguments, **environment):
+    """The output of another Python process, which must succeed."""
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 passed" in done.stdout
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def checked_elsewhere(**environment):
+    """Runs the checks of any shape in a process with another environment."""
+    output = python("-m", "pytest", __file__, "-k", "native_on_any_shape", **environment)
+    assert "1 passed" in output
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_build(isa):
+    capable = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}
+    if isa not in ["baseline", *capable.get(torch.backends.cpu.get_cpu_capability(), [])]:
+        pytest.skip(f"this processor has no {isa}")
+    info = "import torch, peft_kernels; print(torch.ops.peft_kernels.native_info())"
+    assert python("-c", info, PEFT_KERNELS_ISA=isa).startswith(f"{isa} kernels")
+    checked_elsewhere(PEFT_KERNELS_ISA=isa)
+
+
+def test_more_threads_than_cores():
+    checked_elsewhere(OMP_NUM_THREADS="3")
