@@ -364,5 +364,14 @@ def test_every_build(isa):
     checked_elsewhere(PEFT_KERNELS_ISA=isa)
 
 
+def test_an_unknown_build_is_an_error():
+    call = "from peft_kernels.ops.lora_linear import *; lora_linear(**example_inputs(1, 2, 3, 1))"
+    command = [sys.executable, "-c", call]
+    environment = os.environ | {"PEFT_KERNELS_ISA": "sse9"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "PEFT_KERNELS_ISA must be baseline, avx2 or avx512; got sse9" in done.stderr
+
+
 def test_more_threads_than_cores():
     checked_elsewhere(OMP_NUM_THREADS="3")

@@ -96,8 +96,8 @@ inline void sweep_packed(const Sweep& s, int64_t row, int64_t rows, int64_t col,
 }
 
 // Lanes are rows of X. Each thread packs its own rows, as lines another core has read are dear to
-// write: sharing the packing took 1.2 to 2.6 times as long. G and H are broadcast from where they
-// lie.
+// write: packing into a buffer that two cores of Zen 4 read took 2.6 times as long. G and H are
+// broadcast from where they lie.
 inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols, panel = (d + s.r) * LANES;
   const int64_t row_units = round_up(m, LANES) / LANES, column_units = round_up(c, ROWS) / ROWS;
@@ -138,7 +138,8 @@ inline void add_row(const Matrix& out, int64_t row, int64_t col, float* values, 
 // One strip of columns of the form below, for rows [row, row + x.rows) of out.
 inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int64_t col,
                                float* buffer) {
-  const int64_t d = s.has_base ? 0 : x.cols, cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
+  const int64_t d = s.has_base ? 0 : x.cols;
+  const int64_t cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
   const int64_t panels = round_up(cols, LANES) / LANES;
   float* g_panels = buffer;
   float* h_panels = g_panels + COLUMN_PANELS * LANES * d;
