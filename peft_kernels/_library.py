@@ -27,6 +27,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPS: list[str] = []  # the public names of the ops defined so far
 
 
 def define(op: str, schema: str, *, reference: Callable, fake: Callable, triton: str) -> None:
@@ -46,6 +47,8 @@ def define(op: str, schema: str, *, reference: Callable, fake: Callable, triton:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if HAS_TRITON:
         LIBRARY.impl(op, launcher, "CUDA")
+    if op.endswith("_fwd"):
+        OPS.append(op.removesuffix("_fwd"))
 
 
 def _imported_at_first_call(target: str) -> Callable:

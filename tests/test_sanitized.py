@@ -32,11 +32,12 @@ def test_native_kernels_under_sanitizers():
     interpreter = f"-DPython_EXECUTABLE={sys.executable}"
     run("cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", interpreter, *options)
     run("cmake", "--build", str(BUILD))
-    tests = ("tests/test_lora_linear.py", "-k", "test_native_on_any_shape or test_rank_512")
+    tests = ("tests/test_lora_linear.py", "tests/test_multi_lora_linear.py")
+    chosen = ("-k", "test_native_on_any_shape or test_rank_512")
     output = run(
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, *chosen),
         LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
         PEFT_KERNELS_NATIVE=str(BUILD / "_native.so"),
     )
-    assert "2 passed" in output
+    assert "3 passed" in output

@@ -14,6 +14,12 @@ struct Projection {
   float* s;  // [m, r]
 };
 
+// What a thread does to each block of out that it has finished, while the block is in its cache.
+struct Finish {
+  const void* context;
+  void (*run)(const void* context, int64_t row, int64_t row_end, int64_t col, int64_t col_end);
+};
+
 struct Sweep {
   Matrix x, g;                   // [m, d], [d, c]
   const Projection* projection;  // null: Z is given
@@ -24,6 +30,8 @@ struct Sweep {
   const Dropout* dropout;  // on Z H; null for none
   Matrix out;              // [m, c]
   bool has_base;           // out holds X G already: only the rest is added to it
+  bool uniform;            // a row's sums go in one order however many rows there are: tiles alone
+  const Finish* finish;    // with uniform only; null for none
 };
 
 constexpr int64_t FEW_ROWS_DOT = 8;

@@ -2,51 +2,30 @@
 #include "lora_linear.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "../common.h"
+#include "isa.h"
 
 namespace peft_kernels {
 namespace {
 
-// PEFT_KERNELS_ISA asks for one build, and for it alone: torch multiplies nothing then. Where the
-// processor can't run that build, the next smaller one serves.
-std::string asked_isa() {
-  const char* variable = std::getenv("PEFT_KERNELS_ISA");
-  const std::string asked = variable ? variable : "";
-  STD_TORCH_CHECK(asked.empty() || asked == "baseline" || asked == "avx2" || asked == "avx512",
-                  "PEFT_KERNELS_ISA must be baseline, avx2 or avx512; got ", asked);
-  return asked;
-}
-
-const LoRALinearKernels& choose_kernels() {
-  [[maybe_unused]] const std::string asked = asked_isa();
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  // Intel's servers have twice the multipliers at 512 bits. Zen 4 has the same number, and the
-  // larger tile wastes more on small shapes: measured 0.9 to 1.9 times the time of AVX2.
-  if (avx512 && (asked == "avx512" || (asked.empty() && __builtin_cpu_is("intel"))))
-    return lora_linear_avx512;
-  if (avx2 && asked != "baseline") return lora_linear_avx2;
-#endif
-  return lora_linear_baseline;
-}
-
 const LoRALinearKernels& kernels() {
-  static const LoRALinearKernels& chosen = choose_kernels();
-  return chosen;
+  switch (chosen_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512: return lora_linear_avx512;
+    case Isa::avx2: return lora_linear_avx2;
+#endif
+    default: return lora_linear_baseline;
+  }
 }
 
 bool has_bf16_products() {
 #if defined(__x86_64__)
   static const bool found =
-      asked_isa().empty() &&
+      !isa_is_asked() &&
       (__builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16"));
   return found;
 #else

@@ -124,6 +124,7 @@ inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
           pack(z_columns, 0, s.r, row + i, lanes, x + d * LANES);
       }
       sweep_packed(s, row, rows, col, col_end, panels, buffer);
+      if (s.finish) s.finish->run(s.finish->context, row, row + rows, col, col_end);
     }
   });
 }
@@ -200,6 +201,8 @@ inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
       const int64_t end = strips * (task + 1) / tasks;
       for (int64_t strip = strips * task / tasks; strip < end; strip++)
         sweep_column_strip(s, x, row, strip * width, buffer);
+      const int64_t col = strips * task / tasks * width, col_end = std::min(s.out.cols, end * width);
+      if (s.finish) s.finish->run(s.finish->context, row, row + rows, col, col_end);
     });
   }
 }
@@ -210,10 +213,10 @@ inline void sweep(const Sweep& s, const Parallel& parallel) {
   const bool rows_contiguous = s.g.row_stride == 1 && s.g.col_stride != 1;
   if (s.has_base) return sweep_columns_as_lanes(s, parallel);
   if (rows_contiguous && !s.dropout) {
-    const bool dot = m <= FEW_ROWS_DOT && s.h.row_stride == 1;
+    const bool dot = !s.uniform && m <= FEW_ROWS_DOT && s.h.row_stride == 1;
     return dot ? sweep_few_dot(s, parallel) : sweep_rows_as_lanes(s, parallel);
   }
-  if (!rows_contiguous && m <= FEW_ROWS_AXPY) return sweep_few_axpy(s, parallel);
+  if (!rows_contiguous && !s.uniform && m <= FEW_ROWS_AXPY) return sweep_few_axpy(s, parallel);
   sweep_columns_as_lanes(s, parallel);
 }
 

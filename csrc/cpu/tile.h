@@ -19,6 +19,7 @@ constexpr int ROWS = 6;
 #endif
 constexpr int VECS = 2;
 constexpr int LANES = VECS * V;
+constexpr int64_t RUN = 1024;      // products that are summed one after the other
 constexpr int PREFETCH_ROWS = 16;  // ahead of the row being packed
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -47,8 +48,8 @@ struct Rows {
 };
 
 template <int R, bool UNIT_STEP>
-PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
-                          Vec (&tile)[ROWS][VECS]) {
+PK_INLINE void accumulate_run(int64_t depth, Rows a, const float* b, int64_t b_step,
+                              Vec (&tile)[ROWS][VECS]) {
   const int64_t step = UNIT_STEP ? 1 : a.step;
   for (int64_t p = 0; p < depth; p++) {
     Vec lanes[VECS];
@@ -58,6 +59,18 @@ PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
       const Vec factor = splat(a.data[i * a.row + p * step]);
       for (int v = 0; v < VECS; v++) tile[i][v] += factor * lanes[v];
     }
+  }
+}
+
+// Sums of sums of RUN products: the rounding error grows with the root of RUN, not of the depth.
+template <int R, bool UNIT_STEP>
+PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
+                          Vec (&tile)[ROWS][VECS]) {
+  for (int64_t p = 0; p < depth; p += RUN) {
+    Vec run[ROWS][VECS]{};
+    accumulate_run<R, UNIT_STEP>(std::min(RUN, depth - p), a.at(0, p), b + p * b_step, b_step, run);
+    for (int i = 0; i < R; i++)
+      for (int v = 0; v < VECS; v++) tile[i][v] += run[i][v];
   }
 }
 

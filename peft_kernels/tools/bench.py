@@ -29,6 +29,7 @@ LEGEND = (
     "What is saved for the backward is counted beyond x and the parameters."
 )
 MISSED = "missed"
+NONE = "-"
 
 Cells = tuple[str, list[str], list[list[str]]]
 
@@ -149,26 +150,32 @@ def tables(suite: ModuleType, rows: list[Row]) -> Iterator[Cells]:
 
 
 def _time_table(suite: ModuleType, rows: list[Row]) -> Cells:
-    rivals = [name for name in rows[0].timings if name != suite.BARE]
-    header = ["m x n x k", f"{suite.BARE}, ms", *rivals, "must reach"]
+    rivals = _names(suite, (row.timings for row in rows))
+    header = [suite.SHAPE, f"{suite.BARE}, ms", *rivals, "must reach"]
     body = []
     for row in rows:
         milliseconds = f"{1e3 * row.timings[suite.BARE].median:.3g}"
-        ratios = [f"{row.timings[name].ratio:.2f}" for name in rivals]
+        ratios = [f"{row.timings[n].ratio:.2f}" if n in row.timings else NONE for n in rivals]
         body.append([row.case.shape, milliseconds, *ratios, row.verdict(suite.FUSED)])
     return f"{rows[0].case.group}, ratio to the {suite.BARE}", header, body
 
 
 def _memory_table(suite: ModuleType, rows: list[Row]) -> Cells:
     """Once a shape and dtype: the direction that was timed makes no difference."""
-    rivals = [name for name in rows[0].saved if name != suite.BARE]
+    rivals = _names(suite, (row.saved for row in rows))
     distinct = {(row.case.shape, row.case.dtype): row for row in rows}
-    body = [
-        [shape, str(dtype).removeprefix("torch."), *(f"{row.saved[n] / 1e3:.1f}" for n in rivals)]
-        for (shape, dtype), row in distinct.items()
-    ]
+    body = []
+    for (shape, dtype), row in distinct.items():
+        saved = [f"{row.saved[n] / 1e3:.1f}" if n in row.saved else NONE for n in rivals]
+        body.append([shape, str(dtype).removeprefix("torch."), *saved])
     title = f"saved for the backward, kB, dropout {suite.DROPOUT_P}"
-    return title, ["m x n x k", "dtype", *rivals], body
+    return title, [suite.SHAPE, "dtype", *rivals], body
+
+
+def _names(suite: ModuleType, found: Iterable[Iterable[str]]) -> list[str]:
+    """Every implementation that took part in some row, but the bare layer, in the first's order."""
+    names = dict.fromkeys(name for names in found for name in names)
+    return [name for name in names if name != suite.BARE]
 
 
 def to_rich(title: str, header: list[str], body: list[list[str]]) -> Table:

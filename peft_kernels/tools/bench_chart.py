@@ -25,11 +25,12 @@ def save_chart(path: Path, suite: ModuleType, groups: list[list[Any]]) -> None:
 
 
 def _draw_group(axis, suite: ModuleType, rows: list[Any]) -> None:
-    rivals = [name for name in rows[0].timings if name != suite.BARE]
+    rivals = list(dict.fromkeys(n for row in rows for n in row.timings if n != suite.BARE))
     width = 0.8 / len(rivals)
     for i, name in enumerate(rivals):
-        places = [j - 0.4 + (i + 0.5) * width for j in range(len(rows))]
-        ratios = [row.timings[name].ratio for row in rows]
+        taking_part = [(j, row.timings[name]) for j, row in enumerate(rows) if name in row.timings]
+        places = [j - 0.4 + (i + 0.5) * width for j, _ in taking_part]
+        ratios = [timing.ratio for _, timing in taking_part]
         heights = [min(ratio, CEILING) for ratio in ratios]
         axis.bar(places, heights, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=name)
         for place, ratio in zip(places, ratios, strict=True):

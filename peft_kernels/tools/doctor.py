@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peft_kernels
-from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, backend_of
+from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "loralib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,7 +80,7 @@ def backend_table() -> Table:
     table = Table(title="Which backend runs", title_justify="left")
     for column in ("op", "device", "dtype", "backend", "why"):
         table.add_column(column)
-    for op in peft_kernels.ops.__all__:
+    for op in OPS:
         for device in ("cpu", "cuda"):
             for dtype in DTYPES:
                 name = str(dtype).removeprefix("torch.")

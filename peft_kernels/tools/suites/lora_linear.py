@@ -7,7 +7,7 @@ layer's forward and backward to x.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from peft_kernels import _library
 from peft_kernels.ops.lora_linear import example_inputs, lora_linear
-from peft_kernels.tools.measure import saved_bytes
+from peft_kernels.tools.implementation import Implementation, copy_values, from_module
 
+SHAPE = "m x n x k"
 BARE = "bare layer"
 FUSED = "peft_kernels"
 RIVALS = ("reference", "mm + addmm_", "peft", "loralib")
@@ -91,37 +92,6 @@ def cases(
 
 
 # ---- implementations -------------------------------------------------------------------------
-
-Forward = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute the layer: ``forward(x)``, and what it trains besides x."""
-
-    forward: Forward
-    x: Tensor
-    parameters: tuple[Tensor, ...]
-    frozen: tuple[Tensor, ...] = ()
-
-    def call(self, backward: bool) -> Callable[[], object]:
-        """What is timed: the forward without gradients, or the forward and the backward."""
-        return self._forward_and_backward() if backward else self._forward_only
-
-    def _forward_only(self) -> Tensor:
-        with torch.no_grad():
-            return self.forward(self.x)
-
-    def _forward_and_backward(self) -> Callable[[], object]:
-        x = self.x.detach().requires_grad_()
-        wanted = (x, *self.parameters)
-        dy = torch.randn_like(self._forward_only())
-        return lambda: torch.autograd.grad(self.forward(x), wanted, dy)
-
-    def saved_bytes(self) -> int:
-        """Bytes kept for the backward beyond x and the parameters."""
-        x = self.x.detach().requires_grad_()
-        return saved_bytes(lambda: self.forward(x), (x, *self.parameters, *self.frozen))
 
 
 def implementations(
@@ -196,9 +166,9 @@ def _peft(inputs, dropout_p: float) -> Implementation:
     config = LoraConfig(r=r, lora_alpha=SCALE * r, lora_dropout=dropout_p, target_modules=["layer"])
     model = inject_adapter_in_model(config, nn.ModuleDict({"layer": _linear(inputs)}))
     layer: Any = model.get_submodule("layer").to(inputs.x.device)
-    _copy(layer.lora_A["default"].weight, inputs.lora_a)
-    _copy(layer.lora_B["default"].weight, inputs.lora_b)
-    return _module(layer, inputs.x)
+    copy_values(layer.lora_A["default"].weight, inputs.lora_a)
+    copy_values(layer.lora_B["default"].weight, inputs.lora_b)
+    return from_module(layer, inputs.x)
 
 
 def _loralib(inputs, dropout_p: float) -> Implementation:
@@ -212,9 +182,9 @@ def _loralib(inputs, dropout_p: float) -> Implementation:
     # loralib multiplies A and B with x as they are, so all must have one dtype.
     layer = layer.to(inputs.x.device, inputs.x.dtype)
     layer.weight, layer.bias = _linear(inputs).parameters()
-    _copy(layer.lora_A, inputs.lora_a)
-    _copy(layer.lora_B, inputs.lora_b)
-    return _module(layer, inputs.x)
+    copy_values(layer.lora_A, inputs.lora_a)
+    copy_values(layer.lora_B, inputs.lora_b)
+    return from_module(layer, inputs.x)
 
 
 def _adapter(inputs) -> tuple[Tensor, Tensor]:
@@ -228,14 +198,3 @@ def _linear(inputs) -> nn.Linear:
     layer.weight = nn.Parameter(inputs.weight, requires_grad=False)
     layer.bias = nn.Parameter(inputs.bias, requires_grad=False)
     return layer
-
-
-def _copy(parameter: Tensor, values: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(values)
-
-
-def _module(layer: nn.Module, x: Tensor) -> Implementation:
-    parameters = tuple(p for p in layer.parameters() if p.requires_grad)
-    frozen = tuple(p for p in layer.parameters() if not p.requires_grad)
-    return Implementation(layer, x, parameters, frozen)

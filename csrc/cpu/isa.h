@@ -1,0 +1,14 @@
+// Which of the builds for several instruction sets runs here.
+#pragma once
+
+namespace peft_kernels {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// PEFT_KERNELS_ISA asks for one build, and for it alone: torch multiplies nothing then.
+bool isa_is_asked();
+
+// The build for this processor. Where it can't run the one asked for, the next smaller one serves.
+Isa chosen_isa();
+
+}  // namespace peft_kernels

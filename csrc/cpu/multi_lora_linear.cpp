@@ -1,0 +1,400 @@
+// Registers multi-LoRA linear for the CPU key: groups the rows by adapter, cuts the work into units
+// and runs the build for this processor. Everything depends on the row and its adapter alone.
+#include "multi_lora_linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common.h"
+#include "isa.h"
+
+namespace peft_kernels {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+constexpr int64_t COLUMN_UNIT = 64;      // columns are divided in multiples of this
+constexpr int64_t OUTER_COLUMNS = 256;   // of a gradient: its sums stay in L2 up to rank 512
+constexpr int64_t UNITS_PER_THREAD = 4;  // so that threads finish together
+constexpr int64_t WIDE_ROWS = 256;       // of 16-bit y held in float32 until they are rounded
+
+const MultiLoRALinearKernels& kernels() {
+  switch (chosen_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512: return multi_lora_linear_avx512;
+    case Isa::avx2: return multi_lora_linear_avx2;
+#endif
+    default: return multi_lora_linear_baseline;
+  }
+}
+
+// ---- routing ---------------------------------------------------------------------------------
+
+// Rows by adapter, in the batch's order within each.
+struct Routes {
+  std::vector<int64_t> rows;
+  std::vector<int64_t> begin;  // [slots + 1]
+};
+
+Routes route(const Tensor& ids, int64_t m, int64_t slots) {
+  STD_TORCH_CHECK(ids.is_contiguous() && ids.scalar_type() == ScalarType::Int,
+                  "ids must be contiguous int32");
+  const int64_t count = ids.numel();
+  STD_TORCH_CHECK(m == 0 || (count > 0 && m % count == 0),
+                  "ids must serve the rows of x in equal parts");
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+  const int64_t part = m ? m / count : 0;
+  Routes routes{.begin = std::vector<int64_t>(slots + 1)};
+  for (int64_t e = 0; e < count; e++) {
+    STD_TORCH_CHECK(id[e] >= -1 && id[e] < slots, "ids must be in [-1, ", slots, "); got ", id[e]);
+    if (id[e] >= 0) routes.begin[id[e] + 1] += part;
+  }
+  for (int64_t slot = 0; slot < slots; slot++) routes.begin[slot + 1] += routes.begin[slot];
+  routes.rows.resize(routes.begin[slots]);
+  std::vector<int64_t> next(routes.begin.begin(), routes.begin.end() - 1);
+  for (int64_t e = 0; e < count; e++)
+    if (id[e] >= 0)
+      for (int64_t i = 0; i < part; i++) routes.rows[next[id[e]]++] = e * part + i;
+  return routes;
+}
+
+// ---- banks -----------------------------------------------------------------------------------
+
+struct Bank {
+  Pages a, b;
+  const int32_t* ranks;
+  const float* scales;
+  const double* dropout_p;  // null for none
+  const int64_t* seeds;
+  int64_t slots, column, s_column;  // its first column of y, of S
+};
+
+struct Banks {
+  std::vector<Bank> banks;
+  int64_t slots, rank_columns, columns;
+};
+
+template <class T>
+const T* row_of(const Tensor& tensor, int64_t slots, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == slots && tensor.is_contiguous() &&
+                      tensor.scalar_type() == dtype,
+                  name, " must be contiguous, [slots] and of its dtype");
+  return tensor.const_data_ptr<T>();
+}
+
+Banks banks_of(const Tensors& a, const Tensors& b, const Tensors& tables, const Tensors& ranks,
+               const Tensors& scales, const Tensors& dropout_p, const Tensors& seeds, int64_t k) {
+  const size_t count = a.size();
+  STD_TORCH_CHECK(count > 0 && b.size() == count && tables.size() == count &&
+                      ranks.size() == count && scales.size() == count,
+                  "a, b, tables, ranks and scales must be given for each bank");
+  STD_TORCH_CHECK(dropout_p.size() == seeds.size() && (seeds.empty() || seeds.size() == count),
+                  "dropout_p and seeds must be given for each bank or for none");
+  Banks all{.slots = ranks[0].size(0)};
+  for (size_t i = 0; i < count; i++) {
+    STD_TORCH_CHECK(a[i].is_contiguous() && b[i].is_contiguous() && a[i].size(0) == b[i].size(0) &&
+                        a[i].size(1) == k,
+                    "a and b must be contiguous [pages * 8, k] and [pages * 8, n]");
+    STD_TORCH_CHECK(tables[i].dim() == 2 && tables[i].is_contiguous() &&
+                        tables[i].size(0) == all.slots &&
+                        tables[i].scalar_type() == ScalarType::Int,
+                    "tables must be contiguous int32 [slots, max_pages]");
+    const int64_t max_pages = tables[i].size(1);
+    const int32_t* table = tables[i].const_data_ptr<int32_t>();
+    const bool drops = !seeds.empty();
+    all.banks.push_back(
+        {.a = {matrix_of(a[i], "a"), table, max_pages},
+         .b = {matrix_of(b[i], "b"), table, max_pages},
+         .ranks = row_of<int32_t>(ranks[i], all.slots, ScalarType::Int, "ranks"),
+         .scales = row_of<float>(scales[i], all.slots, ScalarType::Float, "scales"),
+         .dropout_p = drops ? row_of<double>(dropout_p[i], all.slots, ScalarType::Double,
+                                             "dropout_p")
+                            : nullptr,
+         .seeds = drops ? row_of<int64_t>(seeds[i], all.slots, ScalarType::Long, "seeds") : nullptr,
+         .slots = all.slots,
+         .column = all.columns,
+         .s_column = all.rank_columns});
+    all.columns += b[i].size(1);
+    all.rank_columns += PAGE * max_pages;
+  }
+  return all;
+}
+
+Dropout dropout_of(const Bank& bank, int64_t slot) {
+  if (!bank.seeds || bank.dropout_p[slot] == 0) return {};
+  const double p = bank.dropout_p[slot];
+  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
+  return {static_cast<uint64_t>(bank.seeds[slot]), static_cast<uint32_t>(threshold),
+          static_cast<float>(1.0 / (1.0 - p))};
+}
+
+// The adapters of a bank that have rows and a rank. A page that the table sends outside of the
+// arena would be read from wherever it lies, so it is looked at first.
+std::vector<Group> groups_of(const Bank& bank, const Routes& routes) {
+  std::vector<Group> groups;
+  for (int64_t slot = 0; slot < bank.slots; slot++) {
+    const int64_t rank = bank.ranks[slot], begin = routes.begin[slot], end = routes.begin[slot + 1];
+    if (begin == end || rank <= 0) continue;
+    STD_TORCH_CHECK(rank <= bank.a.max_pages * PAGE, "ranks has ", rank, " for slot ", slot,
+                    ", but its table has room for ", bank.a.max_pages * PAGE);
+    for (int64_t page = 0; page * PAGE < rank; page++) {
+      const int64_t row = bank.a.row(slot, page);
+      STD_TORCH_CHECK(row >= 0 && row + PAGE <= bank.a.data.rows, "table has page ", row / PAGE,
+                      " for slot ", slot, ", but there are ", bank.a.data.rows / PAGE);
+    }
+    groups.push_back({slot, rank, begin, end, bank.scales[slot], dropout_of(bank, slot)});
+  }
+  return groups;
+}
+
+// ---- units -----------------------------------------------------------------------------------
+
+struct Units {
+  std::vector<Group> groups;
+  const int64_t* rows;
+  std::vector<Unit> units;
+
+  Work work() const {
+    return {rows, groups.data(), int64_t(groups.size()), units.data(), int64_t(units.size())};
+  }
+
+  // A few rows of a group at a time; where that leaves threads idle, the size(group) parts of each
+  // are divided too, at multiples of step.
+  template <class Size>
+  void cut(int64_t step, int64_t threads, Size size) {
+    for (size_t g = 0; g < groups.size(); g++)
+      for (int64_t i = groups[g].begin, end = groups[g].end; i < end; i += UNIT_ROWS)
+        units.push_back({int64_t(g), i, std::min(end, i + UNIT_ROWS), 0, size(groups[g])});
+    const int64_t wanted = UNITS_PER_THREAD * threads, found = units.size();
+    if (threads > 1 && found && found < wanted) divide((wanted + found - 1) / found, step);
+  }
+
+  void divide(int64_t pieces, int64_t step) {
+    std::vector<Unit> divided;
+    for (const Unit& unit : units) {
+      const int64_t steps = (unit.part_end + step - 1) / step, parts = std::min(pieces, steps);
+      for (int64_t i = 0; i < parts; i++) {
+        Unit piece = unit;
+        piece.part_begin = steps * i / parts * step;
+        piece.part_end = std::min(unit.part_end, steps * (i + 1) / parts * step);
+        divided.push_back(piece);
+      }
+    }
+    units = std::move(divided);
+  }
+
+  // Whole groups that want gradients, by columns.
+  void cut_outer(const int32_t* out_rows, int64_t columns) {
+    for (size_t g = 0; g < groups.size(); g++)
+      for (int64_t j = 0; j < columns && out_rows[groups[g].slot] >= 0; j += OUTER_COLUMNS)
+        units.push_back({int64_t(g), groups[g].begin, groups[g].end, j,
+                         std::min(columns, j + OUTER_COLUMNS)});
+  }
+};
+
+int64_t pages_of(const Group& group) { return (group.rank + PAGE - 1) / PAGE; }
+
+Matrix columns_of(const Matrix& m, int64_t first, int64_t count) {
+  return {m.at(0, first), m.dtype, m.rows, count, m.row_stride, m.col_stride};
+}
+
+Matrix rows_of(const Matrix& m, int64_t first, int64_t count) {
+  return {m.at(first, 0), m.dtype, count, m.cols, m.row_stride, m.col_stride};
+}
+
+// ---- passes ----------------------------------------------------------------------------------
+
+// One call: the routes of its rows, and what it runs on.
+struct Call {
+  const Banks& banks;
+  const Routes& routes;
+  Parallel parallel;
+
+  Units units_of(const Bank& bank) const {
+    return {groups_of(bank, routes), routes.rows.data(), {}};
+  }
+
+  // S = dropout(x) A^T, or dS = scale dy B: x [m, columns] or the bank's columns of it.
+  void shrink(const Matrix& x, bool from_y, FloatRows s) const {
+    for (const Bank& bank : banks.banks) {
+      Units units = units_of(bank);
+      units.cut(1, parallel.threads, pages_of);
+      if (from_y)
+        for (Group& group : units.groups) group.dropout = {};
+      const Pages& pages = from_y ? bank.b : bank.a;
+      kernels().shrink({.work = units.work(),
+                        .x = from_y ? columns_of(x, bank.column, pages.data.cols) : x,
+                        .pages = pages,
+                        .scaled = from_y,
+                        .s = {s.data + bank.s_column, s.stride}},
+                       parallel);
+    }
+  }
+
+  // y += scale S B^T, or dx += dropout'(dS A).
+  Expand expand_of(const Units& units, const Bank& bank, FloatRows s, bool to_x,
+                   const Matrix& y, int64_t first_row = 0) const {
+    return {.work = units.work(),
+            .s = {s.data + bank.s_column, s.stride},
+            .pages = to_x ? bank.a : bank.b,
+            .scaled = !to_x,
+            .masked = to_x,
+            .y = y,
+            .column = to_x ? 0 : bank.column,
+            .first_row = first_row};
+  }
+
+  void expand(FloatRows s, bool to_x, const Matrix& y) const {
+    for (const Bank& bank : banks.banks) {
+      Units units = units_of(bank);
+      units.cut(COLUMN_UNIT, parallel.threads,
+                [&](const Group&) { return (to_x ? bank.a : bank.b).data.cols; });
+      kernels().expand(expand_of(units, bank, s, to_x, y), parallel);
+    }
+  }
+
+  // out = x g + bias, then the low-rank part. Each element is rounded once, so 16-bit rows are held
+  // in float32 between the two.
+  void base_and_expand(const Matrix& x, const Matrix& g, const Matrix* bias, FloatRows s, bool to_x,
+                       const Matrix& out) const {
+    std::vector<Units> units;
+    for (const Bank& bank : banks.banks) units.push_back(units_of(bank));
+    const auto run = [&](const Matrix& some_x, const Matrix& y, int64_t first_row) {
+      std::vector<Expand> expands;
+      for (size_t i = 0; i < units.size(); i++)
+        expands.push_back(expand_of(units[i], banks.banks[i], s, to_x, y, first_row));
+      kernels().base({some_x, g, bias, y, expands.data(), int64_t(expands.size())}, parallel);
+    };
+    if (out.dtype == DType::f32) return run(x, out, 0);
+    const int64_t width = out.cols, block = std::min(out.rows, WIDE_ROWS);
+    const auto wide = std::make_unique_for_overwrite<float[]>(block * width);
+    for (int64_t row = 0; row < out.rows; row += block) {
+      const int64_t rows = std::min(block, out.rows - row);
+      run(rows_of(x, row, rows), {wide.get(), DType::f32, rows, width, width, 1}, row);
+      kernels().narrow({wide.get(), width}, rows_of(out, row, rows), parallel);
+    }
+  }
+
+  // dA = dS^T dropout(x), or dB^T = scale S^T dy, of the trained adapters.
+  void outer(const Bank& bank, FloatRows s, const Matrix& x, bool from_y, const Tensor& rows,
+             Tensor& out) const {
+    const int32_t* out_rows = row_of<int32_t>(rows, bank.slots, ScalarType::Int, "grad_rows");
+    Units units = units_of(bank);
+    for (const Group& group : units.groups)
+      STD_TORCH_CHECK(out_rows[group.slot] < 0 || out_rows[group.slot] + group.rank <= out.size(0),
+                      "grad_rows has row ", out_rows[group.slot], " for a rank of ", group.rank,
+                      ", but grad_sizes has ", out.size(0));
+    units.cut_outer(out_rows, out.size(1));
+    kernels().outer({.work = units.work(),
+                     .s = {s.data + bank.s_column, s.stride},
+                     .x = from_y ? columns_of(x, bank.column, out.size(1)) : x,
+                     .scaled = from_y,
+                     .masked = !from_y,
+                     .out_rows = out_rows,
+                     .out = matrix_of(out, "gradient")},
+                    parallel);
+  }
+};
+
+Tensor zeros(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, {rows, cols}, dtype);
+  return torch::stable::zero_(out);
+}
+
+FloatRows float_rows_of(const Tensor& s) {
+  STD_TORCH_CHECK(s.is_contiguous() && s.scalar_type() == ScalarType::Float, "s must be float32");
+  return {s.mutable_data_ptr<float>(), s.size(1)};
+}
+
+std::tuple<Tensor, Tensor> multi_lora_linear_fwd(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensors a, Tensors b, Tensors tables,
+    Tensors ranks, Tensors scales, Tensor ids, std::optional<Tensor>, std::optional<Tensor>,
+    Tensors dropout_p, Tensors seeds, std::string) {
+  STD_TORCH_CHECK(weight.size(1) == x.size(1), "weight must be [n, k] for x [m, k]");
+  const int64_t m = x.size(0), n = weight.size(0);
+  const Banks banks = banks_of(a, b, tables, ranks, scales, dropout_p, seeds, x.size(1));
+  STD_TORCH_CHECK(banks.columns == n, "the banks' widths must add up to n");
+  const Routes routes = route(ids, m, banks.slots);
+  x = with_unit_stride(x, true), weight = with_unit_stride(weight, false);
+  Tensor y = torch::stable::new_empty(x, {m, n});
+  Tensor s = zeros(x, m, banks.rank_columns, ScalarType::Float);
+  std::optional<Matrix> bias_row;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must be [n]");
+    bias_row = Matrix{bias->mutable_data_ptr(), dtype_of(*bias, "bias"), 1, n, n, bias->stride(0)};
+  }
+  const Call call{banks, routes, torch_threads()};
+  const Matrix rows = matrix_of(x, "x");
+  call.shrink(rows, false, float_rows_of(s));
+  call.base_and_expand(rows, matrix_of(weight, "weight").transposed(),
+                       bias_row ? &*bias_row : nullptr, float_rows_of(s), false,
+                       matrix_of(y, "y"));
+  return {y, s};
+}
+
+Tensor multi_lora_linear_add(Tensor y, Tensor x, Tensors a, Tensors b, Tensors tables,
+                             Tensors ranks, Tensors scales, Tensor ids, std::optional<Tensor>,
+                             std::optional<Tensor>, Tensors dropout_p, Tensors seeds, std::string) {
+  const Banks banks = banks_of(a, b, tables, ranks, scales, dropout_p, seeds, x.size(1));
+  STD_TORCH_CHECK(y.is_contiguous() && y.size(0) == x.size(0) && y.size(1) == banks.columns,
+                  "y must be contiguous [m, n], where n is what the banks' widths add up to");
+  const Routes routes = route(ids, x.size(0), banks.slots);
+  x = with_unit_stride(x, true);
+  Tensor s = zeros(x, x.size(0), banks.rank_columns, ScalarType::Float);
+  const Call call{banks, routes, torch_threads()};
+  call.shrink(matrix_of(x, "x"), false, float_rows_of(s));
+  call.expand(float_rows_of(s), false, matrix_of(y, "y"));
+  return s;
+}
+
+std::tuple<Tensor, Tensors, Tensors> multi_lora_linear_bwd(
+    Tensor dy, Tensor x, std::optional<Tensor> weight, Tensors a, Tensors b, Tensors tables,
+    Tensors ranks, Tensors scales, Tensor ids, std::optional<Tensor>, std::optional<Tensor>,
+    Tensor s, Tensors dropout_p, Tensors seeds, Tensors grad_rows, std::vector<int64_t> grad_sizes,
+    bool needs_x, std::string) {
+  const Banks banks = banks_of(a, b, tables, ranks, scales, dropout_p, seeds, x.size(1));
+  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == banks.columns, "dy must be [m, n]");
+  STD_TORCH_CHECK(s.size(0) == x.size(0) && s.size(1) == banks.rank_columns, "s must be [m, R]");
+  STD_TORCH_CHECK(grad_rows.size() == grad_sizes.size() &&
+                      (grad_rows.empty() || grad_rows.size() == a.size()),
+                  "grad_rows and grad_sizes must be given for each bank or for none");
+  const int64_t m = x.size(0);
+  const Routes routes = route(ids, m, banks.slots);
+  x = with_unit_stride(x, true), dy = with_unit_stride(dy, true);
+  const auto ds_buffer = std::make_unique_for_overwrite<float[]>(m * banks.rank_columns);
+  const FloatRows ds{ds_buffer.get(), banks.rank_columns};
+  const Call call{banks, routes, torch_threads()};
+  const Matrix dy_rows = matrix_of(dy, "dy"), x_rows = matrix_of(x, "x");
+  call.shrink(dy_rows, true, ds);
+  Tensors da, db;
+  for (size_t i = 0; i < grad_rows.size(); i++) {
+    da.push_back(zeros(a[i], grad_sizes[i], a[i].size(1), a[i].scalar_type()));
+    db.push_back(zeros(b[i], grad_sizes[i], b[i].size(1), b[i].scalar_type()));
+    call.outer(banks.banks[i], ds, x_rows, false, grad_rows[i], da[i]);
+    call.outer(banks.banks[i], float_rows_of(s), dy_rows, true, grad_rows[i], db[i]);
+  }
+  if (!needs_x) return {torch::stable::new_empty(x, {0}), da, db};
+  if (!weight) {
+    Tensor dx = zeros(x, m, x.size(1), x.scalar_type());
+    call.expand(ds, true, matrix_of(dx, "dx"));
+    return {dx, da, db};
+  }
+  const Tensor w = with_unit_stride(*weight, false);
+  Tensor dx = torch::stable::new_empty(x, {m, x.size(1)});
+  call.base_and_expand(dy_rows, matrix_of(w, "weight"), nullptr, ds, true, matrix_of(dx, "dx"));
+  return {dx, da, db};
+}
+
+}  // namespace
+}  // namespace peft_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
+  library.impl("multi_lora_linear_fwd", TORCH_BOX(&peft_kernels::multi_lora_linear_fwd));
+  library.impl("multi_lora_linear_add", TORCH_BOX(&peft_kernels::multi_lora_linear_add));
+  library.impl("multi_lora_linear_bwd", TORCH_BOX(&peft_kernels::multi_lora_linear_bwd));
+}
