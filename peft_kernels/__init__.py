@@ -3,10 +3,12 @@
 from peft_kernels import nn, ops
 from peft_kernels._library import backend, backend_of, load_native
 from peft_kernels.checkpoint import load_adapter, save_adapter
+from peft_kernels.pool import AdapterPool
 from peft_kernels.swap import swap_linear
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterPool",
     "backend",
     "backend_of",
     "load_adapter",

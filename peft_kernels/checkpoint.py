@@ -63,6 +63,20 @@ class Adapter(NamedTuple):
     lora_b: Tensor
 
 
+class AdaptedLayer(NamedTuple):
+    """What a folder says of one layer."""
+
+    adapter: Adapter
+    scale: float
+    use_rslora: bool
+    dropout: float
+    fan_in_fan_out: bool
+
+    @property
+    def r(self) -> int:
+        return self.adapter.lora_a.shape[0]
+
+
 # ---- save ------------------------------------------------------------------------------------
 
 
@@ -84,10 +98,27 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: there is no LoRALinear below ``model``.
         NotADirectoryError: ``folder`` is a file.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = _lora_layers(model)
     if not layers or "" in layers:
         raise ValueError("model must have LoRALinear layers below it; it has none")
+    adapted = {
+        name: AdaptedLayer(
+            Adapter(layer.lora_a.detach(), layer.lora_b.detach()),
+            float(layer.scale),
+            layer.use_rslora,
+            layer.dropout,
+            layer.fan_in_fan_out,
+        )
+        for name, layer in layers.items()
+    }
+    write_adapter(model, adapted, folder)
+
+
+def write_adapter(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], folder: str | os.PathLike[str]
+) -> None:
+    """:func:`save_adapter` for these layers of an unwrapped model, by name."""
     config = _config_of(model, layers)
     contents = {
         WEIGHTS_FILE: safetensors.torch.save(_tensors_of(layers), metadata={"format": "pt"}),
@@ -96,13 +127,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _write_files(Path(folder), contents)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without DistributedDataParallel and torch.compile."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     return getattr(model, "_orig_mod", model)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A module's name without the parts that torch.compile and checkpoint wrappers add."""
     wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
@@ -110,17 +142,17 @@ def _plain_name(name: str) -> str:
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {
-        _plain_name(name): module
+        plain_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, LoRALinear)
     }
 
 
-def _tensors_of(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def _tensors_of(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
-        for key, parameter in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
-            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = _whole(parameter.detach())
+        for key, tensor in zip(("lora_A", "lora_B"), layer.adapter, strict=True):
+            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = _whole(tensor)
     return tensors
 
 
@@ -130,12 +162,10 @@ def _whole(tensor: Tensor) -> Tensor:
     return (gather() if gather else tensor).to("cpu", copy=True).contiguous()
 
 
-def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
+def _config_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, Any]:
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {
-        name: alpha_of(float(layer.scale), layer.r, use_rslora) for name, layer in layers.items()
-    }
+    alphas = {name: alpha_of(layer.scale, layer.r, use_rslora) for name, layer in layers.items()}
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     base = getattr(model, "config", None)
     return {
@@ -168,7 +198,7 @@ def _exact(name: str) -> str:
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> str | list[str]:
     """What selects just ``layers``: last parts of names, or full names, or a regular expression."""
     chosen = set(layers)
-    names = [_plain_name(name) for name, _ in model.named_modules() if name]
+    names = [plain_name(name) for name, _ in model.named_modules() if name]
     for endings in ({name.rpartition(".")[2] for name in chosen}, chosen):
         if {name for name in names if matches(name, endings)} == chosen:
             return sorted(endings)
@@ -207,18 +237,18 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         FileNotFoundError: ``folder`` isn't an adapter.
         ValueError: a file can't be read, the config asks for what isn't supported, or layers, keys,
             ranks or shapes don't fit the model.
-        TypeError: the config targets a layer that isn't linear.
+        TypeError: the config targets a layer that isn't linear, or a tensor has integers.
         RuntimeError: a layer is merged.
         Nothing is changed when one is raised.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    adapters = _adapters_in(_read_tensors(folder))
-    plain = _unwrapped(model)
+    config, adapters = read_adapter(folder)
+    plain = unwrapped(model)
     layers: dict[str, Any] = _lora_layers(plain)
     swaps = not layers
     if swaps:
-        layers = _targets_of(plain, config)
+        layers = targets_of(plain, config)
+        for name, module in layers.items():
+            check_base(module, name)
     _check_fit(layers, adapters, config)
     if swaps:
         swap_targets(
@@ -233,8 +263,36 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         )
         layers = _lora_layers(plain)
     for name, (lora_a, lora_b) in adapters.items():
-        layers[name].switch(lora_a, lora_b, scale=_scale_of(config, name))
+        layers[name].switch(lora_a, lora_b, scale=scale_of(config, name))
     return model
+
+
+def read_adapter(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Adapter]]:
+    """The config of an adapter, complete and supported, and its matrices by layer.
+
+    Args:
+        source: a folder in PEFT's format, or the tensors of one by their keys.
+        config: fields of PEFT's LoraConfig, with tensors; a folder has its own.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_adapter`.
+        TypeError: tensors without a config.
+    """
+    if isinstance(source, Mapping):
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config must be a dict, beside a state dict; got {config!r}")
+        config = _checked_config({"peft_type": "LORA", **config}, "config")
+        return config, _adapters_in(source)
+    if config is not None:
+        raise ValueError(f"config must be None for a folder, which holds its own; got {config!r}")
+    folder = Path(source)
+    config = _read_config(folder)
+    if not config.get("target_modules"):
+        raise ValueError(f"{folder / CONFIG_FILE}: target_modules must name layers; got nothing")
+    return config, _adapters_in(_read_tensors(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -247,7 +305,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be JSON; {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
-    _check_supported(path, config)
+    return _checked_config(config, path)
+
+
+def _checked_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
+    """The config with PEFT's defaults for what it lacks, once all of it is supported."""
+    _check_supported(where, config)
     defaults = {
         "r": 8,
         "lora_alpha": 8,
@@ -259,26 +322,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return defaults | {key: value for key, value in config.items() if value is not None}
 
 
-def _check_supported(path: Path, config: Mapping[str, Any]) -> None:
+def _check_supported(where: Path | str, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be 'LORA'; got {config.get('peft_type')!r}")
+        raise ValueError(f"{where}: peft_type must be 'LORA'; got {config.get('peft_type')!r}")
     if config.get("bias") not in (None, "none"):
-        raise ValueError(f"{path}: bias must be 'none'; got {config['bias']!r}")
+        raise ValueError(f"{where}: bias must be 'none'; got {config['bias']!r}")
     init = config.get("init_lora_weights", True)
     if init not in INNOCENT_INITS:
         raise ValueError(
-            f"{path}: init_lora_weights must be one that leaves the base weight as it is "
+            f"{where}: init_lora_weights must be one that leaves the base weight as it is "
             f"({', '.join(map(repr, INNOCENT_INITS))}); got {init!r}"
         )
     known = INTERPRETED_KEYS | IRRELEVANT_KEYS | {"peft_type", "bias", "init_lora_weights"}
     for key, value in config.items():
         if key not in known and value:
-            raise ValueError(f"{path}: {key} isn't supported and must be off; got {value!r}")
+            raise ValueError(f"{where}: {key} isn't supported and must be off; got {value!r}")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} must be an object; got {config[key]!r}")
-    if not config.get("target_modules"):
-        raise ValueError(f"{path}: target_modules must name layers; got nothing")
+            raise ValueError(f"{where}: {key} must be an object; got {config[key]!r}")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -315,22 +376,11 @@ def _adapters_in(tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:
     return {name: Adapter(pair["A"], pair["B"]) for name, pair in found.items()}
 
 
-def _targets_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
+def targets_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The modules that the config selects, by name."""
     options = ("exclude_modules", "layers_to_transform", "layers_pattern", "task_type")
     given = {option: config[option] for option in options if option in config}
-    targets = find_targets(model, config["target_modules"], **given)
-    for name, module in targets.items():
-        check_base(module, name)
-    return targets
-
-
-def _rank_of(config: Mapping[str, Any], name: str) -> int:
-    return pattern_value(config["rank_pattern"], name, config["r"])
-
-
-def _scale_of(config: Mapping[str, Any], name: str) -> float:
-    alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
-    return scaling(alpha, _rank_of(config, name), config["use_rslora"])
+    return find_targets(model, config["target_modules"], **given)
 
 
 def _check_fit(
@@ -347,19 +397,32 @@ def _check_fit(
 
 
 def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, Any]) -> None:
-    r = _rank_of(config, name)
+    if isinstance(layer, LoRALinear):
+        n, k = layer.out_features, layer.in_features
+    else:
+        n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+    r = check_adapter(name, adapter, config, n, k)
+    if isinstance(layer, LoRALinear) and layer.merged:
+        raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
+    if isinstance(layer, LoRALinear) and layer.r != r:
+        raise ValueError(f"{name} has rank {layer.r}, but the adapter has rank {r}")
+
+
+def check_adapter(name: str, adapter: Adapter, config: Mapping[str, Any], n: int, k: int) -> int:
+    """The rank of layer ``name`` by the config, if settings and shapes [r, k], [n, r] are right."""
+    r = pattern_value(config["rank_pattern"], name, config["r"])
     alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
     check_settings(r, alpha, config["lora_dropout"], "gaussian")
-    if not isinstance(layer, LoRALinear):
-        n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
-    elif layer.merged:
-        raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
-    elif layer.r != r:
-        raise ValueError(f"{name} has rank {layer.r}, but the adapter has rank {r}")
-    else:
-        n, k = layer.out_features, layer.in_features
     for key, tensor, shape in (("A", adapter.lora_a, (r, k)), ("B", adapter.lora_b, (n, r))):
         if tensor.shape != shape:
-            raise ValueError(
-                f"{name}.lora_{key} must be {list(shape)}; the file has {list(tensor.shape)}"
-            )
+            raise ValueError(f"{name}.lora_{key} must be {list(shape)}; got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}.lora_{key} must be floating-point; got {tensor.dtype}")
+    return r
+
+
+def scale_of(config: Mapping[str, Any], name: str) -> float:
+    """The scale of layer ``name`` by the config."""
+    r = pattern_value(config["rank_pattern"], name, config["r"])
+    alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
+    return scaling(alpha, r, config["use_rslora"])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft_kernels.nn.lora import LoRALinear, check_base, check_settings, is_conv1d
+from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 ALL_LINEAR = "all-linear"
 SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
@@ -77,7 +78,7 @@ def swap_linear(
         layers_pattern=layers_pattern,
         task_type=task_type,
     )
-    _require_matches(target_modules, targets)
+    require_matches(target_modules, targets)
     return swap_targets(
         model,
         targets,
@@ -170,7 +171,8 @@ def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
     return int(first.group(1)) if first else None
 
 
-def _require_matches(target_modules: str | list[str], targets: Iterable[str]) -> None:
+def require_matches(target_modules: str | list[str], targets: Iterable[str]) -> None:
+    """Raises a ValueError unless every pattern has selected something."""
     if isinstance(target_modules, str):
         unmatched = [] if targets else [target_modules]
     else:
@@ -223,9 +225,9 @@ def swap_targets(
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-    _replace(model, swapped)
+    replace_modules(model, swapped)
     _freeze_all_but_adapters(model)
-    _keep_off_fast_paths(model)
+    keep_off_fast_paths(model)
     return model
 
 
@@ -239,7 +241,8 @@ def _warn_unused(argument: str, patterns: Mapping[str, float], names: Iterable[s
             )
 
 
-def _replace(model: nn.Module, swapped: Mapping[nn.Module, LoRALinear]) -> None:
+def replace_modules(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts the values of ``swapped`` where its keys are, under every name they have."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in swapped:
@@ -254,15 +257,27 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _keep_off_fast_paths(model: nn.Module) -> None:
-    """Has torch's encoder call its linear layers: its inference fast path reads weights alone."""
+def keep_off_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, object]]:
+    """Has torch's encoder call its linear layers: its inference fast path reads weights alone.
+
+    Returns:
+        Which attributes of which modules were changed, and what they were.
+    """
+    changed: list[tuple[nn.Module, str, object]] = []
+
+    def change(module: nn.Module, attribute: str, value: object) -> None:
+        changed.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+
+    ours = (LoRALinear, MultiLoRALinear)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and (
-            isinstance(module.linear1, LoRALinear) or isinstance(module.linear2, LoRALinear)
+            isinstance(module.linear1, ours) or isinstance(module.linear2, ours)
         ):
-            module.activation_relu_or_gelu = 0
+            change(module, "activation_relu_or_gelu", 0)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and not all(
             getattr(layer, "activation_relu_or_gelu", 0) for layer in module.layers
         ):
-            module.use_nested_tensor = False
+            change(module, "use_nested_tensor", False)
+    return changed

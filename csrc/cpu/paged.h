@@ -12,6 +12,7 @@
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's registers hold
+constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
 
 // Threads take the units one by one, as their ranks may differ much.
@@ -117,100 +118,109 @@ PK_INLINE Vec load_part(const T* from, int64_t count) {
   return load(values);
 }
 
-// acc[i][c] = sum_q z[i][q] B_g[q, col + c V...], R rows by C vectors, the last of them in part.
-template <int R, int C, class T>
-PK_INLINE void update_block(const Pages& pages, const T* base, const Group& group, const float* z,
-                            int64_t col, int64_t cols, Vec (&acc)[R][C]) {
-  for (int64_t page = 0; page * PAGE < group.rank; page++) {
-    const T* b = base + pages.row(group.slot, page) * pages.data.row_stride + col;
-    const float* from = z + page * PAGE;
-    for (int64_t q = 0; q < page_rows(group, page); q++, b += pages.data.row_stride) {
-      Vec lanes[C];
-      for (int c = 0; c < C; c++) lanes[c] = load_part(b + c * V, cols - c * V);
+// What expand does with a piece of y once its sums are there.
+struct Addend {
+  const Expand& t;
+  const Group& group;
+  int64_t begin;  // the position of row 0
+  bool masked, in_place;
+
+  PK_INLINE int64_t row(int64_t i) const { return t.work.rows[begin + i] - t.first_row; }
+
+  // y[i, col...] += mask * sums.
+  void add(int64_t i, int64_t col, int64_t cols, float* sums) const {
+    if (masked) {
+      alignas(64) float factors[SUM_COLUMNS];
+      dropout_factors(group.dropout, begin + i - group.begin, col, cols, factors);
+      for (int64_t j = 0; j < cols; j++) sums[j] *= factors[j];
+    }
+    add_row(t.y, row(i), t.column + col, sums, cols);
+    store_row(t.y, row(i), t.column + col, sums, cols);
+  }
+};
+
+// A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
+// B_g.
+template <int R, class T>
+PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int64_t i, int64_t col,
+                           int64_t cols) {
+  const Pages& pages = to.t.pages;
+  const int64_t rank = to.group.rank, step = pages.data.row_stride;
+  Vec sums[R][VECS]{};
+  for (int64_t page = 0; page * PAGE < rank; page++) {
+    const T* b = base + pages.row(to.group.slot, page) * step + col;
+    for (int64_t q = 0; q < page_rows(to.group, page); q++, b += step) {
+      Vec lanes[VECS];
+      for (int v = 0; v < VECS; v++) lanes[v] = load_part(b + v * V, cols - v * V);
 #pragma GCC unroll 6
-      for (int i = 0; i < R; i++) {
-        const Vec factor = splat(from[i * group.rank + q]);
-        for (int c = 0; c < C; c++) acc[i][c] += factor * lanes[c];
+      for (int a = 0; a < R; a++) {
+        const Vec factor = splat(z[(i + a) * rank + page * PAGE + q]);
+        for (int v = 0; v < VECS; v++) sums[a][v] += factor * lanes[v];
       }
     }
   }
-}
-
-constexpr int64_t UPDATE_COLUMNS = 8 * V;
-constexpr int64_t UPDATE_ROWS = 6;
-
-// As many vectors of columns at once as registers hold; done(i, j, cols, vector) takes each.
-template <int R, class T, class Done>
-PK_INLINE void update_rows(const Pages& pages, const T* base, const Group& group, const float* z,
-                           int64_t col, int64_t cols, Done done) {
-  constexpr int C = R == 1 ? 8 : R == 2 ? 4 : R == 3 ? 3 : 2;
-  int64_t j = 0;
-  for (; j + C * V <= cols; j += C * V) {
-    Vec acc[R][C]{};
-    update_block<R, C>(pages, base, group, z, col + j, C * V, acc);
-    for (int i = 0; i < R; i++)
-      for (int c = 0; c < C; c++) done(i, j + c * V, V, acc[i][c]);
-  }
-  for (; j < cols; j += V) {
-    Vec acc[R][1]{};
-    update_block<R, 1>(pages, base, group, z, col + j, cols - j, acc);
-    for (int i = 0; i < R; i++) done(i, j, std::min<int64_t>(V, cols - j), acc[i][0]);
+  for (int a = 0; a < R; a++) {
+    if (to.in_place && cols == LANES) {
+      float* y = reinterpret_cast<float*>(to.t.y.at(to.row(i + a), to.t.column + col));
+      for (int v = 0; v < VECS; v++) store(y + v * V, load(y + v * V) + sums[a][v]);
+      continue;
+    }
+    alignas(64) float values[LANES];
+    for (int v = 0; v < VECS; v++) store(values + v * V, sums[a][v]);
+    to.add(i + a, col, cols, values);
   }
 }
 
-// y[row, col...] += factors * values; no factors are all 1.
-inline void add_values(const Matrix& y, int64_t row, int64_t col, int64_t cols, float* values,
-                       const float* factors) {
-  if (factors)
-    for (int64_t j = 0; j < cols; j++) values[j] *= factors[j];
-  add_row(y, row, col, values, cols);
-  store_row(y, row, col, values, cols);
+// sums[j] += sum_q z[q] b[q, j] over Q rank rows, in their order.
+template <int Q, class T>
+PK_INLINE void add_rank_rows(const float* z, const T* b, int64_t step, int64_t cols, float* sums) {
+  for (int64_t j = 0; j < cols; j += V) {
+    Vec total = load(sums + j);
+    for (int q = 0; q < Q; q++) total += splat(z[q]) * load_part(b + q * step + j, cols - j);
+    store(sums + j, total);
+  }
+}
+
+// One row: reading B_g is the whole cost, so its rows are read along, a few streams at a time.
+template <class T>
+void expand_row(const Addend& to, const T* base, const float* z, int64_t i, int64_t col,
+                int64_t cols) {
+  const Pages& pages = to.t.pages;
+  const int64_t step = pages.data.row_stride;
+  alignas(64) float sums[SUM_COLUMNS];
+  std::memset(sums, 0, round_up(cols, V) * sizeof(float));
+  for (int64_t page = 0; page * PAGE < to.group.rank; page++) {
+    const T* b = base + pages.row(to.group.slot, page) * step + col;
+    const int64_t count = page_rows(to.group, page);
+    int64_t q = 0;
+    for (; q + 4 <= count; q += 4)
+      add_rank_rows<4>(z + page * PAGE + q, b + q * step, step, cols, sums);
+    for (; q < count; q++) add_rank_rows<1>(z + page * PAGE + q, b + q * step, step, cols, sums);
+  }
+  to.add(i, col, cols, sums);
 }
 
 // rows[begin, end) of a group, at most UNIT_ROWS, for columns [col, col_end) of the pages.
 inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int64_t end,
                         int64_t col, int64_t col_end, float* z) {
-  const int64_t count = end - begin, rank = group.rank;
+  const int64_t count = end - begin, rank = group.rank, tiled = count / 3 * 3;
   const bool masked = t.masked && group.dropout.threshold != 0;
-  const bool in_place = t.y.dtype == DType::f32 && !masked;
+  const Addend to{t, group, begin, masked, t.y.dtype == DType::f32 && !masked};
   const float factor = t.scaled ? group.scale : 1;
   for (int64_t i = 0; i < count; i++) {
     const float* s = t.s.data + t.work.rows[begin + i] * t.s.stride;
     for (int64_t q = 0; q < rank; q++) z[i * rank + q] = s[q] * factor;
   }
-  const auto y_row = [&](int64_t i) { return t.work.rows[begin + i] - t.first_row; };
   with_type(t.pages.data.dtype, t.pages.data.data, [&](auto* base) {
-    for (; col < col_end; col += UPDATE_COLUMNS) {
-      const int64_t cols = std::min(UPDATE_COLUMNS, col_end - col);
-      for (int64_t i = 0; i < count;) {
-        const int64_t rest = count - i, rows = rest >= 6 ? 6 : rest >= 3 ? 3 : rest;
-        alignas(64) float values[UPDATE_ROWS][UPDATE_COLUMNS], factors[UPDATE_COLUMNS];
-        const auto block = [&](auto R) {
-          update_rows<R>(t.pages, base, group, z + i * rank, col, cols,
-                         [&](int a, int64_t j, int64_t lanes, Vec sums) {
-            float* y = reinterpret_cast<float*>(t.y.at(y_row(i + a), t.column + col + j));
-            if (in_place && lanes == V)
-              store(y, load(y) + sums);
-            else if (in_place)
-              for (int64_t l = 0; l < lanes; l++) y[l] += sums[l];
-            else
-              store(&values[a][j], sums);
-          });
-        };
-        switch (rows) {
-          case 6: block(std::integral_constant<int, 6>{}); break;
-          case 3: block(std::integral_constant<int, 3>{}); break;
-          case 2: block(std::integral_constant<int, 2>{}); break;
-          default: block(std::integral_constant<int, 1>{});
-        }
-        for (int64_t a = 0; a < rows && !in_place; a++) {
-          if (masked) dropout_factors(group.dropout, begin + i + a - group.begin, col, cols, factors);
-          add_values(t.y, y_row(i + a), t.column + col, cols, values[a],
-                     masked ? factors : nullptr);
-        }
-        i += rows;
-      }
+    for (int64_t j = col; j < col_end && tiled; j += LANES) {
+      const int64_t cols = std::min<int64_t>(LANES, col_end - j);
+      int64_t i = 0;
+      for (; i + 6 <= tiled; i += 6) expand_tile<6>(to, base, z, i, j, cols);
+      if (i < tiled) expand_tile<3>(to, base, z, i, j, cols);
     }
+    for (int64_t i = tiled; i < count; i++)
+      for (int64_t j = col; j < col_end; j += SUM_COLUMNS)
+        expand_row(to, base, z + i * rank, i, j, std::min(SUM_COLUMNS, col_end - j));
   });
 }
 

@@ -74,11 +74,21 @@ def check_settings(r: int, alpha: float, dropout: float, init: str) -> None:
         raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
 
 
-def _adapter_dtype(base: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+def adapter_dtype_for(base: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    """``requested``, once it can be mixed with the base's; by default at least float32."""
     wide = torch.float32 if base in HALF_DTYPES else base
     if requested not in (None, wide, base):
         raise TypeError(f"adapter_dtype must be {wide} or the base's {base}; got {requested}")
     return requested or wide
+
+
+def init_adapter_(lora_a: Tensor, lora_b: Tensor, init: str) -> None:
+    """Draws A [r, k] and sets B to zero, in place, so that the update is zero."""
+    if init == "gaussian":
+        nn.init.normal_(lora_a, std=1.0 / lora_a.shape[0])
+    else:
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    nn.init.zeros_(lora_b)
 
 
 class LoRALinear(nn.Linear):
@@ -185,7 +195,7 @@ class LoRALinear(nn.Linear):
         check_base(linear)
         check_settings(r, alpha, dropout, init)
         weight, bias = linear.weight, linear.bias
-        adapter_dtype = _adapter_dtype(weight.dtype, adapter_dtype)
+        adapter_dtype = adapter_dtype_for(weight.dtype, adapter_dtype)
         nn.Module.__init__(self)
         self.fan_in_fan_out = is_conv1d(linear)
         self.out_features, self.in_features = self._matrix(weight).shape
@@ -209,11 +219,7 @@ class LoRALinear(nn.Linear):
 
     def reset_adapter(self) -> None:
         """Draws A anew and sets B to zero, so that the layer computes what its base computes."""
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_a, std=1.0 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_b)
+        init_adapter_(self.lora_a, self.lora_b, self.init)
 
     def reset_parameters(self) -> None:
         """Draws the base anew as ``nn.Linear`` does, and the adapter as :meth:`reset_adapter`."""

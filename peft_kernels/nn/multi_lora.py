@@ -1,0 +1,280 @@
+"""Many LoRA adapters on one linear layer, each row with its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels._router import Router, unrouted, unrouted_routing
+from peft_kernels.nn.lora import adapter_dtype_for, check_base, is_conv1d
+from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
+
+
+class Bound(NamedTuple):
+    """Parameters that are views of the pages of one slot."""
+
+    lora_a: nn.Parameter  # [r, k]
+    lora_b: nn.Parameter  # [r, n]
+    first: int  # row of the pages
+
+
+class MultiLoRALinear(nn.Linear):
+    """A frozen linear layer that adds to each row the update of that row's adapter.
+
+    ``y[i] = weight @ x[i] + bias + scale_g * B_g @ A_g @ dropout_g(x[i])`` for the adapter g of row
+    i (Chen et al. 2023, "Punica"), computed by :func:`peft_kernels.ops.multi_lora_linear`. Which
+    adapters there are, and which rows have them, is up to an :class:`peft_kernels.AdapterPool`;
+    outside of its routes the layer computes what its base computes. Dropout acts on the low-rank
+    branch, in training mode only. The state dict is the base layer's.
+
+    Parameters:
+        weight: ``[n, k]``, frozen (``[k, n]`` when ``fan_in_fan_out``: taken from a Conv1D).
+        bias: ``[n]`` or None, frozen.
+
+    Buffers, none of them in the state dict:
+        pages_a: ``[pages * 8, k]``, rank rows of A.
+        pages_b: ``[pages * 8, n]``, rank rows of B transposed.
+        table: ``[slots, max_pages]`` int32, the pages of the adapter in each slot.
+        ranks: ``[slots]`` int32.
+        scales: ``[slots]`` float32, whatever dtype the model is cast to.
+        unrouted: the ids of rows outside of any route.
+
+    Moving or casting the layer moves the pages along. Trained adapters' Parameters, which are views
+    of the pages, stay the same objects and become views of the new ones.
+    """
+
+    weight: nn.Parameter
+    pages_a: Tensor
+    pages_b: Tensor
+    table: Tensor
+    ranks: Tensor
+    scales: Tensor
+    unrouted: Tensor
+    router: Router
+    fan_in_fan_out: bool
+    bound: dict[int, Bound]  # by slot
+    _gradient_rows: dict[tuple[tuple[int, int], ...], Tensor]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("MultiLoRALinear is built around a linear layer: use from_linear")
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: Any,
+        *,
+        slots: int,
+        pages: int,
+        max_pages: int,
+        router: Router,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> MultiLoRALinear:
+        """Builds the layer around ``linear``'s very Parameters, which it freezes.
+
+        Args:
+            linear: ``nn.Linear`` or ``transformers``' Conv1D.
+            slots: how many adapters it can hold.
+            pages: how many pages of 8 rank rows it has for them.
+            max_pages: how many of those one adapter can have.
+            router: tells the layer which adapters the rows have; shared by the model's layers.
+            adapter_dtype: of the pages: float32 or the dtype of the weight, the default.
+
+        Raises:
+            TypeError: ``linear`` is something else, or has another forward, hooks, or a weight that
+                isn't a floating-point Parameter; or a dtype that can't be mixed.
+        """
+        check_base(linear)
+        dtype = adapter_dtype_for(linear.weight.dtype, adapter_dtype or linear.weight.dtype)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.router = router
+        self.bound = {}
+        self._gradient_rows = {}
+        self._adopt(linear, slots, pages, max_pages, dtype)
+        return self
+
+    @torch.inference_mode(False)
+    def _adopt(
+        self, linear: Any, slots: int, pages: int, max_pages: int, dtype: torch.dtype
+    ) -> None:
+        self.fan_in_fan_out = is_conv1d(linear)
+        self.out_features, self.in_features = self._matrix(linear.weight).shape
+        self.weight, self.bias = linear.weight, linear.bias
+        device, rows = linear.weight.device, pages * PAGE
+        for name, shape, buffer_dtype in (
+            ("pages_a", (rows, self.in_features), dtype),
+            ("pages_b", (rows, self.out_features), dtype),
+            ("table", (slots, max_pages), torch.int32),
+            ("ranks", (slots,), torch.int32),
+            ("scales", (slots,), torch.float32),
+        ):
+            buffer = torch.zeros(shape, dtype=buffer_dtype, device=device)
+            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("unrouted", unrouted(slots, device), persistent=False)
+        self.train(linear.training)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as [n, k], however it is stored."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    @property
+    def bank(self) -> LoRABank:
+        """What the op reads."""
+        held: Any = self._buffers  # as attributes, nn.Module would look for each in vain elsewhere
+        return LoRABank(
+            held["pages_a"], held["pages_b"], held["table"], held["ranks"], held["scales"]
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """What one page costs in A and B."""
+        return PAGE * (self.in_features + self.out_features) * self.pages_a.element_size()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
+        selection = self.router.current()
+        routing, dropout, trained = None, None, None
+        if selection is not None:
+            here = selection.on(x.device)
+            routing = here.routing
+            if self.training:
+                dropout = here.dropout()
+            if selection.trained and torch.is_grad_enabled():
+                trained = self._trained(selection.trained)
+        return multi_lora_linear(
+            x,
+            self._matrix(self.weight),
+            self.bank,
+            unrouted_routing(self.unrouted) if routing is None else routing,
+            bias=self.bias,
+            dropout=dropout,
+            trained=trained,
+        )
+
+    def _trained(self, slots: Sequence[int]) -> Trained | None:
+        """Those of ``slots`` that want gradients here. Others must not get zeros for theirs."""
+        found = [(slot, self.bound[slot]) for slot in slots if slot in self.bound]
+        found = [
+            (slot, one)
+            for slot, one in found
+            if one.lora_a.requires_grad or one.lora_b.requires_grad
+        ]
+        if not found:
+            return None
+        ranks = tuple((slot, one.lora_a.shape[0]) for slot, one in found)
+        rows = self._first_rows(ranks)
+        return Trained(rows, [one.lora_a for _, one in found], [one.lora_b for _, one in found])
+
+    def _first_rows(self, ranks: tuple[tuple[int, int], ...]) -> Tensor:
+        """Where the gradients of each slot begin, when these (slot, rank) receive them."""
+        if ranks in self._gradient_rows:
+            return self._gradient_rows[ranks]
+        rows, first = [-1] * self.ranks.shape[0], 0
+        for slot, r in ranks:
+            rows[slot] = first
+            first += r
+        with torch.inference_mode(False):
+            tensor = torch.tensor(rows, dtype=torch.int32, device=self.ranks.device)
+        if not torch.compiler.is_compiling():
+            if len(self._gradient_rows) >= 64:
+                self._gradient_rows.clear()
+            self._gradient_rows[ranks] = tensor
+        return tensor
+
+    # Writes go through .data: whoever writes knows that no graph reads those rows any more, and
+    # graphs that read others must not take the whole buffer for modified.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def write(
+        self, slot: int, pages: Sequence[int], lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> None:
+        """Puts an adapter into a slot that nothing reads now.
+
+        Args:
+            slot: its number.
+            pages: ``ceil(r / 8)`` of them, which are that slot's alone.
+            lora_a, lora_b: ``[r, k]`` and ``[n, r]`` on any device, in any floating dtype.
+            scale: the factor of its update.
+        """
+        r = lora_a.shape[0]
+        rows = self._rows(pages, r)
+        for buffer, matrix in ((self.pages_a, lora_a), (self.pages_b, lora_b.T)):
+            buffer.data.index_copy_(0, rows, matrix.to(buffer.device, buffer.dtype))
+        self.table.data[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.scales.data[slot] = scale
+        self.ranks.data[slot] = r
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Has the adapter in a slot that nothing reads now leave this layer as it is."""
+        self.ranks.data[slot] = 0
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def read(self, pages: Sequence[int], r: int) -> tuple[Tensor, Tensor]:
+        """Copies of A ``[r, k]`` and B ``[n, r]`` of an adapter in these pages."""
+        rows = self._rows(pages, r)
+        return self.pages_a[rows], self.pages_b[rows].T.contiguous()
+
+    def _rows(self, pages: Sequence[int], r: int) -> Tensor:
+        """The rows of the buffers that hold the r rank rows of an adapter in these pages."""
+        rows = torch.tensor(pages, dtype=torch.int64)[:, None] * PAGE + torch.arange(PAGE)
+        return rows.flatten()[:r].to(self.pages_a.device)
+
+    @torch.inference_mode(False)
+    def bind(self, slot: int, page: int, r: int, known: Bound | None = None) -> None:
+        """Makes A and B of a slot, whose pages follow ``page``, into Parameters.
+
+        Args:
+            known: Parameters of the same shapes that become views of these pages.
+        """
+        a, b = self._views(page * PAGE, r)
+        if known is None:
+            self.bound[slot] = Bound(nn.Parameter(a), nn.Parameter(b), page * PAGE)
+        else:
+            known.lora_a.data, known.lora_b.data = a, b
+            known.lora_a.grad = known.lora_b.grad = None  # they were the old values'
+            self.bound[slot] = known._replace(first=page * PAGE)
+
+    def _views(self, first: int, r: int) -> tuple[Tensor, Tensor]:
+        return self.pages_a.data[first : first + r], self.pages_b.data[first : first + r]
+
+    @torch.inference_mode(False)
+    def unbind(self, slot: int) -> Bound | None:
+        """Gives the Parameters of a slot, if it has any, memory of their own.
+
+        An optimizer that still has them then no longer writes into the pages.
+        """
+        one = self.bound.pop(slot, None)
+        if one is not None:
+            for parameter in (one.lora_a, one.lora_b):
+                parameter.data = parameter.data.clone()
+        return one
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype is not torch.float32:
+            self.scales = scales.to(self.scales.device)
+        self.router.devices = None
+        self._gradient_rows.clear()
+        for lora_a, lora_b, first in self.bound.values():
+            views = self._views(first, lora_a.shape[0])
+            for parameter, view in zip((lora_a, lora_b), views, strict=True):
+                parameter.data = view
+                if parameter.grad is not None:
+                    parameter.grad.data = fn(parameter.grad.data)
+        return self
+
+    def extra_repr(self) -> str:
+        slots, max_pages = self.table.shape
+        pages = self.pages_a.shape[0] // PAGE
+        return f"{super().extra_repr()}, slots={slots}, pages={pages}, max_rank={max_pages * PAGE}"

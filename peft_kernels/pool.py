@@ -1,0 +1,434 @@
+"""Many LoRA adapters for one model, each row of a batch with its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import checkpoint
+from peft_kernels._pages import PoolFullError
+from peft_kernels._router import Ids, Router, Selection, flat_names
+from peft_kernels._store import PoolMemory, Store
+from peft_kernels._versions import Source, Version, new_version, read_version
+from peft_kernels.nn.lora import check_base, init_adapter_
+from peft_kernels.nn.multi_lora import MultiLoRALinear
+from peft_kernels.ops.multi_lora_linear import PAGE
+from peft_kernels.swap import find_targets, keep_off_fast_paths, replace_modules, require_matches
+
+__all__ = ["AdapterPool", "PoolFullError", "PoolMemory"]
+
+
+class AdapterPool:
+    """Holds many LoRA adapters for a model, and gives each row of a batch the one it asks for.
+
+    ``pool = AdapterPool.attach(model, ["q_proj", "v_proj"], capacity=512)`` swaps
+    :class:`peft_kernels.nn.MultiLoRALinear` in, ``pool.load("a", "path/to/adapter")`` reads PEFT's
+    format, and ``with pool.route(["a", None, "b"]): model(x)`` serves three rows, the second by the
+    base model alone. An adapter takes pages of 8 rank rows in each layer that it adapts, as many as
+    its rank there needs, and costs what that rank costs.
+
+    :meth:`create` makes an adapter to train, ``torch.optim.AdamW(pool.parameters("a"))`` trains it
+    in place, alone or beside others in one batch, and :meth:`save` writes it in PEFT's format.
+
+    Several threads may use a pool at once, and load while others run the model. A route is its
+    thread's own. It holds the versions of its adapters that it found when it was entered, and so
+    does the autograd graph of a forward in it: their pages go to others only when the last of those
+    is gone. So neither a forward nor a backward ever sees parts of two adapters in one.
+    """
+
+    _model: nn.Module
+    _store: Store
+    _router: Router
+    _originals: Mapping[str, nn.Module]  # what the layers replace
+    _thawed: Sequence[nn.Parameter]  # what required gradients before
+    _slowed: Sequence[tuple[nn.Module, str, object]]  # what kept fast paths away, and was before
+    _slots: int
+    _max_rank: int
+
+    def __init__(self) -> None:
+        raise TypeError("an AdapterPool is made by AdapterPool.attach(model, ...)")
+
+    # ---- attach and detach -------------------------------------------------------------------
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        target_modules: str | Iterable[str],
+        *,
+        capacity: int,
+        max_rank: int = 64,
+        max_adapters: int | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        evict: str | None = None,
+        exclude_modules: str | Iterable[str] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
+        task_type: str | None = None,
+    ) -> AdapterPool:
+        """Swaps MultiLoRALinear into ``model``, in place, and freezes all of it.
+
+        The model may be moved and cast afterwards; its adapters go with it. While it is in a pool
+        it can't be deep-copied or pickled; its state dict is the base model's.
+
+        Args:
+            model: any module; the layers to replace are below it, and must be plain linear layers.
+            target_modules, exclude_modules, layers_to_transform, layers_pattern, task_type: which
+                layers, as in :func:`peft_kernels.swap_linear`.
+            capacity: the rank rows that each layer has room for, rounded up to whole pages of 8. An
+                adapter of rank r takes r of them, rounded up likewise.
+            max_rank: the highest rank of one adapter, rounded up likewise.
+            max_adapters: how many adapters fit at most; by default as many as a layer has pages.
+            adapter_dtype: of the adapters: float32, or the dtype of the base, which is the default.
+            evict: ``"lru"`` lets an adapter that doesn't fit take the place of those that were
+                routed longest ago. Pinned ones, those in use and those in training stay.
+
+        Raises:
+            ValueError: a pattern that selects nothing, or a value out of range.
+            TypeError: a target that isn't a plain linear layer, or a value of the wrong type.
+            Nothing is changed when one is raised.
+        """
+        model = checkpoint.unwrapped(model)
+        if not isinstance(target_modules, str):
+            target_modules = list(target_modules)
+        targets = find_targets(
+            model,
+            target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            task_type=task_type,
+        )
+        require_matches(target_modules, targets)
+        for name, module in targets.items():
+            check_base(module, name)
+        pages = _pages_for("capacity", capacity)
+        max_pages = min(_pages_for("max_rank", max_rank), pages)
+        slots = pages if max_adapters is None else _positive("max_adapters", max_adapters)
+        if evict not in (None, "lru"):
+            raise ValueError(f"evict must be None or 'lru'; got {evict!r}")
+
+        self = cls.__new__(cls)
+        self._model, self._max_rank = model, max_pages * PAGE
+        self._router, self._slots = Router(), slots
+        self._thawed = [p for p in model.parameters() if p.requires_grad]
+        self._originals = {checkpoint.plain_name(name): module for name, module in targets.items()}
+        try:
+            layers = {
+                name: MultiLoRALinear.from_linear(
+                    module,
+                    slots=slots,
+                    pages=pages,
+                    max_pages=max_pages,
+                    router=self._router,
+                    adapter_dtype=adapter_dtype,
+                )
+                for name, module in self._originals.items()
+            }
+        except BaseException:
+            self._thaw()
+            raise
+        self._store = Store(
+            layers, pages=pages, slots=slots, router=self._router, lru=evict == "lru"
+        )
+        replace_modules(model, {self._originals[name]: layer for name, layer in layers.items()})
+        for parameter in self._thawed:
+            parameter.requires_grad_(False)
+        self._slowed = keep_off_fast_paths(model)
+        return self
+
+    def _thaw(self) -> None:
+        for parameter in self._thawed:
+            parameter.requires_grad_(True)
+
+    def detach(self) -> None:
+        """Puts the model's own layers back, with their Parameters, and drops all adapters.
+
+        What required gradients before :meth:`attach` does so again. Parameters of trainable
+        adapters keep their values, in memory of their own. The pool has no layers any more.
+
+        Raises:
+            RuntimeError: a route is open, in this thread or another.
+        """
+        layers = self._store.close()
+        for name, layer in layers.items():
+            original: Any = self._originals[name]
+            original.weight, original.bias = layer.weight, layer.bias
+            original.train(layer.training)
+        replace_modules(
+            self._model, {layer: self._originals[name] for name, layer in layers.items()}
+        )
+        for module, attribute, value in self._slowed:
+            setattr(module, attribute, value)
+        self._thaw()
+        self._originals, self._thawed, self._slowed = {}, [], []
+
+    # ---- adapters ----------------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        source: Source,
+        *,
+        config: Mapping[str, Any] | None = None,
+        pinned: bool = False,
+        trainable: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        """Loads an adapter in PEFT's format: rsLoRA, rank and alpha patterns included.
+
+        Layers of the pool that it doesn't adapt stay as they are for its rows.
+
+        Args:
+            name: what :meth:`route` calls it.
+            source: a folder that PEFT or :meth:`save` has written, or the tensors of one by their
+                keys (``base_model.model.<layer>.lora_A.weight``).
+            config: with tensors, fields of PEFT's LoraConfig, and its defaults for the others.
+            pinned: it is never evicted.
+            trainable: its matrices are :meth:`parameters`, and it isn't evicted while any of them
+                requires gradients. Its pages in a layer must follow one another.
+            seed: tells its dropout masks from other adapters'; made from its name by default.
+
+        Raises:
+            PoolFullError: there is no room for it; the message says where.
+            ValueError: the name is taken, a rank is above ``max_rank``, the pool lacks a layer, or
+                the source isn't a supported adapter (:func:`peft_kernels.load_adapter`).
+            FileNotFoundError: the folder isn't an adapter.
+            TypeError: tensors without a config, or a value of the wrong type.
+            Nothing is changed when one is raised.
+        """
+        version, matrices = self._read(name, source, config)
+        version.pinned, version.trainable = pinned, trainable
+        version.seed = _checked_seed(seed, version.seed)
+        self._store.add(version, matrices.__getitem__)
+
+    def replace(
+        self, name: str, source: Source, *, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Loads another version of an adapter under its name, pinned or trainable as it was.
+
+        A forward sees one version or the other. A version that nothing uses is written over, so a
+        full pool has room for that, and the Parameters of a trainable adapter stay the same objects
+        where the rank does. A version in use needs room for both until its last use is over, and
+        then :meth:`parameters` are new ones.
+
+        Raises:
+            As :meth:`load`, and ValueError: there is no adapter of this name.
+        """
+        version, matrices = self._read(name, source, config)
+        self._store.add(version, matrices.__getitem__, replaces=True)
+
+    def create(
+        self,
+        name: str,
+        r: int,
+        *,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming_uniform",
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        target_modules: str | Iterable[str] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Makes a new adapter to train. Its update is zero at first.
+
+        Args:
+            name: what :meth:`route` calls it.
+            r, alpha: rank and alpha where no pattern says otherwise.
+            dropout, use_rslora, init: as in :class:`peft_kernels.nn.LoRALinear`.
+            rank_pattern, alpha_pattern: as in :func:`peft_kernels.swap_linear`.
+            target_modules: which of the pool's layers it adapts, all by default: a list of endings
+                of their names, or a regular expression for the full name.
+            seed: tells its dropout masks from other adapters'; made from its name by default.
+
+        Raises:
+            PoolFullError: there is no room for it; the message says where.
+            ValueError, TypeError: the name is taken, or a value is wrong.
+            Nothing is changed when one is raised.
+        """
+        version = new_version(
+            name,
+            r,
+            alpha,
+            dropout,
+            use_rslora,
+            init,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            target_modules=target_modules,
+            layers=self._store.layers,
+            max_rank=self._max_rank,
+        )
+        version.trainable = True
+        version.seed = _checked_seed(seed, version.seed)
+
+        def draw(layer: str) -> tuple[Tensor, Tensor]:
+            bank, rank = self._store.layers[layer].bank, version.layers[layer][0]
+            lora_a = bank.a.new_empty(rank, bank.a.shape[1])
+            lora_b = bank.b.new_empty(bank.b.shape[1], rank)
+            init_adapter_(lora_a, lora_b, init)
+            return lora_a, lora_b
+
+        self._store.add(version, draw)
+
+    def _read(
+        self, name: str, source: Source, config: Mapping[str, Any] | None
+    ) -> tuple[Version, dict[str, checkpoint.Adapter]]:
+        return read_version(
+            name,
+            source,
+            config,
+            model=self._model,
+            layers=self._store.layers,
+            max_rank=self._max_rank,
+        )
+
+    def unload(self, name: str) -> None:
+        """Drops an adapter. Routes that hold it go on with it; later ones don't find it.
+
+        Parameters of a trainable adapter keep their values, in memory of their own.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        self._store.drop(name)
+
+    def save(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Writes an adapter in PEFT's format, as :func:`peft_kernels.save_adapter` does.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+            NotADirectoryError: ``folder`` is a file.
+        """
+        version, matrices = self._store.read(name)
+        layers = {
+            layer: checkpoint.AdaptedLayer(
+                checkpoint.Adapter(*matrices[layer]),
+                scale,
+                version.use_rslora,
+                version.dropout,
+                self._store.layers[layer].fan_in_fan_out,
+            )
+            for layer, (_, scale) in version.layers.items()
+        }
+        checkpoint.write_adapter(self._model, layers, folder)
+
+    def pin(self, name: str) -> None:
+        """Keeps an adapter from being evicted; ValueError if there is none of this name."""
+        self._store.find(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter be evicted again; ValueError if there is none of this name."""
+        self._store.find(name).pinned = False
+
+    # ---- what is there -----------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The adapters, in the order in which they came."""
+        return list(self._store.adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._store.adapters
+
+    def __len__(self) -> int:
+        return len(self._store.adapters)
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterPool({self.names()}, layers={len(self._store.layers)}, "
+            f"capacity={self._store.book.page_count * PAGE}, max_rank={self._max_rank})"
+        )
+
+    def ranks(self, name: str) -> dict[str, int]:
+        """An adapter's rank in each layer that it adapts; ValueError if there is none so named."""
+        return {layer: r for layer, (r, _) in self._store.find(name).layers.items()}
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The Parameters of a trainable adapter, for an optimizer: see :meth:`named_parameters`."""
+        return [parameter for _, parameter in self.named_parameters(name)]
+
+    def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The matrices of a trainable adapter: ``<layer>.lora_A`` and ``<layer>.lora_B``.
+
+        A is [r, k]; B is [r, n], transposed as the pages hold it. They are views of the pages, so
+        that an optimizer's step is there in the next forward, and they aren't the model's own.
+
+        Raises:
+            ValueError: there is no adapter of this name, or it isn't trainable.
+        """
+        version = self._store.find(name)
+        if not version.trainable:
+            raise ValueError(f"{name!r} isn't trainable; load it with trainable=True")
+        named = []
+        for layer, bound in self._store.bound(version).items():
+            named += [(f"{layer}.lora_A", bound.lora_a), (f"{layer}.lora_B", bound.lora_b)]
+        return iter(named)
+
+    def memory(self) -> PoolMemory:
+        """What is reserved, used and free."""
+        return self._store.memory()
+
+    # ---- routing -----------------------------------------------------------------------------
+
+    @contextmanager
+    def route(self, ids: Ids) -> Iterator[None]:
+        """Gives rows their adapters, for every forward of this thread inside a ``with`` block.
+
+        A backward that computes forwards again (gradient checkpointing) belongs inside too. A CUDA
+        graph is captured inside, with gradients off, and replayed inside any route that has as many
+        entries and is entered by the same thread.
+
+        Args:
+            ids: the name of each row's adapter, or None. The entries serve equal parts of the rows
+                that a layer gets, in order: one for each sequence of the batch (as ``generate``
+                wants it, also where it makes several beams of a row), or a list for each sequence
+                with a name for every token.
+
+        Raises:
+            ValueError: there is no adapter of some name, or lists of unequal lengths.
+            TypeError: not a sequence of names, or of sequences of names.
+            Nothing has run when one is raised.
+        """
+        names = flat_names(ids)
+        with self._store.hold(dict.fromkeys(n for n in names if n is not None)) as (versions, keep):
+            devices, router = self._store.devices(), self._router
+            # The selection has no name here, so that nothing of it is left when the hold ends.
+            with router.use(
+                Selection(
+                    [-1 if name is None else versions[name].slot for name in names],
+                    self._slots,
+                    trained=tuple(v.slot for v in versions.values() if v.trainable),
+                    dropout={v.slot: (v.dropout, v.seed) for v in versions.values() if v.dropout},
+                    buffers=router.buffers,
+                    on_graph=keep,
+                ),
+                devices,
+            ):
+                yield
+
+
+def _positive(argument: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an int; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument} must be at least 1; got {value}")
+    return value
+
+
+def _checked_seed(seed: int | None, default: int) -> int:
+    if seed is None:
+        return default
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int in [0, 2**63); got {seed!r}")
+    return seed
+
+
+def _pages_for(argument: str, rows: int) -> int:
+    return -(-_positive(argument, rows) // PAGE)
