@@ -104,6 +104,12 @@ def test_rank_512_and_beyond():
     check(example_inputs(9, 40, 30, 700), "auto")
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8, 40])
+@pytest.mark.parametrize(("n", "k"), [(11008, 64), (64, 11008)])
+def test_sums_of_thousands(rows, n, k):
+    check(example_inputs(rows, n, k, 16), "auto", scale=2.0)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_a_zero_gradient_would_fail(backend):
     inputs = example_inputs(12, 20, 24, 4)

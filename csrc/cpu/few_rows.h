@@ -38,6 +38,7 @@ constexpr int64_t FEW_ROWS_DOT = 8;
 constexpr int64_t FEW_ROWS_AXPY = 8;
 constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
 constexpr int64_t MIN_AXPY_COLUMNS = 256;
+constexpr int64_t AXPY_RUN = 256;
 constexpr int AXPY_DEPTH = 4;          // rows of G per pass over those sums
 
 inline float bias_at(const Sweep& s, int64_t j) {
@@ -198,7 +199,14 @@ PK_INLINE void axpy_block(int64_t m, const float* x, int64_t x_row, const T* g, 
         sums[i * width + j] += x[i * x_row + p] * widen(g[p * g_row + j]);
 }
 
-// G with c contiguous: rows of G scaled by elements of X and summed.
+// totals += sums; sums = 0.
+inline void end_run(int64_t count, float* sums, float* totals) {
+  for (int64_t i = 0; i < count; i++) totals[i] += sums[i];
+  std::memset(sums, 0, count * sizeof(float));
+}
+
+// G with c contiguous: rows of G scaled by elements of X and summed, in runs as in tile.h, but
+// shorter ones: sums that lie in L1 cost little to add up.
 inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
   const Scratch x_buffer(m * d);
@@ -208,20 +216,25 @@ inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t units = round_up(c, LANES) / LANES;
   const int64_t tasks = std::min<int64_t>(parallel.threads, units);
   parallel(tasks, [&](int64_t task) {
-    const Scratch panel(s.r * LANES), sums(m * width);
+    const Scratch panel(s.r * LANES), sums(m * width), totals(d > AXPY_RUN ? m * width : 0);
     const int64_t end = std::min(c, units * (task + 1) / tasks * LANES);
     for (int64_t col = units * task / tasks * LANES; col < end; col += width) {
       const int64_t cols = std::min(width, end - col);
       few_axpy_start(s, col, cols, width, panel, sums);
+      if (d > AXPY_RUN) std::memset(totals, 0, m * width * sizeof(float));
       with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
         const int64_t row = s.g.row_stride, whole = d / AXPY_DEPTH * AXPY_DEPTH;
-        for (int64_t p = 0; p < whole; p += AXPY_DEPTH)
+        for (int64_t p = 0; p < whole; p += AXPY_DEPTH) {
+          if (p && p % AXPY_RUN == 0) end_run(m * width, sums, totals);
           axpy_block(m, x + p, d, g + p * row, row, cols, width, sums);
+        }
         for (int64_t p = whole; p < d; p++)
           for (int64_t i = 0; i < m; i++)
             for (int64_t j = 0; j < cols; j++)
               sums[i * width + j] += x[i * d + p] * widen(g[p * row + j]);
       });
+      if (d > AXPY_RUN)
+        for (int64_t i = 0; i < m * width; i++) sums[i] += totals[i];
       for (int64_t i = 0; i < m; i++) store_row(s.out, i, col, sums + i * width, cols);
     }
   });
