@@ -112,9 +112,8 @@ inline void shrink(const Shrink& t, const Parallel& parallel) {
 // The first count elements of a vector, 0 in the rest.
 template <class T>
 PK_INLINE Vec load_part(const T* from, int64_t count) {
-  if (count >= V) return load(from);
   alignas(64) float values[V] = {};
-  for (int64_t i = 0; i < count; i++) values[i] = widen(from[i]);
+  for (int64_t i = 0; i < std::min<int64_t>(V, count); i++) values[i] = widen(from[i]);
   return load(values);
 }
 
@@ -141,7 +140,7 @@ struct Addend {
 
 // A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
 // B_g.
-template <int R, class T>
+template <int R, bool WHOLE, class T>
 PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int64_t i, int64_t col,
                            int64_t cols) {
   const Pages& pages = to.t.pages;
@@ -151,7 +150,8 @@ PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int6
     const T* b = base + pages.row(to.group.slot, page) * step + col;
     for (int64_t q = 0; q < page_rows(to.group, page); q++, b += step) {
       Vec lanes[VECS];
-      for (int v = 0; v < VECS; v++) lanes[v] = load_part(b + v * V, cols - v * V);
+      for (int v = 0; v < VECS; v++)
+        lanes[v] = WHOLE ? load(b + v * V) : load_part(b + v * V, cols - v * V);
 #pragma GCC unroll 6
       for (int a = 0; a < R; a++) {
         const Vec factor = splat(z[(i + a) * rank + page * PAGE + q]);
@@ -160,7 +160,7 @@ PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int6
     }
   }
   for (int a = 0; a < R; a++) {
-    if (to.in_place && cols == LANES) {
+    if (WHOLE && to.in_place) {
       float* y = reinterpret_cast<float*>(to.t.y.at(to.row(i + a), to.t.column + col));
       for (int v = 0; v < VECS; v++) store(y + v * V, load(y + v * V) + sums[a][v]);
       continue;
@@ -174,11 +174,16 @@ PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int6
 // sums[j] += sum_q z[q] b[q, j] over Q rank rows, in their order.
 template <int Q, class T>
 PK_INLINE void add_rank_rows(const float* z, const T* b, int64_t step, int64_t cols, float* sums) {
-  for (int64_t j = 0; j < cols; j += V) {
+  int64_t j = 0;
+  for (; j + V <= cols; j += V) {
     Vec total = load(sums + j);
-    for (int q = 0; q < Q; q++) total += splat(z[q]) * load_part(b + q * step + j, cols - j);
+    for (int q = 0; q < Q; q++) total += splat(z[q]) * load(b + q * step + j);
     store(sums + j, total);
   }
+  if (j == cols) return;
+  Vec total = load(sums + j);
+  for (int q = 0; q < Q; q++) total += splat(z[q]) * load_part(b + q * step + j, cols - j);
+  store(sums + j, total);
 }
 
 // One row: reading B_g is the whole cost, so its rows are read along, a few streams at a time.
@@ -215,8 +220,12 @@ inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int6
     for (int64_t j = col; j < col_end && tiled; j += LANES) {
       const int64_t cols = std::min<int64_t>(LANES, col_end - j);
       int64_t i = 0;
-      for (; i + 6 <= tiled; i += 6) expand_tile<6>(to, base, z, i, j, cols);
-      if (i < tiled) expand_tile<3>(to, base, z, i, j, cols);
+      if (cols == LANES) {
+        for (; i + 6 <= tiled; i += 6) expand_tile<6, true>(to, base, z, i, j, cols);
+        if (i < tiled) expand_tile<3, true>(to, base, z, i, j, cols);
+      } else {
+        for (; i < tiled; i += 3) expand_tile<3, false>(to, base, z, i, j, cols);
+      }
     }
     for (int64_t i = tiled; i < count; i++)
       for (int64_t j = col; j < col_end; j += SUM_COLUMNS)

@@ -97,11 +97,22 @@ PK_INLINE Vec load(const Half* p) { return load_block(p); }
 PK_INLINE Vec load(const BFloat16* p) { return load_block(p); }
 #endif
 
-PK_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < V; i++) total += v[i];
-  return total;
+// By halves.
+template <int N>
+PK_INLINE float sum_of(const float* values) {
+  if constexpr (N == 1) {
+    return *values;
+  } else {
+    typedef float Part __attribute__((vector_size(N * 2)));
+    Part low, high;
+    std::memcpy(&low, values, sizeof low);
+    std::memcpy(&high, values + N / 2, sizeof high);
+    const Part halves = low + high;
+    return sum_of<N / 2>(reinterpret_cast<const float*>(&halves));
+  }
 }
+
+PK_INLINE float sum(Vec v) { return sum_of<V>(reinterpret_cast<const float*>(&v)); }
 
 // Calls f with a pointer of the type that dtype names.
 template <class F>
