@@ -1,6 +1,7 @@
 """Builds the native library with CMake and ninja, or says why not and installs pure Python."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "native"
         build.mkdir(parents=True, exist_ok=True)
         configure = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # e.g. -DPEFT_KERNELS_CUDA=OFF
         subprocess.run(["cmake", str(ROOT), *configure], cwd=build, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
         output.parent.mkdir(parents=True, exist_ok=True)
