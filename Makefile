@@ -19,7 +19,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/peft-kernels bench --all --markdown out/bench/bench.md
+	$(BIN)/peft-kernels bench lora_linear --all --out out/bench/lora_linear \
+	  --markdown out/bench/lora_linear/bench.md
+	$(BIN)/peft-kernels bench multi_lora_linear --all --out out/bench/multi_lora_linear \
+	  --markdown out/bench/multi_lora_linear/bench.md
 
 $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

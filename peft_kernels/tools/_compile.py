@@ -8,6 +8,7 @@ peft_kernels.tools._compile WORKERS TARGET...``), it prints the rows as JSON; it
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -29,8 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from peft_kernels.triton import _plans
+from peft_kernels.triton import _launch, _plans
 from peft_kernels.triton import lora_linear as launchers
+from peft_kernels.triton import multi_lora_linear as multi_launchers
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,34 @@ class Target:
     plans: str  # the architecture whose tiles it is given
     shared_limit: int  # bytes a program may use
     tensor_core: str  # pattern of the instruction's name
+    narrow: str  # the same for tiles of fewer rows than that instruction takes
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 163 * 1024, r"\bHMMA\b"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * 1024, r"\bHGMMA\b"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * 1024, r"\bUTC\w*MMA\b"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024, r"\bv_mfma\w*"),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 163 * 1024, r"\bHMMA\b", r"\bHMMA\b"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * 1024, r"\bHGMMA\b", r"\bHMMA\b"),
+    "sm_100": Target(
+        GPUTarget("cuda", 100, 32), "sm_100", 227 * 1024, r"\bUTC\w*MMA\b", r"\bHMMA\b"
+    ),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024, r"\bv_mfma\w*", r"\bv_mfma\w*"
+    ),
     # the tiles for any other GPU, held to the smallest limit
-    "other (sm_80)": Target(GPUTarget("cuda", 80, 32), "other", 48 * 1024, r"\bHMMA\b"),
+    "other (sm_80)": Target(
+        GPUTarget("cuda", 80, 32), "other", 48 * 1024, r"\bHMMA\b", r"\bHMMA\b"
+    ),
 }
-MATMUL_KERNELS = ("tile", "in_loop", "shrink", "from_dy", "grad_a", "add_low_rank")
+# Kernels that multiply no tiles: sums, and few rows against an adapter each.
+ELEMENTWISE_KERNELS = ("sum_partials", "sum_parts", "decode_shrink")
+
+
+def _dtypes(dtype: str, adapter_dtype: str) -> str:
+    return f"{dtype}/{adapter_dtype}".replace("bfloat", "bf").replace("float", "f")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the op whose launches are compiled."""
+    """A forward and backward of `lora_linear` whose launches are compiled."""
 
     m: int
     r: int
@@ -67,8 +81,74 @@ class Case:
 
     def label(self) -> str:
         dropout = " dropout" if self.dropout else ""
-        dtypes = f"{self.dtype}/{self.adapter_dtype}".replace("bfloat", "bf").replace("float", "f")
-        return f"m={self.m} r={self.r} {dtypes}{dropout}"
+        return f"m={self.m} r={self.r} {_dtypes(self.dtype, self.adapter_dtype)}{dropout}"
+
+    def run(self) -> None:
+        x, weight, bias, dy = _base(self.m, N, self.dtype)
+        a, b = (
+            _empty(self.r, K, dtype=self.adapter_dtype),
+            _empty(N, self.r, dtype=self.adapter_dtype),
+        )
+        scale = torch.tensor(1.0)
+        seed = _empty(dtype="int64") if self.dropout else None
+        p = 0.1 if self.dropout else 0.0
+        for plan in self.plans:
+            with _plans.force(plan):
+                _, s = launchers.lora_linear_fwd(x, weight, bias, a, b, scale, p, seed)
+                launchers.lora_linear_bwd(dy, x, weight, a, b, s, scale, p, seed, True, True, True)
+
+
+@dataclass(frozen=True)
+class MultiCase:
+    """The same of `multi_lora_linear`, and of its delta alone, added to another's y and dx."""
+
+    m: int
+    max_rank: int
+    widths: tuple[int, ...]
+    dtype: str
+    adapter_dtype: str
+    dropout: bool
+    plan: str
+    per_id: int = 1
+
+    def label(self) -> str:
+        dropout = " dropout" if self.dropout else ""
+        banks = f" {len(self.widths)} banks" if len(self.widths) > 1 else ""
+        dtypes = _dtypes(self.dtype, self.adapter_dtype)
+        return f"{self.plan} m={self.m} R={self.max_rank}{banks} {dtypes}{dropout}"
+
+    def run(self) -> None:
+        x, weight, bias, dy = _base(self.m, sum(self.widths), self.dtype)
+        slots, rows, pages = 32, 4096, self.max_rank // 8
+        a = [_empty(rows, K, dtype=self.adapter_dtype) for _ in self.widths]
+        b = [_empty(rows, width, dtype=self.adapter_dtype) for width in self.widths]
+
+        def by_slot(*shape: int, dtype: str) -> list[torch.Tensor]:
+            return [_empty(slots, *shape, dtype=dtype) for _ in self.widths]
+
+        tables, ranks = by_slot(pages, dtype="int32"), by_slot(dtype="int32")
+        ids = _empty(self.m // self.per_id, dtype="int32")
+        route = (ids, ids, _empty(slots + 2, dtype="int32"))
+        rest = (a, b, tables, ranks, by_slot(dtype="float32"), *route)
+        p, seeds = (
+            (by_slot(dtype=dtype) if self.dropout else []) for dtype in ("float64", "int64")
+        )
+        fwd, bwd = multi_launchers.multi_lora_linear_fwd, multi_launchers.multi_lora_linear_bwd
+        y, s = fwd(x, weight, bias, *rest, p, seeds, self.plan)
+        multi_launchers.multi_lora_linear_add(y, x, *rest, p, seeds, self.plan)
+        if self.plan != "decode":
+            trained = (by_slot(dtype="int32"), [512] * len(self.widths))
+            for base in (weight, None):
+                bwd(dy, x, base, *rest, s, p, seeds, *trained, True, self.plan)
+
+
+def _empty(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _base(m: int, n: int, dtype: str) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias and dy without data."""
+    return tuple(_empty(*shape, dtype=dtype) for shape in ((m, K), (n, K), (n,), (m, n)))
 
 
 CASES = (
@@ -82,6 +162,15 @@ CASES = (
     Case(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
     # float32 takes the library's GEMM unless `tune` says otherwise
     Case(8192, 64, "float32", "float32", True, ("library",)),
+    # the same five for many adapters
+    MultiCase(8192, 64, (4096,), "bfloat16", "float32", True, "grouped"),
+    MultiCase(64, 64, (4096,), "bfloat16", "float32", True, "grouped"),
+    MultiCase(8192, 64, (4096,), "float16", "float32", True, "grouped"),
+    MultiCase(8192, 16, (2048, 1024, 1024), "bfloat16", "bfloat16", False, "single", 1024),
+    MultiCase(8192, 64, (4096,), "float32", "float32", True, "grouped"),
+    # few rows
+    MultiCase(16, 64, (4096,), "bfloat16", "bfloat16", False, "decode"),
+    MultiCase(16, 64, (2048, 1024, 1024), "float16", "float32", False, "decode"),
 )
 N = K = 4096
 
@@ -100,10 +189,11 @@ class CompiledRow:
     shared: int  # bytes a program
     shared_limit: int
     tensor_core: dict[str, int]  # instruction: how often it occurs
+    multiplies: bool  # tiles
 
     def within_budget(self) -> bool:
         """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
-        needs_tensor_cores = self.kernel in MATMUL_KERNELS and self.dtype != "float32"
+        needs_tensor_cores = self.multiplies and self.dtype != "float32"
         return (
             self.spills == 0
             and self.shared <= self.shared_limit
@@ -116,62 +206,67 @@ class Launch:
     """A kernel with the specialisation and options it would be launched with."""
 
     target: str
+    module: str
     kernel: str
     case: str
     dtype: str
     tile: str
-    signature: dict[str, str]
+    multiplies: bool
+    narrow: bool  # fewer rows than the tensor cores' widest instruction takes
+    signature: dict[str, Any]
     constexprs: dict[Any, Any]
     attrs: dict[Any, Any]
     options: dict[str, int]
 
     def key(self) -> str:
         # The sums have no tile to choose, and differ in the divisibility of their sizes only.
-        matmul = self.kernel in MATMUL_KERNELS
-        specialised = (self.signature, self.constexprs, self.attrs) if matmul else ()
+        sums = self.kernel.startswith("sum_")
+        specialised = () if sums else (self.signature, self.constexprs, self.attrs)
         return str((self.target, self.kernel, specialised, self.options))
 
 
 # ---- recording the launches --------------------------------------------------------------------
 
 
-def launches(name: str, cases: tuple[Case, ...] = CASES) -> list[Launch]:
+def launches(name: str, cases: tuple[Case | MultiCase, ...] = CASES) -> list[Launch]:
     """Every distinct launch of ``cases`` on the target ``name``."""
     found: dict[str, Launch] = {}
     for case in cases:
-        for plan in case.plans:
-            for launch in _launches_of(name, case, plan):
-                found.setdefault(launch.key(), launch)
+        for launch in _launches_of(name, case):
+            found.setdefault(launch.key(), launch)
     return list(found.values())
 
 
-def _launches_of(name: str, case: Case, plan: str) -> Iterator[Launch]:
+def _launches_of(name: str, case: Case | MultiCase) -> Iterator[Launch]:
     target = TARGETS[name]
     backend = make_backend(target.gpu)
     calls: list[tuple[Any, tuple, dict]] = []
 
-    def record(kernel: Any, grid: tuple, *args: Any, **options: Any) -> None:
+    def record(kernel: Any, grid: tuple, args: tuple, options: dict[str, Any]) -> None:
         calls.append((kernel, args, options))
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(launchers, "_launch", record))
+        stack.enter_context(patch.object(_launch, "run", record))
         stack.enter_context(patch.object(_plans, "arch_name", lambda device: target.plans))
-        stack.enter_context(_plans.force(plan))
-        _run(case)
+        case.run()
     for kernel, args, options in calls:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, extra = bind(*args, **options)
         _, signature, constexprs, attrs = kernel._pack_args(
             backend, options, bound, specialization, extra
         )
+        stem = kernel.__name__.removesuffix("_kernel")
         tile = [f"{side}{bound[f'BLOCK_{side}']}" for side in "MNKR" if f"BLOCK_{side}" in bound]
         tile += [f"{option.removeprefix('num_')[0]}{value}" for option, value in extra.items()]
         yield Launch(
             target=name,
-            kernel=kernel.__name__.removesuffix("_kernel"),
+            module=kernel.fn.__module__,
+            kernel=stem,
             case=case.label(),
             dtype=case.dtype,
             tile=" ".join(tile),
+            multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
+            narrow=stem == "decode_tile",
             signature=signature,
             constexprs=constexprs,
             attrs=attrs,
@@ -179,33 +274,19 @@ def _launches_of(name: str, case: Case, plan: str) -> Iterator[Launch]:
         )
 
 
-def _run(case: Case) -> None:
-    """One forward and backward on tensors without data."""
-
-    def empty(*shape: int, dtype: str = case.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-
-    x, weight, bias, dy = empty(case.m, K), empty(N, K), empty(N), empty(case.m, N)
-    a, b = empty(case.r, K, dtype=case.adapter_dtype), empty(N, case.r, dtype=case.adapter_dtype)
-    scale = torch.tensor(1.0)
-    seed = empty(dtype="int64") if case.dropout else None
-    p = 0.1 if case.dropout else 0.0
-    _, s = launchers.lora_linear_fwd(x, weight, bias, a, b, scale, p, seed)
-    launchers.lora_linear_bwd(dy, x, weight, a, b, s, scale, p, seed, True, True, True)
-
-
 # ---- compiling and reading the result ----------------------------------------------------------
 
 
 def compile_launch(launch: Launch) -> CompiledRow:
     target = TARGETS[launch.target]
-    kernel = getattr(launchers.kernels, launch.kernel + "_kernel")
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel + "_kernel")
     source = ASTSource(kernel, launch.signature, launch.constexprs, launch.attrs)
     compiled = triton.compile(source, target=target.gpu, options=launch.options)
     if target.gpu.backend == "hip":
         registers, spills, text = _read_amdgcn(compiled.asm["amdgcn"])
     else:
         registers, spills, text = _read_cubin(compiled.asm["cubin"])
+    pattern = target.narrow if launch.narrow else target.tensor_core
     return CompiledRow(
         target=launch.target,
         kernel=launch.kernel,
@@ -216,7 +297,8 @@ def compile_launch(launch: Launch) -> CompiledRow:
         spills=spills,
         shared=compiled.metadata.shared,
         shared_limit=target.shared_limit,
-        tensor_core=dict(Counter(re.findall(target.tensor_core, text))),
+        tensor_core=dict(Counter(re.findall(pattern, text))),
+        multiplies=launch.multiplies,
     )
 
 

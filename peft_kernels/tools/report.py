@@ -1,9 +1,10 @@
-"""``peft-kernels report``: what compiler and memory get to see of the Triton kernels.
+"""``peft-kernels report``: what compiler and memory get to see of the GPU kernels.
 
-Two tables, neither of which needs a GPU:
+Three tables, none of which needs a GPU:
 
-compile   every kernel in every shipped configuration, compiled for every target: registers, spills,
-          shared memory against the chip's limit, tensor-core instructions
+compile   every Triton kernel in every shipped configuration, compiled for every target: registers,
+          spills, shared memory against the chip's limit, tensor-core instructions
+objects   the CUDA kernels in the native library, where it was built with nvcc
 traffic   bytes and full-size activation passes of every plan, counted from the kernels' own loads
           and stores, against the floor and against the peers
 """
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from peft_kernels.tools import _cuda_objects
 
 if TYPE_CHECKING:
     from peft_kernels.tools._compile import CompiledRow
@@ -71,7 +74,7 @@ def _run(module: str, arguments: list[str], *, interpret: bool) -> list[dict[str
 
 
 def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -> bool:
-    """Prints both tables; True if every kernel is within its budget."""
+    """Prints the tables; True if every kernel is within its budget."""
     console = console or Console()
     with console.status("counting loads and stores in the interpreter"):
         traffic = traffic_table(*TRAFFIC_SIZES)
@@ -79,9 +82,12 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
     with console.status("compiling for " + ", ".join(targets)):
         compiled = compile_table(targets)
     console.print(_compile_view(compiled))
-    outside = [row for row in compiled if not row.within_budget()]
+    objects = _cuda_objects.rows()
+    console.print(_cuda_objects.table(objects))
+    built = [*compiled, *objects]
+    outside = [row for row in built if not row.within_budget()]
     console.print(
-        f"{len(compiled)} kernels compiled, {len(outside)} outside the budget (no spills, shared"
+        f"{len(built)} kernels compiled, {len(outside)} outside the budget (no spills, shared"
         " memory within the chip, 16-bit products on the tensor cores). Nothing was run on a GPU."
     )
     return not outside

@@ -84,14 +84,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scales(tile, LIMIT: tl.constexpr):
+def scales(tile, LIMIT: tl.constexpr, BY_ROW: tl.constexpr = False):
     """Powers of two, ``up`` and 1 / ``up``, that bring the tile's largest element to 2^13.
 
     float16 ends at 65504 and thins out below 2^-14, where S, dS and adapters may well be. ``up``
-    stays below 2^LIMIT, so that a sum multiplied by it stays finite.
+    stays below 2^LIMIT, so that a sum multiplied by it stays finite. BY_ROW gives every row its
+    own powers, so that no row's rounding depends on another row.
     """
-    exponent = (tl.max(tl.abs(tile)).to(tl.int32, bitcast=True) >> 23) - 127
-    shift = min(max(13 - exponent, -100), LIMIT)
+    largest = tl.max(tl.abs(tile), axis=1, keep_dims=True) if BY_ROW else tl.max(tl.abs(tile))
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    shift = tl.minimum(tl.maximum(13 - exponent, -100), LIMIT)
     up = ((127 + shift) << 23).to(tl.float32, bitcast=True)
     down = ((127 - shift) << 23).to(tl.float32, bitcast=True)
     return up, down
@@ -121,14 +123,15 @@ def wide_dot(a, wide, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rank_dot(p, q, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def rank_dot(p, q, acc, dtype: tl.constexpr, PRECISION: tl.constexpr, BY_ROW: tl.constexpr = False):
     """acc + p q for a tile that ends in ``dtype``; p is float32, q float32 or ``dtype``.
 
     Each operand is rounded to ``dtype`` once: unbiased, and one product at the tensor cores' full
     rate. A second product would take a second accumulator from a Blackwell's tensor memory.
+    BY_ROW keeps the rows of the result apart, where those of p belong to different requests.
     """
     if dtype == tl.float16:
-        up, down = scales(p, 30)
+        up, down = scales(p, 30, BY_ROW)
         p = p * up
         if q.dtype == tl.float32:
             q_up, q_down = scales(q, 30)

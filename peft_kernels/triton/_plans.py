@@ -206,9 +206,7 @@ class Problem:
     dropout: bool
 
     def terms(self) -> int:
-        """Numbers of x's dtype that together hold A, B, S or dS to the adapters' precision."""
-        exact = self.dtype is torch.bfloat16 and self.adapter_dtype is torch.float32
-        return 3 if exact else 2
+        return terms(self.dtype, self.adapter_dtype)
 
     def bucket(self) -> str:
         """The tune cache's key: every size rounded up to a power of two."""
@@ -220,16 +218,29 @@ class Problem:
         return f"{self.direction} {dtypes} {sizes}" + (" dropout" if self.dropout else "")
 
 
+def terms(dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
+    """Numbers of ``dtype`` that together hold A, B, S or dS to the adapters' precision."""
+    return 3 if dtype is torch.bfloat16 and adapter_dtype is torch.float32 else 2
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def gemm_is_competitive(name: str, dtype: torch.dtype, n: int, k: int) -> bool:
+    """Whether our GEMM can be expected to match the library's.
+
+    It can't on an architecture without tiles of its own, with float32 x, and with rows that aren't
+    a multiple of 16 elements, which Triton loads one by one.
+    """
+    return name in ARCHS and dtype is not torch.float32 and n % 16 == 0 and k % 16 == 0
 
 
 def default_plan(name: str, problem: Problem) -> str:
     """The plan without a measurement.
 
-    "library" where our GEMM can't be expected to match the library's: an architecture without
-    tiles of its own, float32 x, and rows that aren't a multiple of 16 elements, which Triton loads
-    one by one. Otherwise "i" or, in the forward, "ii" where it is cheaper:
+    "library" where our GEMM isn't competitive. Otherwise "i" or, in the forward, "ii" where it is
+    cheaper:
 
     "i" reads x once more: m k b bytes. "ii" multiplies x and A once in each of the T column tiles
     instead: T 2 m k R FLOP, R the rank's block, times the terms of a float32 A beside 16-bit x. So
@@ -237,8 +248,7 @@ def default_plan(name: str, problem: Problem) -> str:
     are free, so "ii" also saves a launch. Under dropout the mask would be drawn T times (some 20
     integer instructions an element), so T must be 1 there.
     """
-    known = ARCHS.get(name)
-    if known is None or problem.dtype is torch.float32 or problem.n % 16 or problem.k % 16:
+    if not gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
     if problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK:
         return "i"
@@ -249,7 +259,7 @@ def default_plan(name: str, problem: Problem) -> str:
         return "ii"
     terms = 1 if problem.adapter_dtype is problem.dtype else problem.terms()
     flops_per_byte = columns * 2 * rank_block(problem.r) * terms / problem.dtype.itemsize
-    return "ii" if flops_per_byte < known.balance else "i"
+    return "ii" if flops_per_byte < ARCHS[name].balance else "i"
 
 
 _forced: str | None = None

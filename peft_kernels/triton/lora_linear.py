@@ -7,7 +7,6 @@ The maths and the schemas are in ``peft_kernels/ops/lora_linear.py``, the kernel
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,15 @@ from torch import Tensor
 from peft_kernels.ops._dropout import threshold
 from peft_kernels.triton import _lora_linear_kernels as kernels
 from peft_kernels.triton import _plans
-
-GROUP_M = 8  # rows of tiles that share their columns in L2
-SUM_PARTS, SUM_BLOCK = 16, 256
-# More splits than this cost more in adding them up than they bring in parallelism.
-MAX_SPLITS = 64
-
+from peft_kernels.triton._launch import (
+    GROUP_M,
+    MAX_SPLITS,
+    argument,
+    chunks,
+    launch,
+    options,
+    sum_partials,
+)
 
 # ---- forward -----------------------------------------------------------------------------------
 
@@ -112,17 +114,14 @@ class _Call:
         self.rank_blocks = triton.cdiv(self.r, self.block_r)
         self.inv_keep = 1.0 / (1.0 - dropout_p)
         self.threshold = threshold(dropout_p)
-        self.seed, self.seed_on_device = _argument(seed, 0)
+        self.seed, self.seed_on_device = argument(seed, 0)
         self.precision = _plans.float32_precision()
 
     def tile(self, kernel: str) -> _plans.Tile:
         return _plans.tile(self.arch_name, kernel, self.problem.dtype, self.m)
 
     def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
-        """Splits ``length`` where ``programs`` alone don't fill the GPU: (chunk length, chunks)."""
-        wanted = 2 * _plans.arch(self.arch_name).cores // max(programs, 1)
-        chunk = block * triton.cdiv(triton.cdiv(length, block), min(max(wanted, 1), MAX_SPLITS))
-        return chunk, triton.cdiv(length, chunk) if length else 0
+        return chunks(_plans.arch(self.arch_name), length, block, programs)
 
     def column_groups(self, block: int) -> tuple[int, int]:
         """Splits the columns of dy in groups: (blocks in a group, groups).
@@ -137,24 +136,6 @@ class _Call:
         return group, triton.cdiv(blocks, group) if blocks else 0
 
 
-def _argument(value: Tensor | float | None, default: float) -> tuple[Any, bool]:
-    """A kernel's argument and whether it is a pointer: a tensor on the GPU is read there."""
-    if value is None:
-        return default, False
-    if not isinstance(value, Tensor):
-        return value, False
-    return (value, True) if value.device.type != "cpu" else (value.item(), False)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    if 0 not in grid:
-        kernel[grid](*args, **options)
-
-
-def _options(tile: _plans.Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
 # ---- launches ----------------------------------------------------------------------------------
 
 
@@ -165,18 +146,18 @@ def _shrink(call: _Call, x: Tensor, lora_a: Tensor) -> Tensor:
     chunk, splits = call.chunks(call.k, tile.k, programs)
     splits = max(splits, 1)  # k = 0 still has an S, of zeros
     parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
-    _launch(
+    launch(
         kernels.shrink_kernel,
         (programs, splits),
         x, lora_a, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(), *lora_a.stride(),
         DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
         PRECISION=call.precision,
-        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
+        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
     if splits == 1:
         return parts[0]
-    return _sum_partials(parts, x.new_empty(call.m, call.r, dtype=torch.float32), 1.0)
+    return sum_partials(parts, x.new_empty(call.m, call.r, dtype=torch.float32), 1.0)
 
 
 def _in_loop(
@@ -192,8 +173,8 @@ def _in_loop(
     tile = call.tile("in_loop")
     y = x.new_empty(call.m, call.n)
     s = x.new_empty(call.m, call.r, dtype=torch.float32)
-    factor, on_device = _argument(scale, 1.0)
-    _launch(
+    factor, on_device = argument(scale, 1.0)
+    launch(
         kernels.in_loop_kernel,
         (triton.cdiv(call.m, tile.m) * triton.cdiv(call.n, tile.n),),
         x, weight, bias, lora_a, lora_b, y, s, factor, call.seed, call.threshold, call.inv_keep,
@@ -202,7 +183,7 @@ def _in_loop(
         HAS_BIAS=bias is not None, DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), PRECISION=call.precision,
         GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
     return y, s
 
@@ -222,8 +203,8 @@ def _tile(
     dropout = masked and call.dropout
     tile = call.tile("tile_masked" if dropout else "tile")
     m, n = out.shape
-    value, on_device = _argument(factor, 1.0)
-    _launch(
+    value, on_device = argument(factor, 1.0)
+    launch(
         kernels.tile_kernel,
         (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
         a, w, bias, p, q, out, value, call.seed, call.threshold, m, n, a.shape[1], call.r,
@@ -231,7 +212,7 @@ def _tile(
         HAS_BIAS=bias is not None, DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        BLOCK_R=min(call.block_r, _plans.MAX_TILE_BLOCK_R), **_options(tile),
+        BLOCK_R=min(call.block_r, _plans.MAX_TILE_BLOCK_R), **options(tile),
     )  # fmt: skip
     return out
 
@@ -242,15 +223,15 @@ def _add_low_rank(
     """out += mask o (factor P Q), in place."""
     tile = call.tile("add_low_rank")
     m, n = out.shape
-    value, on_device = _argument(factor, 1.0)
-    _launch(
+    value, on_device = argument(factor, 1.0)
+    launch(
         kernels.add_low_rank_kernel,
         (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
         p, q, out, value, call.seed, call.threshold, m, n, call.r, *q.stride(),
         DROPOUT=masked and call.dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n,
-        BLOCK_R=min(call.block_r, _plans.MAX_TILE_BLOCK_R), **_options(tile),
+        BLOCK_R=min(call.block_r, _plans.MAX_TILE_BLOCK_R), **options(tile),
     )  # fmt: skip
     return out
 
@@ -274,16 +255,16 @@ def _from_dy(
     db = lora_b.new_empty(call.n if needs_db else 0, call.r) if needs_db else db
     db_parts = s.new_empty(splits, *db.shape)
     if needs_ds or needs_db:
-        _launch(
+        launch(
             kernels.from_dy_kernel,
             (groups * call.rank_blocks, splits),
             dy, lora_b, s, ds_parts, db_parts, call.m, call.n, call.r, group, chunk,
             *dy.stride(), *lora_b.stride(),
             NEEDS_DS=needs_ds, NEEDS_DB=needs_db, TERMS=call.problem.terms(),
             PRECISION=call.precision,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **_options(tile),
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **options(tile),
         )  # fmt: skip
-    return _sum_partials(ds_parts, ds, scale), _sum_partials(db_parts, db, scale)
+    return sum_partials(ds_parts, ds, scale), sum_partials(db_parts, db, scale)
 
 
 def _grad_a(call: _Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
@@ -292,25 +273,13 @@ def _grad_a(call: _Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
     programs = triton.cdiv(call.k, tile.k) * call.rank_blocks
     chunk, splits = call.chunks(call.m, tile.m, programs)
     parts = ds.new_empty(splits, call.r, call.k)
-    _launch(
+    launch(
         kernels.grad_a_kernel,
         (programs, splits),
         x, ds, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(),
         DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
         PRECISION=call.precision,
-        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **_options(tile),
+        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
-    return _sum_partials(parts, lora_a.new_empty(lora_a.shape), 1.0)
-
-
-def _sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
-    """out = factor (parts[0] + parts[1] + ...); zeros when there is none."""
-    value, on_device = _argument(factor, 1.0)
-    _launch(
-        kernels.sum_partials_kernel,
-        (triton.cdiv(out.numel(), SUM_BLOCK),),
-        parts, out, value, parts.shape[0], out.numel(),
-        FACTOR_ON_DEVICE=on_device, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
-    )  # fmt: skip
-    return out
+    return sum_partials(parts, lora_a.new_empty(lora_a.shape), 1.0)

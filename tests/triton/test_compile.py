@@ -8,6 +8,8 @@ from peft_kernels.tools import report
 
 KERNELS = {
     "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "sum_partials",
+    "multi_shrink", "multi_tile", "multi_delta", "multi_grad", "sum_parts",
+    "decode_shrink", "decode_tile",
 }  # fmt: skip
 
 
@@ -21,7 +23,9 @@ def compiled():
 def test_budget(compiled, target):
     """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
     rows = compiled[target]
-    assert {row.kernel for row in rows} == KERNELS
+    # Chips without tiles of their own take the base product from the library.
+    shipped = KERNELS - {"multi_tile"} if target.startswith("other") else KERNELS
+    assert {row.kernel for row in rows} == shipped
     assert all(row.registers > 0 for row in rows)
     assert [row for row in rows if not row.within_budget()] == []
 

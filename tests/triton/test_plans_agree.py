@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from peft_kernels.triton import _blocks, _plans
+from peft_kernels.triton import _blocks, _launch, _plans
 from peft_kernels.triton import lora_linear as launchers
 
 op = importlib.import_module("peft_kernels.ops.lora_linear")
@@ -175,13 +175,10 @@ def test_scale_and_seed_on_the_device(plan, scale_dtype):
     """The kernel loads them itself; here "the device" is the interpreter's memory."""
     case = Case(20, 35, 30, 4)
     expected = case.triton(plan)
-
-    def as_pointer(value, default):
-        if isinstance(value, Tensor):
-            return value.to(scale_dtype) if value.is_floating_point() else value, True
-        return (default if value is None else value), False
-
-    with patch.object(launchers, "_argument", as_pointer):
+    with (
+        patch.object(_launch, "on_device", lambda tensor: True),
+        patch.dict(globals(), SCALE=SCALE.to(scale_dtype)),
+    ):
         assert_same_bits(case.triton(plan), expected)
 
 
