@@ -84,10 +84,10 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
     console.print(_compile_view(compiled))
     objects = _cuda_objects.rows()
     console.print(_cuda_objects.table(objects))
-    built = [*compiled, *objects]
-    outside = [row for row in built if not row.within_budget()]
+    verdicts = [row.within_budget() for row in compiled] + [row.within_budget() for row in objects]
+    outside = verdicts.count(False)
     console.print(
-        f"{len(built)} kernels compiled, {len(outside)} outside the budget (no spills, shared"
+        f"{len(verdicts)} kernels compiled, {outside} outside the budget (no spills, shared"
         " memory within the chip, 16-bit products on the tensor cores). Nothing was run on a GPU."
     )
     return not outside

