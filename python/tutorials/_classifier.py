@@ -68,13 +68,15 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(384, labels, device=DEVICE)
 
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask[..., None].to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.head(self.pooled(input_ids, attention_mask))
+        return self.head(mean_pooled(self.encoder, input_ids, attention_mask))
+
+
+def mean_pooled(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean of each text's token vectors, padding left out: [texts, 384]."""
+    hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 # ---- data ------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ class Features:
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
-        self._model = Classifier(load_encoder())
+        self._encoder = load_encoder()
         self._of_text: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -143,8 +145,11 @@ class Features:
         """The vectors [examples, 384] and the labels."""
         new = list({e.text: e for e in examples if e.text not in self._of_text}.values())
         new.sort(key=lambda e: len(e.text))  # the order of the evaluation
-        pooled = (self._model.pooled(**tokens) for tokens, _ in self._batches.of_evaluation(new))
-        vectors = (vector for batch in pooled for vector in batch)
+        vectors = [
+            vector
+            for tokens, _ in self._batches.of_evaluation(new)
+            for vector in mean_pooled(self._encoder, **tokens)
+        ]
         self._of_text |= {e.text: vector for e, vector in zip(new, vectors, strict=True)}
         labels = torch.tensor([e.label for e in examples], device=DEVICE)
         return torch.stack([self._of_text[e.text] for e in examples]), labels

@@ -28,6 +28,7 @@ LABELS = (
     "wsgiref",
     "xml",
 )
+ROOT = Path(sysconfig.get_path("stdlib"))
 MASK = "[MASK]"
 MIN_WORDS = 5
 _NAMES = re.compile(rf"\b(?:{'|'.join(LABELS)})\b", re.IGNORECASE)
@@ -48,10 +49,10 @@ def load(seed: int = 0, test_share: float = 0.3) -> tuple[list[Example], list[Ex
     test: list[Example] = []
     for label in range(len(LABELS)):
         examples = read_package(label)
-        held_out = _held_out_modules(examples, test_share)
+        held_out = held_out_modules([e.module for e in examples], test_share)
         test += [e for e in examples if e.module in held_out]
         train += [e for e in examples if e.module not in held_out]
-    train, test = _without_shared_texts(train, test)
+    train, test = without_shared_texts(train, test)
     random.Random(seed).shuffle(train)
     random.Random(seed).shuffle(test)
     return train, test
@@ -59,10 +60,9 @@ def load(seed: int = 0, test_share: float = 0.3) -> tuple[list[Example], list[Ex
 
 def read_package(label: int) -> list[Example]:
     """Every docstring of at least MIN_WORDS words in the package LABELS[label], tests left out."""
-    root = Path(sysconfig.get_path("stdlib"))
     examples = []
-    for path in sorted((root / LABELS[label]).rglob("*.py")):
-        module = path.relative_to(root).with_suffix("")
+    for path in sorted((ROOT / LABELS[label]).rglob("*.py")):
+        module = path.relative_to(ROOT).with_suffix("")
         if not {"test", "tests"} & set(module.parts):
             texts = map(masked, _docstrings(path))
             examples += [Example(t, label, ".".join(module.parts)) for t in texts]
@@ -81,25 +81,24 @@ def _docstrings(path: Path) -> list[str]:
     return [text for text in texts if text and len(text.split()) >= MIN_WORDS]
 
 
-def _held_out_modules(examples: list[Example], share: float) -> set[str]:
+def held_out_modules(modules: list[str], share: float) -> set[str]:
     """Modules, smallest first, until they hold ``share`` of the package's docstrings.
 
-    Never all of them. Smallest first keeps the big, typical modules for training and puts many
-    different modules into the test.
+    ``modules`` has each docstring's module. Never all of them are held out. Smallest first keeps
+    the big, typical modules for training and puts many different modules into the test.
     """
-    sizes = Counter(e.module for e in examples)
-    modules = sorted(sizes, key=lambda name: (sizes[name], name))
+    sizes = Counter(modules)
     held_out: set[str] = set()
     taken = 0
-    for module in modules[:-1]:
-        if taken >= share * len(examples):
+    for module in sorted(sizes, key=lambda name: (sizes[name], name))[:-1]:
+        if taken >= share * len(modules):
             break
         held_out.add(module)
         taken += sizes[module]
     return held_out
 
 
-def _without_shared_texts(
+def without_shared_texts(
     train: list[Example], test: list[Example]
 ) -> tuple[list[Example], list[Example]]:
     """Keeps one of each text, and none of a text that has two labels or is on both sides."""
