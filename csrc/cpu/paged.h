@@ -12,6 +12,7 @@
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's registers hold
+constexpr int TILE_ROWS = 6;                   // of an update
 constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
 
@@ -62,6 +63,18 @@ PK_INLINE void with_count(int64_t count, F f) {
   f(std::integral_constant<int, MOST>{});
 }
 
+// Calls f(i, rows) for tiles of at most MOST rows, as even as they can be: a tile of one row would
+// read as much of the other factor as a full one.
+template <int MOST, class F>
+PK_INLINE void for_tiles(int64_t count, F f) {
+  const int64_t tiles = (count + MOST - 1) / MOST;
+  for (int64_t tile = 0, i = 0; tile < tiles; tile++) {
+    const int64_t rows = (count - i + tiles - tile - 1) / (tiles - tile);
+    with_count<MOST>(rows, [&](auto R) { f(i, R); });
+    i += rows;
+  }
+}
+
 // The unit's rows as floats under dropout: where they lie, or copied to buffer.
 inline void float_pointers(const Matrix& x, const Group& group, const Unit& unit,
                            const int64_t* rows, float* buffer, const float** pointers) {
@@ -94,14 +107,13 @@ inline void shrink(const Shrink& t, const Parallel& parallel) {
         with_type(t.pages.data.dtype, t.pages.data.at(t.pages.row(group.slot, page) + q, 0),
                   [&](auto* a) {
           with_count<DOT_COLS>(page_rows(group, page) - q, [&](auto C) {
-            for (int64_t i = 0; i < count; i += DOT_ROWS)
-              with_count<DOT_ROWS>(count - i, [&](auto R) {
-                dots<R, C>(k, x + i, a, t.pages.data.row_stride, sums);
-                for (int b = 0; b < R; b++) {
-                  float* s = t.s.data + rows[unit.begin + i + b] * t.s.stride + page * PAGE + q;
-                  for (int c = 0; c < C; c++) s[c] = sums[b][c] * factor;
-                }
-              });
+            for_tiles<DOT_ROWS>(count, [&](int64_t i, auto R) {
+              dots<R, C>(k, x + i, a, t.pages.data.row_stride, sums);
+              for (int b = 0; b < R; b++) {
+                float* s = t.s.data + rows[unit.begin + i + b] * t.s.stride + page * PAGE + q;
+                for (int c = 0; c < C; c++) s[c] = sums[b][c] * factor;
+              }
+            });
           });
         });
   });
@@ -208,7 +220,7 @@ void expand_row(const Addend& to, const T* base, const float* z, int64_t i, int6
 // rows[begin, end) of a group, at most UNIT_ROWS, for columns [col, col_end) of the pages.
 inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int64_t end,
                         int64_t col, int64_t col_end, float* z) {
-  const int64_t count = end - begin, rank = group.rank, tiled = count / 3 * 3;
+  const int64_t count = end - begin, rank = group.rank;
   const bool masked = t.masked && group.dropout.threshold != 0;
   const Addend to{t, group, begin, masked, t.y.dtype == DType::f32 && !masked};
   const float factor = t.scaled ? group.scale : 1;
@@ -217,19 +229,20 @@ inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int6
     for (int64_t q = 0; q < rank; q++) z[i * rank + q] = s[q] * factor;
   }
   with_type(t.pages.data.dtype, t.pages.data.data, [&](auto* base) {
-    for (int64_t j = col; j < col_end && tiled; j += LANES) {
-      const int64_t cols = std::min<int64_t>(LANES, col_end - j);
-      int64_t i = 0;
-      if (cols == LANES) {
-        for (; i + 6 <= tiled; i += 6) expand_tile<6, true>(to, base, z, i, j, cols);
-        if (i < tiled) expand_tile<3, true>(to, base, z, i, j, cols);
-      } else {
-        for (; i < tiled; i += 3) expand_tile<3, false>(to, base, z, i, j, cols);
-      }
-    }
-    for (int64_t i = tiled; i < count; i++)
+    if (count == 1) {
       for (int64_t j = col; j < col_end; j += SUM_COLUMNS)
-        expand_row(to, base, z + i * rank, i, j, std::min(SUM_COLUMNS, col_end - j));
+        expand_row(to, base, z, 0, j, std::min(SUM_COLUMNS, col_end - j));
+      return;
+    }
+    for (int64_t j = col; j < col_end; j += LANES) {
+      const int64_t cols = std::min<int64_t>(LANES, col_end - j);
+      for_tiles<TILE_ROWS>(count, [&](int64_t i, auto R) {
+        if (cols == LANES)
+          expand_tile<R, true>(to, base, z, i, j, cols);
+        else
+          expand_tile<R, false>(to, base, z, i, j, cols);
+      });
+    }
   });
 }
 
