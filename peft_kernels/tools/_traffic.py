@@ -1,15 +1,16 @@
 """Counts the memory traffic of the Triton kernels from their own loads and stores.
 
 Run under the Triton interpreter: `Traffic` sees every address that a kernel loads or stores, and
-every torch operation between the launches. Run as a program (``python -m
-peft_kernels.tools._traffic``, with ``TRITON_INTERPRET=1``), it prints the rows as JSON.
+every torch operation between the launches. What is counted of each op is in ``_traffic_<op>.py``.
+Run as a program (``python -m peft_kernels.tools._traffic m n k r``, with ``TRITON_INTERPRET=1``),
+it prints the rows of all ops as JSON.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,18 +22,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from peft_kernels.triton import _plans
-from peft_kernels.triton import lora_linear as launchers
-
 # Operations that touch no element on the device; views are recognised by their schema.
 _UNTOUCHING = {
     "empty",
     "new_empty",
     "_local_scalar_dense",  # .item() of a host scalar
 }
+# Operations that take shape and dtype of their argument, and don't read it.
+_UNREADING = {"new_zeros"}
 
 
 # ---- the instrument ----------------------------------------------------------------------------
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0, dtype=bool)
 
 
 @dataclass
@@ -46,6 +50,13 @@ class Access:
     read: int = 0  # different elements read
     written: int = 0  # different elements written
     requests: int = 0  # loads and stores, repetitions included: what the caches see
+    storage: int = 0  # the address of the tensor's storage, by which its views are known
+    # Which elements of the storage a kernel read and wrote; empty for a torch operation.
+    read_at: np.ndarray = field(default_factory=_nothing, repr=False, compare=False)
+    written_at: np.ndarray = field(default_factory=_nothing, repr=False, compare=False)
+
+    def bytes_moved(self) -> int:
+        return (self.read + self.written) * self.itemsize
 
 
 @dataclass
@@ -75,6 +86,7 @@ class Traffic(TorchDispatchMode):
         self._watched: list[_Watched] = []
         self._inside = False
         self._patches = ExitStack()
+        self._storages: list[torch.UntypedStorage] = []  # kept, so that no address serves twice
 
     def __enter__(self) -> Traffic:
         builder = interpreter.InterpreterBuilder
@@ -104,9 +116,9 @@ class Traffic(TorchDispatchMode):
         named = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
         kernel = executor.fn.__name__
         self._watched = [
-            self._watch(kernel, name, value)
-            for name, value in named.items()
-            if isinstance(value, Tensor)
+            self._watch(kernel, name, tensor)
+            for argument, value in named.items()
+            for name, tensor in _tensors(argument, value)
         ]
         self.launches += 1
         self._inside = True
@@ -115,17 +127,22 @@ class Traffic(TorchDispatchMode):
         finally:
             self._inside = False
         for watched in self._watched:
-            watched.access.read = int(watched.read.sum())
-            watched.access.written = int(watched.written.sum())
-            self.accesses.append(watched.access)
+            access = watched.access
+            access.read_at, access.written_at = watched.read, watched.written
+            access.read, access.written = int(watched.read.sum()), int(watched.written.sum())
+            self.accesses.append(access)
 
-    @staticmethod
-    def _watch(kernel: str, name: str, tensor: Tensor) -> _Watched:
-        access = Access(kernel, name, tuple(tensor.shape), tensor.element_size())
-        storage = tensor.untyped_storage()
-        elements = storage.nbytes() // tensor.element_size()
+    def _watch(self, kernel: str, name: str, tensor: Tensor) -> _Watched:
+        access = self._access(kernel, name, tensor)
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
         empty = np.zeros((2, elements), dtype=bool)
-        return _Watched(access, storage.data_ptr(), empty[0], empty[1])
+        return _Watched(access, access.storage, empty[0], empty[1])
+
+    def _access(self, launch: str, argument: str, tensor: Tensor) -> Access:
+        storage = tensor.untyped_storage()
+        self._storages.append(storage)
+        shape, itemsize = tuple(tensor.shape), tensor.element_size()
+        return Access(launch, argument, shape, itemsize, storage=storage.data_ptr())
 
     def _find(self, pointers: Any, mask: Any) -> tuple[_Watched, np.ndarray] | None:
         # The interpreter leaves a mask with a scalar condition in it as an integer.
@@ -167,7 +184,7 @@ class Traffic(TorchDispatchMode):
         if self._inside or func.is_view or name in _UNTOUCHING:
             return result
         self.launches += 1
-        for tensor in (a for a in args if isinstance(a, Tensor)):
+        for tensor in (a for a in args if isinstance(a, Tensor) and name not in _UNREADING):
             self._record(name, tensor, read=tensor.numel())
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
@@ -175,10 +192,16 @@ class Traffic(TorchDispatchMode):
         return result
 
     def _record(self, name: str, tensor: Tensor, read: int = 0, written: int = 0) -> None:
-        shape, itemsize = tuple(tensor.shape), tensor.element_size()
-        self.accesses.append(Access(name, "", shape, itemsize, read, written, read + written))
+        access = self._access(name, "", tensor)
+        access.read, access.written, access.requests = read, written, read + written
+        self.accesses.append(access)
 
     # -- sums
+
+    def of(self, tensor: Tensor) -> list[Access]:
+        """The accesses to a tensor and to any view of it."""
+        storage = tensor.untyped_storage().data_ptr()
+        return [access for access in self.accesses if access.storage == storage]
 
     def passes(self, *shapes: tuple[int, int]) -> float:
         """Reads and writes of tensors of these shapes, in units of the tensor's own size."""
@@ -190,90 +213,48 @@ class Traffic(TorchDispatchMode):
         )
 
     def bytes_moved(self) -> int:
-        return sum((a.read + a.written) * a.itemsize for a in self.accesses)
+        return sum(access.bytes_moved() for access in self.accesses)
 
     def bytes_requested(self) -> int:
         return sum(a.requests * a.itemsize for a in self.accesses)
 
 
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a kernel's argument; those of a tuple are named ``name[i]``."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
+
+
 # ---- the table ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrafficRow:
-    """The traffic of one direction of the op under one plan."""
-
-    direction: str
-    plan: str
-    sizes: tuple[int, int, int, int]  # m, n, k, r
-    launches: int
-    extra_passes: float  # over full-size activations, beyond the base layer's own two
-    bytes_moved: int  # every launch's different elements: DRAM traffic if nothing stays in L2
-    bytes_floor: int  # every input read once, every output written once
-    atomics: int
-
 
 # The base layer reads x and writes y; its backward reads dy and writes dx.
 BASE_PASSES = 2
 
 
-def count(
-    plan: str,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    adapter_dtype: torch.dtype = torch.float32,
-    dropout_p: float = 0.1,
-    arch: str = "sm_90",
-) -> list[TrafficRow]:
-    """Runs forward and backward under ``plan`` with the tiles of ``arch``, and counts.
+@dataclass(frozen=True)
+class TrafficRow:
+    """The traffic of one direction of an op under one plan."""
 
-    m, n, k and r must differ, so that a tensor is known by its shape.
-    """
-    if len({m, n, k, r}) != 4:
-        raise ValueError(f"m, n, k and r must be four different numbers; got {(m, n, k, r)}")
-    op = importlib.import_module("peft_kernels.ops.lora_linear")
-    inputs = op.example_inputs(m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype)
-    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-    a, b = inputs["lora_a"], inputs["lora_b"]
-    dy = torch.randn(m, n).to(dtype)
-    scale = torch.tensor(2.0)
-    seed = torch.tensor(1) if dropout_p else None
-
-    with _plans.force(plan), patch.object(_plans, "arch_name", lambda device: arch):
-        with Traffic() as forward:
-            y, s = launchers.lora_linear_fwd(x, weight, bias, a, b, scale, dropout_p, seed)
-        with Traffic() as backward:
-            gradients = launchers.lora_linear_bwd(
-                dy, x, weight, a, b, s, scale, dropout_p, seed, True, True, True
-            )
-
-    def row(direction: str, traffic: Traffic, *tensors: Tensor) -> TrafficRow:
-        return TrafficRow(
-            direction=direction,
-            plan=plan,
-            sizes=(m, n, k, r),
-            launches=traffic.launches,
-            extra_passes=round(traffic.passes((m, k), (m, n)) - BASE_PASSES, 3),
-            bytes_moved=traffic.bytes_moved(),
-            bytes_floor=sum(t.numel() * t.element_size() for t in tensors),
-            atomics=traffic.atomics,
-        )
-
-    return [
-        row("fwd", forward, x, weight, bias, a, b, y, s),
-        row("bwd", backward, dy, x, weight, a, b, s, *gradients),
-    ]
+    op: str
+    direction: str
+    plan: str
+    sizes: tuple[int, ...]  # m, n, k and, of lora_linear, r
+    launches: int
+    extra_passes: float  # over full-size activations, beyond the base layer's own two
+    bytes_moved: int  # every launch's different elements: DRAM traffic if nothing stays in L2
+    bytes_floor: int  # what has to be read, once, and every output written once
+    atomics: int
 
 
-def traffic_rows(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
-    rows = [row for plan in _plans.PLANS for row in count(plan, m, n, k, r)]
-    # The backward of "ii" is that of "i".
-    return [row for row in rows if (row.direction, row.plan) != ("bwd", "ii")]
+def _main(m: int, n: int, k: int, r: int) -> None:
+    from peft_kernels.tools import _traffic_lora, _traffic_multi_lora
+
+    rows = _traffic_lora.rows(m, n, k, r) + _traffic_multi_lora.rows(m, n, k)
+    json.dump([asdict(row) for row in rows], sys.stdout)
 
 
 if __name__ == "__main__":
-    json.dump([asdict(row) for row in traffic_rows(*map(int, sys.argv[1:]))], sys.stdout)
+    _main(*map(int, sys.argv[1:]))

@@ -1,6 +1,6 @@
 """``peft-kernels report``: what compiler and memory get to see of the GPU kernels.
 
-Three tables, none of which needs a GPU:
+Three kinds of tables, none of which needs a GPU:
 
 compile   every Triton kernel in every shipped configuration, compiled for every target: registers,
           spills, shared memory against the chip's limit, tensor-core instructions
@@ -49,8 +49,9 @@ def compile_table(targets: tuple[str, ...] = TARGETS, workers: int = 2) -> list[
 
 
 def traffic_table(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
-    """Counts the traffic of every plan, forward and backward; four different sizes.
+    """Counts the traffic of every op's plans, forward and backward; four different sizes.
 
+    The adapters of multi_lora_linear have ranks of their own.
     Runs in a process of its own, under the Triton interpreter.
     """
     rows = _run("_traffic", [str(size) for size in (m, n, k, r)], interpret=True)
@@ -78,7 +79,8 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
     console = console or Console()
     with console.status("counting loads and stores in the interpreter"):
         traffic = traffic_table(*TRAFFIC_SIZES)
-    console.print(_traffic_view(traffic))
+    console.print(_traffic_view([row for row in traffic if row.op == "lora_linear"]))
+    console.print(_multi_traffic_view([row for row in traffic if row.op == "multi_lora_linear"]))
     with console.status("compiling for " + ", ".join(targets)):
         compiled = compile_table(targets)
     console.print(_compile_view(compiled))
@@ -96,28 +98,49 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
 def _traffic_view(rows: list[TrafficRow]) -> Table:
     m, n, k, r = rows[0].sizes
     table = Table(
-        title=f"memory traffic at m={m} n={n} k={k} r={r}, bfloat16 with float32 adapters, dropout",
+        title=f"lora_linear: memory traffic at m={m} n={n} k={k} r={r}, bfloat16 with float32"
+        " adapters, dropout",
         caption="extra passes: reads and writes of x, y, dy, dx beyond the base layer's own two",
     )
-    for column in ("direction", "plan"):
-        table.add_column(column)
-    for column in ("launches", "extra passes", "bytes", "floor", "ratio"):
-        table.add_column(column, justify="right")
+    _traffic_columns(table, "direction", "plan")
     for row in rows:
-        table.add_row(
-            row.direction,
-            row.plan,
-            str(row.launches),
-            f"{row.extra_passes:g}",
-            f"{row.bytes_moved:,}",
-            f"{row.bytes_floor:,}",
-            f"{row.bytes_moved / row.bytes_floor:.2f}",
-        )
+        table.add_row(row.direction, row.plan, *_traffic_cells(row))
     table.add_section()
     for index, direction in enumerate(("fwd", "bwd")):
         for peer, passes in PEERS.items():
             table.add_row(direction, peer, "", f"{passes[index]:g}", "", "", "")
     return table
+
+
+def _multi_traffic_view(rows: list[TrafficRow]) -> Table:
+    _, n, k = rows[0].sizes
+    table = Table(
+        title=f"multi_lora_linear: memory traffic at n={n} k={k}, bfloat16 with float32 adapters",
+        caption="adapters of mixed ranks, some of which have no rows; a quarter of the rows have no"
+        " adapter. floor: weight, bias, x, y, and adapters that have rows, once, at their true"
+        " ranks; S, ids and tables come on top",
+    )
+    _traffic_columns(table, "direction", "plan", "rows")
+    for row in rows:
+        table.add_row(row.direction, row.plan, str(row.sizes[0]), *_traffic_cells(row))
+    return table
+
+
+def _traffic_columns(table: Table, *names: str) -> None:
+    for column in names:
+        table.add_column(column)
+    for column in ("launches", "extra passes", "bytes", "floor", "ratio"):
+        table.add_column(column, justify="right")
+
+
+def _traffic_cells(row: TrafficRow) -> tuple[str, ...]:
+    return (
+        str(row.launches),
+        f"{row.extra_passes:g}",
+        f"{row.bytes_moved:,}",
+        f"{row.bytes_floor:,}",
+        f"{row.bytes_moved / row.bytes_floor:.2f}",
+    )
 
 
 def _compile_view(rows: list[CompiledRow]) -> Table:

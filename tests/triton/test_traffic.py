@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from peft_kernels.tools import _traffic
+from peft_kernels.tools import _traffic, _traffic_lora
 from peft_kernels.triton import _lora_linear_kernels as kernels
 from peft_kernels.triton import _plans
 from peft_kernels.triton import lora_linear as launchers
@@ -18,7 +18,7 @@ def rows():
     return {
         (plan, row.direction): row
         for plan in _plans.PLANS
-        for row in _traffic.count(plan, M, N, K, R)
+        for row in _traffic_lora.count(plan, M, N, K, R)
     }
 
 
@@ -33,7 +33,7 @@ def test_extra_passes(rows):
 
 def test_extra_passes_of_a_rank_beyond_one_block():
     """The rank blocks read x and dy again, through the cache: still one pass a launch."""
-    forward, backward = _traffic.count("i", M, N, K, 70)
+    forward, backward = _traffic_lora.count("i", M, N, K, 70)
     assert (forward.extra_passes, backward.extra_passes) == (1, 2)
 
 
@@ -90,6 +90,7 @@ def test_counts_what_a_kernel_touches():
     [
         (lambda x: x.T, 0),
         (lambda x: x.new_empty(x.shape), 0),
+        (lambda x: x.new_zeros(x.shape), 1),
         (lambda x: x.clone(), 2),
         (lambda x: x.T.contiguous(), 2),
         (lambda x: x.double(), 2),
@@ -106,4 +107,4 @@ def test_counts_torch_operations(operation, passes):
 
 def test_sizes_must_differ():
     with pytest.raises(ValueError, match="four different numbers"):
-        _traffic.count("i", 32, 32, 16, 4)
+        _traffic_lora.count("i", 32, 32, 16, 4)
