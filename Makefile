@@ -19,10 +19,9 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/peft-kernels bench lora_linear --all --out out/bench/lora_linear \
-	  --markdown out/bench/lora_linear/bench.md
-	$(BIN)/peft-kernels bench multi_lora_linear --all --out out/bench/multi_lora_linear \
-	  --markdown out/bench/multi_lora_linear/bench.md
+	for op in lora_linear multi_lora_linear adapter adapter_fusion; do \
+	  $(BIN)/peft-kernels bench $$op --all --out out/bench/$$op --markdown out/bench/$$op/bench.md || exit; \
+	done
 
 $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

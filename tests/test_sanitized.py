@@ -32,7 +32,8 @@ def test_native_kernels_under_sanitizers():
     interpreter = f"-DPython_EXECUTABLE={sys.executable}"
     run("cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", interpreter, *options)
     run("cmake", "--build", str(BUILD))
-    tests = ("tests/test_lora_linear.py", "tests/test_multi_lora_linear.py")
+    ops = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion")
+    tests = tuple(f"tests/test_{op}.py" for op in ops)
     chosen = ("-k", "test_native_on_any_shape or test_rank_512")
     output = run(
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, *chosen),
@@ -40,4 +41,4 @@ def test_native_kernels_under_sanitizers():
         ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
         PEFT_KERNELS_NATIVE=str(BUILD / "_native.so"),
     )
-    assert "3 passed" in output
+    assert "5 passed" in output

@@ -1,14 +1,20 @@
 """The functional ops: one file each, from the maths to the public function."""
 
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank, Routing, Trained, route
+from peft_kernels.ops.adapter import adapter
+from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 from peft_kernels.ops.lora_linear import lora_linear
 from peft_kernels.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 
 __all__ = [
+    "Absorbed",
     "BankDropout",
     "LoRABank",
     "Routing",
     "Trained",
+    "absorb",
+    "adapter",
+    "adapter_fusion",
     "lora_linear",
     "multi_lora_add_",
     "multi_lora_linear",

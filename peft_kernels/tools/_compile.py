@@ -31,6 +31,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from peft_kernels.triton import _launch, _plans
+from peft_kernels.triton import adapter as adapter_launchers
+from peft_kernels.triton import adapter_fusion as fusion_launchers
 from peft_kernels.triton import lora_linear as launchers
 from peft_kernels.triton import multi_lora_linear as multi_launchers
 
@@ -61,7 +63,10 @@ TARGETS = {
     ),
 }
 # Kernels that multiply no tiles: sums, and few rows against an adapter each.
-ELEMENTWISE_KERNELS = ("sum_partials", "sum_parts", "decode_shrink")
+ELEMENTWISE_KERNELS = (
+    "sum_partials", "sum_parts", "decode_shrink", "adapter_fold", "adapter_down",
+    "adapter_fusion_weights", "adapter_fusion_weights_bwd",
+)  # fmt: skip
 
 
 def _dtypes(dtype: str, adapter_dtype: str) -> str:
@@ -142,6 +147,81 @@ class MultiCase:
                 bwd(dy, x, base, *rest, s, p, seeds, *trained, True, self.plan)
 
 
+@dataclass(frozen=True)
+class AdapterCase:
+    """The same of `adapter`, all of whose options are used or none."""
+
+    m: int
+    r: int
+    dtype: str
+    adapter_dtype: str
+    full: bool  # biases, both LayerNorms, x and another residual, dropout, a scale by channel
+    activation: str
+
+    def label(self) -> str:
+        full = " full" if self.full else ""
+        dtypes = _dtypes(self.dtype, self.adapter_dtype)
+        return f"{self.activation} m={self.m} r={self.r} {dtypes}{full}"
+
+    def run(self) -> None:
+        x, _, _, dy = _base(self.m, N, self.dtype)
+        residual = _empty(self.m, N, dtype=self.dtype) if self.full else None
+
+        def parameter(*shape: int) -> torch.Tensor:
+            return _empty(*shape, dtype=self.adapter_dtype)
+
+        def optional(size: int) -> torch.Tensor | None:
+            return parameter(size) if self.full else None
+
+        down, up = parameter(self.r, K), parameter(N, self.r)
+        scale = parameter(N) if self.full else torch.tensor(1.0)
+        inputs = (
+            x, residual, down, optional(self.r), up, optional(N), scale,
+            optional(K), optional(K), 1e-5, optional(N), optional(N), 1e-5,
+        )  # fmt: skip
+        seed = _empty(dtype="int64") if self.full else None
+        rest = (self.activation, self.full, 0.1 if self.full else 0.0, seed)
+        _, z, statistics = adapter_launchers.adapter_fwd(*inputs, *rest)
+        needs = (True, self.full, True, True, self.full, self.full)
+        adapter_launchers.adapter_bwd(dy, *inputs, z, statistics, *rest, *needs)
+
+
+@dataclass(frozen=True)
+class FusionCase:
+    """The same of `adapter_fusion`; the query is x, or with ``other_query`` another tensor."""
+
+    m: int
+    sizes: tuple[int, ...]
+    dtype: str
+    adapter_dtype: str
+    other_query: bool
+    activation: str
+
+    def label(self) -> str:
+        query = " query" if self.other_query else ""
+        dtypes = _dtypes(self.dtype, self.adapter_dtype)
+        sizes = f"{len(self.sizes)} x {self.sizes[0]}"
+        return f"fusion {self.activation} m={self.m} {sizes} {dtypes}{query}"
+
+    def run(self) -> None:
+        x, _, _, dy = _base(self.m, N, self.dtype)
+        query = _empty(self.m, K, dtype=self.dtype) if self.other_query else None
+        ranks, adapters = sum(self.sizes), len(self.sizes)
+
+        def parameter(*shape: int) -> torch.Tensor:
+            return _empty(*shape, dtype=self.adapter_dtype)
+
+        mix = parameter(N, ranks + adapters)
+        inputs = (
+            x, query, parameter(ranks, K), parameter(ranks), parameter(ranks + adapters, K),
+            parameter(ranks + adapters), mix[:, :ranks], mix[:, ranks:].T,
+            list(self.sizes), self.activation,
+        )  # fmt: skip
+        _, z, w, p = fusion_launchers.adapter_fusion_fwd(*inputs, dy)
+        needs = (True, self.other_query, True, True, True)
+        fusion_launchers.adapter_fusion_bwd(dy, *inputs, z, w, p, *needs)
+
+
 def _empty(*shape: int, dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
@@ -151,7 +231,7 @@ def _base(m: int, n: int, dtype: str) -> tuple[torch.Tensor, ...]:
     return tuple(_empty(*shape, dtype=dtype) for shape in ((m, K), (n, K), (n,), (m, n)))
 
 
-CASES = (
+CASES: tuple[AnyCase, ...] = (
     # the heaviest use of every tile: the widest rank block, float32 adapters (three products for
     # one), dropout
     Case(8192, 64, "bfloat16", "float32", True, _plans.PLANS),
@@ -172,6 +252,17 @@ CASES = (
     MultiCase(16, 64, (4096,), "bfloat16", "bfloat16", False, "decode"),
     MultiCase(16, 64, (2048, 1024, 1024), "float16", "float32", False, "decode"),
 )
+# the heaviest of `adapter`, and its float32 products
+ADAPTER_CASES = (
+    AdapterCase(8192, 64, "bfloat16", "float32", True, "gelu_tanh"),
+    AdapterCase(8192, 64, "float32", "float32", True, "gelu"),
+)
+# the same of `adapter_fusion`, with a query of its own
+FUSION_CASES = (
+    FusionCase(8192, (64,) * 8, "bfloat16", "float32", True, "gelu_tanh"),
+    FusionCase(8192, (48,) * 8, "float32", "float32", False, "gelu"),
+)
+CASES += ADAPTER_CASES + FUSION_CASES
 N = K = 4096
 
 
@@ -225,10 +316,13 @@ class Launch:
         return str((self.target, self.kernel, specialised, self.options))
 
 
+AnyCase = Case | MultiCase | AdapterCase | FusionCase
+
+
 # ---- recording the launches --------------------------------------------------------------------
 
 
-def launches(name: str, cases: tuple[Case | MultiCase, ...] = CASES) -> list[Launch]:
+def launches(name: str, cases: tuple[AnyCase, ...] = CASES) -> list[Launch]:
     """Every distinct launch of ``cases`` on the target ``name``."""
     found: dict[str, Launch] = {}
     for case in cases:
@@ -237,7 +331,7 @@ def launches(name: str, cases: tuple[Case | MultiCase, ...] = CASES) -> list[Lau
     return list(found.values())
 
 
-def _launches_of(name: str, case: Case | MultiCase) -> Iterator[Launch]:
+def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
     target = TARGETS[name]
     backend = make_backend(target.gpu)
     calls: list[tuple[Any, tuple, dict]] = []

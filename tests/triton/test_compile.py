@@ -10,6 +10,9 @@ KERNELS = {
     "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "sum_partials",
     "multi_shrink", "multi_tile", "multi_delta", "multi_grad", "sum_parts",
     "decode_shrink", "decode_tile",
+    "adapter_fold", "adapter_fwd", "adapter_norm_bwd", "adapter_bwd", "adapter_up", "adapter_down",
+    "adapter_fusion_products", "adapter_fusion_mix", "adapter_fusion_grad",
+    "adapter_fusion_weights", "adapter_fusion_weights_bwd",
 }  # fmt: skip
 
 

@@ -1,0 +1,225 @@
+// Registers the bottleneck adapter for the CPU key: tensors to matrices, and the build for this
+// processor.
+#include "adapter.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common.h"
+#include "isa.h"
+
+namespace peft_kernels {
+namespace {
+
+using Maybe = std::optional<Tensor>;
+
+const AdapterKernels& kernels() {
+  switch (chosen_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512: return adapter_avx512;
+    case Isa::avx2: return adapter_avx2;
+#endif
+    default: return adapter_baseline;
+  }
+}
+
+Activation activation_of(const std::string& name) {
+  constexpr std::array names{"identity",  "relu", "leaky_relu", "gelu",
+                             "gelu_tanh", "silu", "tanh",       "sigmoid"};
+  const auto found = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(found != names.end(), "activation is unknown: ", name);
+  return static_cast<Activation>(found - names.begin());
+}
+
+std::optional<Dropout> dropout_of(double p, const Maybe& seed) {
+  if (!seed) return std::nullopt;
+  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
+  return Dropout{static_cast<uint64_t>(read_scalar<int64_t>(*seed, "seed")),
+                 static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
+}
+
+// A vector of parameters as floats: where it lies, if it holds contiguous ones, or a copy.
+class Floats {
+ public:
+  Floats(const Maybe& tensor, int64_t size, const char* name) {
+    if (!tensor) return;
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == size, name,
+                    " must be [", size, "] on the CPU");
+    switch (tensor->scalar_type()) {
+      case ScalarType::Float: take<float>(*tensor); break;
+      case ScalarType::Double: take<double>(*tensor); break;
+      case ScalarType::Half: take<torch::headeronly::Half>(*tensor); break;
+      case ScalarType::BFloat16: take<torch::headeronly::BFloat16>(*tensor); break;
+      default: STD_TORCH_CHECK(false, name, " has a dtype that the native kernel can't read");
+    }
+  }
+  Floats(float value, int64_t size) : copy_(std::max<int64_t>(size, 1), value) {
+    data_ = copy_.data();
+  }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+
+  operator const float*() const { return data_; }
+
+ private:
+  template <class T>
+  void take(const Tensor& tensor) {
+    const T* from = tensor.const_data_ptr<T>();
+    const int64_t size = tensor.size(0), stride = tensor.stride(0);
+    if constexpr (std::is_same_v<T, float>)
+      if (stride == 1 && size) return void(data_ = from);
+    copy_.resize(std::max<int64_t>(size, 1));  // never null: that would mean no vector
+    for (int64_t i = 0; i < size; i++) copy_[i] = static_cast<float>(from[i * stride]);
+    data_ = copy_.data();
+  }
+
+  std::vector<float> copy_;
+  const float* data_ = nullptr;
+};
+
+// The inputs of both passes, and what holds their memory.
+class Inputs {
+ public:
+  Inputs(const Tensor& x, const Maybe& residual, const Tensor& down_weight, const Maybe& down_bias,
+         const Tensor& up_weight, const Maybe& up_bias, const Tensor& scale,
+         const Maybe& pre_norm_weight, const Maybe& pre_norm_bias, double pre_norm_eps,
+         const Maybe& norm_weight, const Maybe& norm_bias, double norm_eps,
+         const std::string& activation, bool adds_x, double dropout_p, const Maybe& seed)
+      : k(x.size(1)), n(up_weight.size(0)), r(down_weight.size(0)),
+        x_(with_unit_stride(x, true)), down_(with_unit_stride(down_weight, true)),
+        up_(with_unit_stride(up_weight, true)), dropout_(dropout_of(dropout_p, seed)),
+        down_bias_(down_bias, r, "down_bias"), up_bias_(up_bias, n, "up_bias"),
+        scale_(scale.dim() ? Floats(scale, n, "scale")
+                           : Floats(read_scalar<float>(scale, "scale"), n)),
+        pre_norm_weight_(pre_norm_weight, k, "pre_norm_weight"),
+        pre_norm_bias_(pre_norm_bias, k, "pre_norm_bias"),
+        norm_weight_(norm_weight, n, "norm_weight"), norm_bias_(norm_bias, n, "norm_bias") {
+    STD_TORCH_CHECK(down_weight.size(1) == k, "down_weight must be [r, k] for x [m, k]");
+    STD_TORCH_CHECK(up_weight.size(1) == r, "up_weight must be [n, r] for down_weight [r, k]");
+    STD_TORCH_CHECK(!adds_x || n == k, "x can only be added where n = k");
+    if (residual) {
+      STD_TORCH_CHECK(residual->size(0) == x.size(0) && residual->size(1) == n,
+                      "residual must be [m, n]");
+      residual_ = with_unit_stride(*residual, true);
+      residual_matrix_ = matrix_of(*residual_, "residual");
+    }
+    in = {.x = matrix_of(x_, "x"),
+          .residual = residual_ ? &*residual_matrix_ : nullptr,
+          .down = matrix_of(down_, "down_weight"),
+          .up = matrix_of(up_, "up_weight"),
+          .down_bias = down_bias_,
+          .up_bias = up_bias_,
+          .scale = scale_,
+          .pre_norm = {pre_norm_weight_, pre_norm_bias_, static_cast<float>(pre_norm_eps)},
+          .norm = {norm_weight_, norm_bias_, static_cast<float>(norm_eps)},
+          .activation = activation_of(activation),
+          .adds_x = adds_x,
+          .dropout = dropout_ ? &*dropout_ : nullptr};
+  }
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+
+  int64_t statistics() const {
+    return 2 * ((in.pre_norm.weight != nullptr) + (in.norm.weight != nullptr));
+  }
+
+  int64_t k, n, r;
+  AdapterInputs in;
+
+ private:
+  Tensor x_, down_, up_;
+  Maybe residual_;
+  std::optional<Matrix> residual_matrix_;
+  std::optional<Dropout> dropout_;
+  Floats down_bias_, up_bias_, scale_, pre_norm_weight_, pre_norm_bias_, norm_weight_, norm_bias_;
+};
+
+// An output of the backward: of size 0 where it isn't wanted.
+struct Output {
+  Tensor tensor;
+  std::optional<Matrix> matrix;
+
+  Output(const Tensor& like, bool needed, std::vector<int64_t> shape, ScalarType dtype)
+      : tensor(torch::stable::new_empty(like, needed ? shape : std::vector<int64_t>{0}, dtype)) {
+    if (!needed) return;
+    const int64_t rows = shape.size() == 1 ? 1 : shape[0], columns = shape.back();
+    const DType type = dtype_of(tensor, "output");
+    matrix = Matrix{tensor.mutable_data_ptr(), type, rows, columns, columns, 1};
+  }
+  const Matrix* wanted() const { return matrix ? &*matrix : nullptr; }
+};
+
+const float* floats_of(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float &&
+                      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
+                  name, " must be contiguous float32 [", rows, ", ", columns, "]");
+  return tensor.const_data_ptr<float>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> adapter_fwd(
+    Tensor x, Maybe residual, Tensor down_weight, Maybe down_bias, Tensor up_weight, Maybe up_bias,
+    Tensor scale, Maybe pre_norm_weight, Maybe pre_norm_bias, double pre_norm_eps,
+    Maybe norm_weight, Maybe norm_bias, double norm_eps, std::string activation, bool adds_x,
+    double dropout_p, Maybe seed) {
+  const Inputs inputs(x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+                      pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias,
+                      norm_eps, activation, adds_x, dropout_p, seed);
+  const int64_t m = x.size(0);
+  Tensor y = torch::stable::new_empty(x, {m, inputs.n});
+  Tensor z = torch::stable::new_empty(x, {m, inputs.r}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(x, {m, inputs.statistics()}, ScalarType::Float);
+  kernels().forward({.in = inputs.in,
+                     .y = {y.mutable_data_ptr(), inputs.in.x.dtype, m, inputs.n, inputs.n, 1},
+                     .z = z.mutable_data_ptr<float>(),
+                     .statistics = statistics.mutable_data_ptr<float>()},
+                    torch_threads());
+  return {y, z, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_bwd(
+    Tensor dy, Tensor x, Maybe residual, Tensor down_weight, Maybe down_bias, Tensor up_weight,
+    Maybe up_bias, Tensor scale, Maybe pre_norm_weight, Maybe pre_norm_bias, double pre_norm_eps,
+    Maybe norm_weight, Maybe norm_bias, double norm_eps, Tensor z, Tensor statistics,
+    std::string activation, bool adds_x, double dropout_p, Maybe seed, bool needs_x,
+    bool needs_residual, bool needs_down, bool needs_up, bool needs_pre_norm, bool needs_norm) {
+  const Inputs inputs(x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+                      pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias,
+                      norm_eps, activation, adds_x, dropout_p, seed);
+  const int64_t m = x.size(0), k = inputs.k, n = inputs.n, r = inputs.r;
+  STD_TORCH_CHECK(dy.size(0) == m && dy.size(1) == n, "dy must be [m, n]");
+  dy = with_unit_stride(dy, true);
+  const ScalarType base = x.scalar_type(), wide = ScalarType::Float;
+  const Output dx(x, needs_x, {m, k}, base), dt(x, needs_residual, {m, n}, base);
+  const Output d_down(x, needs_down, {r, k}, wide), d_down_bias(x, needs_down, {r}, wide);
+  const Output up(x, needs_up, {n, r}, wide), up_sum(x, needs_up, {n}, wide);
+  const Output d_pre_norm(x, needs_pre_norm && inputs.in.pre_norm.weight, {2, k}, wide);
+  const Output d_norm(x, needs_norm && inputs.in.norm.weight, {2, n}, wide);
+  kernels().backward({.in = inputs.in,
+                      .dy = matrix_of(dy, "dy"),
+                      .z = floats_of(z, m, r, "z"),
+                      .statistics = floats_of(statistics, m, inputs.statistics(), "statistics"),
+                      .dx = dx.wanted(),
+                      .dt = dt.wanted(),
+                      .d_down = d_down.wanted(),
+                      .d_down_bias = d_down_bias.wanted(),
+                      .up = up.wanted(),
+                      .up_sum = up_sum.wanted(),
+                      .d_pre_norm = d_pre_norm.wanted(),
+                      .d_norm = d_norm.wanted()},
+                     torch_threads());
+  return {dx.tensor, dt.tensor, d_down.tensor, d_down_bias.tensor,
+          up.tensor, up_sum.tensor, d_pre_norm.tensor, d_norm.tensor};
+}
+
+}  // namespace
+}  // namespace peft_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
+  library.impl("adapter_fwd", TORCH_BOX(&peft_kernels::adapter_fwd));
+  library.impl("adapter_bwd", TORCH_BOX(&peft_kernels::adapter_bwd));
+}

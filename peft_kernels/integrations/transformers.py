@@ -1,0 +1,292 @@
+"""Puts bottleneck adapters into a model: any module by its path, or BERT's and Llama's families.
+
+The model's own sublayers do their work as before; nothing of its code is repeated here. A block is
+known by its parts:
+
+    post-LayerNorm    a sublayer's end with ``dense``, ``dropout`` and ``LayerNorm`` (BERT, RoBERTa,
+                      ELECTRA, XLM-R), called with the sublayer's hidden states and its input
+    pre-LayerNorm     a layer with ``self_attn``, ``mlp`` and ``post_attention_layernorm`` (Llama,
+                      Mistral, Qwen, Gemma 1)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_kernels.nn.adapter_fusion import AdapterFusion
+from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter, check_choice
+
+_POST_NORM = {"dense", "dropout", "LayerNorm"}
+_PRE_NORM = {"self_attn", "mlp", "post_attention_layernorm"}
+
+
+def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str]:
+    """Freezes the model and puts a new adapter at each place where a method wants one.
+
+    With f a sublayer's output, i its input, LN a post-LayerNorm block's norm and u the update:
+
+    ==========  ===================  ========================================  ===================
+    preset      after                post-LayerNorm                            pre-LayerNorm
+    ==========  ===================  ========================================  ===================
+    pfeiffer    feed-forward         ``LN(f + i + u(LN(f + i)))``              ``f + i + u(f + i)``
+    houlsby     attention and        ``LN(f + i + u(f))``                      ``f + i + u(f)``
+                feed-forward
+    parallel    feed-forward         ``LN(f + i + u(i))``                      ``f + i + u(i)``
+    ==========  ===================  ========================================  ===================
+
+    These are the `adapters` library's seq_bn, double_seq_bn and par_bn. LayerNorms stay frozen;
+    Houlsby et al. train them, which ``requires_grad_`` on them does.
+
+    Args:
+        model: a model of a family that the module's docstring names.
+        preset: "pfeiffer", "houlsby" or "parallel".
+        overrides: arguments of :meth:`peft_kernels.nn.BottleneckAdapter.from_preset`. Device and
+            dtype are those of the block where nothing else is said.
+
+    Returns:
+        The adapters' paths in the model.
+
+    Raises:
+        ValueError: an unknown preset, a model with no block that is known, or one that has adapters
+            already. The model is unchanged then.
+    """
+    check_choice("preset", preset, tuple(name for name in PRESETS if name != "adapterplus"))
+    places = list(_places(model, preset))
+    if not places:
+        raise ValueError(
+            f"model has no block that adapters can go into; got {type(model).__name__}, and blocks "
+            f"need the parts {', '.join(sorted(_POST_NORM))} or {', '.join(sorted(_PRE_NORM))}"
+        )
+    if taken := [path for path, module, _ in places if "adapter" in module._modules]:
+        raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
+    made = [_adapter_for(module, preset, overrides) for _, module, _ in places]
+    model.requires_grad_(False)
+    for (path, module, style), adapter in zip(places, made, strict=True):
+        if style in _POST_STYLES:
+            _replace(model, path, AdaptedOutput(module, adapter, style))
+        else:
+            insert_adapter(model, path, adapter, style=style)
+    return [f"{path}.adapter" for path, _, _ in places]
+
+
+def insert_adapter(
+    model: nn.Module, path: str, adapter: nn.Module, *, style: str = "residual"
+) -> None:
+    """Puts an adapter after any module: its output y becomes ``adapter(y, residual=y)``.
+
+    The adapter becomes the module's child ``adapter``. Where the module returns a tuple, its first
+    element is adapted.
+
+    Args:
+        model: the model.
+        path: the module's path in it, as of ``model.get_submodule``.
+        adapter: a :class:`peft_kernels.nn.BottleneckAdapter`, or what is called like one.
+        style: "residual", or "parallel", where the adapter reads the input of the layer whose
+            ``mlp`` this is and adds its update to y.
+
+    Raises:
+        ValueError: no such path, an unknown style, or a module that has a child ``adapter``.
+    """
+    check_choice("style", style, tuple(_HOOKS))
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"path must name a module of the model; got {path!r}") from error
+    if "adapter" in module._modules:
+        raise ValueError(f"{path} has a module named adapter already")
+    module.add_module("adapter", adapter.train(module.training))
+    module.register_forward_hook(_HOOKS[style])
+    if style == "parallel":
+        layer = model.get_submodule(path.rpartition(".")[0])
+        norm = layer.get_submodule("post_attention_layernorm")
+        norm.register_forward_hook(_KeepInput(module))
+
+
+def fuse_adapters(
+    model: nn.Module, trained: Sequence[Mapping[str, nn.Module]], **options: Any
+) -> list[str]:
+    """Puts an AdapterFusion at each adapter's place, over adapters that were trained before it.
+
+    All but the fusions' own parameters is frozen: the paper's second stage.
+
+    Args:
+        model: a model with adapters (:func:`insert_adapters`), which say where the fusions go.
+        trained: for each adapter to fuse, its modules by path, as of :func:`adapters_of`. They
+            become parts of the model.
+        options: arguments of :class:`peft_kernels.nn.AdapterFusion`.
+
+    Returns:
+        The fusions' paths in the model.
+
+    Raises:
+        ValueError: nothing to fuse, a model without adapters, or places that differ from the
+            model's.
+    """
+    paths = list(adapters_of(model))
+    if not trained:
+        raise ValueError("trained must have at least one adapter to fuse; got none")
+    if not paths:
+        raise ValueError("model has no adapters; insert_adapters says where the fusions go")
+    for index, modules in enumerate(trained):
+        if set(modules) != set(paths):
+            difference = sorted(set(modules) ^ set(paths))
+            raise ValueError(
+                f"trained[{index}] must have an adapter at each of the model's places and no "
+                f"other; it differs at {difference[0]}"
+            )
+    model.requires_grad_(False)
+    for path in paths:
+        adapters: list[Any] = [modules[path] for modules in trained]
+        fusion = AdapterFusion(adapters, **options)
+        fusion.adapters.requires_grad_(False)
+        _replace(model, path, fusion.train(model.training))
+    return paths
+
+
+def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapters and fusions that were inserted, by path."""
+    kinds = (BottleneckAdapter, AdapterFusion)
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == "adapter" and isinstance(module, kinds):
+            found[path] = module
+    return found
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Takes out all that was inserted; the model computes what it did before."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedOutput):
+            _replace(model, path, module.original())
+        for key, hook in list(module._forward_hooks.items()):
+            if hook in _HOOKS.values():
+                del module._forward_hooks[key], module._modules["adapter"]
+            elif isinstance(hook, _KeepInput):
+                del module._forward_hooks[key]
+
+
+# ---- post-LayerNorm ----------------------------------------------------------------------------
+
+
+class AdaptedOutput(nn.Module):
+    """The end of a post-LayerNorm sublayer, with an adapter before its last LayerNorm.
+
+    ``dense``, ``dropout`` and ``LayerNorm`` are the sublayer's own, under the same names, so that
+    a checkpoint of the model still fits.
+    """
+
+    dense: nn.Module
+    dropout: nn.Module
+    LayerNorm: nn.Module
+
+    def __init__(self, output: nn.Module, adapter: nn.Module, style: str) -> None:
+        super().__init__()
+        for name in sorted(_POST_NORM):
+            self.add_module(name, output.get_submodule(name))
+        self.adapter, self.style = adapter, style
+        self._kind = type(output)
+        self.train(output.training)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        f = self.dropout(self.dense(hidden_states))
+        if self.style == "pfeiffer":
+            x = f + input_tensor
+            return self.adapter(x, residual=x, pre_norm=self.LayerNorm, norm=self.LayerNorm)
+        read = f if self.style == "houlsby" else input_tensor
+        return self.adapter(read, residual=(f, input_tensor), norm=self.LayerNorm)
+
+    def original(self) -> nn.Module:
+        """The sublayer's end as it was."""
+        output = self._kind.__new__(self._kind)
+        nn.Module.__init__(output)
+        for name in sorted(_POST_NORM):
+            output.add_module(name, self.get_submodule(name))
+        return output.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"style={self.style}"
+
+
+_POST_STYLES = ("pfeiffer", "houlsby", "parallel of a post-LayerNorm block")
+
+
+# ---- pre-LayerNorm -----------------------------------------------------------------------------
+
+
+def _adapt(module: Any, args: tuple, output: Any) -> Any:
+    """Forward hook: the output through the module's adapter, with itself as the residual."""
+    y = output[0] if isinstance(output, tuple) else output
+    adapted = module.adapter(y, residual=y)
+    return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+
+
+def _adapt_in_parallel(module: Any, args: tuple, output: Tensor) -> Tensor:
+    """Forward hook: adds the update of the input that the layer's norm was given."""
+    return module.adapter(module.__dict__.pop("adapter_input"), residual=output)
+
+
+class _KeepInput:
+    """Forward hook of a norm: keeps its input for the module whose adapter reads it."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        self.reader = reader
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.reader.__dict__["adapter_input"] = args[0]
+
+
+_HOOKS = {"residual": _adapt, "parallel": _adapt_in_parallel}
+
+
+# ---- places ------------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module, preset: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Path, module and style of each place for an adapter."""
+    for path, module in model.named_modules():
+        names = set(module._modules)
+        if names >= _PRE_NORM:
+            if preset == "pfeiffer":
+                yield path, module, "residual"
+            if preset == "houlsby":
+                yield f"{path}.self_attn", module.get_submodule("self_attn"), "residual"
+            if preset != "pfeiffer":
+                style = "residual" if preset == "houlsby" else "parallel"
+                yield f"{path}.mlp", module.get_submodule("mlp"), style
+        elif _ends_a_sublayer(module) and (
+            preset == "houlsby" or not path.endswith("attention.output")
+        ):
+            yield path, module, _POST_STYLES[2] if preset == "parallel" else preset
+
+
+def _ends_a_sublayer(module: nn.Module) -> bool:
+    if not set(module._modules) >= _POST_NORM:
+        return False
+    return list(inspect.signature(module.forward).parameters) == ["hidden_states", "input_tensor"]
+
+
+def _adapter_for(module: nn.Module, preset: str, overrides: dict[str, Any]) -> BottleneckAdapter:
+    weight = next(module.parameters())
+    hidden_size = _hidden_size(module)
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    return BottleneckAdapter.from_preset(preset, hidden_size, **(place | overrides))
+
+
+def _hidden_size(module: nn.Module) -> int:
+    if "LayerNorm" in module._modules:
+        return next(module.get_submodule("LayerNorm").parameters()).shape[0]
+    for name in ("mlp.down_proj", "down_proj", "o_proj"):
+        try:
+            return module.get_submodule(name).out_features  # type: ignore[return-value]
+        except AttributeError:
+            continue
+    raise ValueError(f"model has a block whose hidden size can't be told: {type(module).__name__}")
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent).add_module(name, module)

@@ -1,0 +1,495 @@
+"""Bottleneck adapter: ``y = LN(residual + scale * dropout(act(h @ D.T + b_d) @ U.T + b_u))``.
+
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1, and what came
+after it: He et al. 2022 (scaled, parallel), Pfeiffer et al. 2021 (one a layer, between a LayerNorm
+and its second use). Both LayerNorms are optional:
+
+    h  = x                           or  LN(x; pre_norm)      [m, k]
+    z  = h D^T + b_d                                          [m, r]   fp32, saved
+    u  = act(z) U^T + b_u                                     [m, n]
+    t  = residual + scale dropout(u)                          [m, n]   scale: a number or [n]
+    y  = t                           or  LN(t; norm)          [m, n]
+
+The backward saves z and a mean and a reciprocal deviation by row and LayerNorm; h and t are
+computed again.
+
+    dt = dy                          or  LN'(dy; t)           [m, n]   the residual's gradient
+    g  = dropout'(dt)                                         [m, n]
+    G  = g^T act(z),  g0 = sum of g over rows                 [n, r], [n]
+    dU = scale G,  db_u = scale g0,  dscale = U . G + b_u g0           by row of U
+    dz = act'(z) ((scale g) U)                                [m, r]
+    dD = dz^T h,  db_d = sum of dz over rows                  [r, k], [r]
+    dx = dz D                        or  LN'(dz D; x)         [m, k]   + dt where x is a residual
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_kernels import _library
+from peft_kernels.ops._activations import ACTIVATIONS, activation_name
+from peft_kernels.ops._dropout import dropout_factor
+from peft_kernels.ops.lora_linear import _acc_dtype, _seed_tensor
+
+# residual [m, n] is what is added besides x; adds_x says that x is added too.
+_INPUTS = (
+    "Tensor x, Tensor? residual, Tensor down_weight, Tensor? down_bias, Tensor up_weight,"
+    " Tensor? up_bias, Tensor scale, Tensor? pre_norm_weight, Tensor? pre_norm_bias,"
+    " float pre_norm_eps, Tensor? norm_weight, Tensor? norm_bias, float norm_eps,"
+)
+_OPTIONS = "str activation, bool adds_x, float dropout_p, Tensor? seed"
+# y [m, n], z [m, r], statistics [m, 2 x LayerNorms]: mean and 1 / deviation, pre_norm's first.
+FWD_SCHEMA = f"({_INPUTS} {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+# dx [m, k] and dt [m, n] in x's dtype; dD [r, k], db_d [r], G [n, r], g0 [n], the gradients of
+# pre_norm [2, k] and of norm [2, n] (weight, bias) in float32. Of size 0 where not needed.
+BWD_SCHEMA = (
+    f"(Tensor dy, {_INPUTS} Tensor z, Tensor statistics, {_OPTIONS}, bool needs_x,"
+    " bool needs_residual, bool needs_down, bool needs_up, bool needs_pre_norm, bool needs_norm)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+# ---- reference -------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _normalized(x: Tensor, statistics: Tensor) -> Tensor:
+    return (x - statistics[:, :1]) * statistics[:, 1:]
+
+
+def _statistics(x: Tensor, eps: float) -> Tensor:
+    """[m, 2]: the mean of each row, and one over its deviation."""
+    variance, mean = torch.var_mean(x, 1, correction=0)
+    return torch.stack([mean, torch.rsqrt(variance + eps)], 1)
+
+
+def _affine(x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x_hat * weight.to(x_hat.dtype)
+    return y if bias is None else y + bias.to(x_hat.dtype)
+
+
+def _norm_backward(dy: Tensor, x_hat: Tensor, weight: Tensor, statistics: Tensor) -> Tensor:
+    d = dy * weight.to(dy.dtype)
+    mean, projection = d.mean(1, keepdim=True), (d * x_hat).mean(1, keepdim=True)
+    return statistics[:, 1:] * (d - mean - x_hat * projection)
+
+
+def _norm_gradient(dy: Tensor, x_hat: Tensor) -> Tensor:
+    """[2, n]: the gradients of a LayerNorm's weight and bias."""
+    return torch.stack([(dy * x_hat).sum(0), dy.sum(0)])
+
+
+def _update(
+    x, residual, z, up_weight, up_bias, scale, activation, adds_x, dropout_p, seed
+) -> Tensor:
+    """t, in z's dtype."""
+    acc = z.dtype
+    u = F.linear(ACTIVATIONS[activation][0](z), up_weight.to(acc), _wide(up_bias, acc))
+    t = u * scale.to(x.device, acc)
+    if seed is not None:
+        m, n = u.shape
+        t = t * dropout_factor(seed, dropout_p, m, n, acc).to(x.device)
+    if adds_x:
+        t = t + x.to(acc)
+    return t if residual is None else t + residual.to(acc)
+
+
+def adapter_fwd_ref(
+    x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+    activation, adds_x, dropout_p, seed,
+):  # fmt: skip
+    acc = _acc_dtype(x)
+    h, statistics = x.to(acc), x.new_empty(x.shape[0], 0, dtype=acc)
+    if pre_norm_weight is not None:
+        statistics = _statistics(h, pre_norm_eps)
+        h = _affine(_normalized(h, statistics), pre_norm_weight, pre_norm_bias)
+    z = F.linear(h, down_weight.to(acc), _wide(down_bias, acc))
+    y = _update(x, residual, z, up_weight, up_bias, scale, activation, adds_x, dropout_p, seed)
+    if norm_weight is not None:
+        after = _statistics(y, norm_eps)
+        y = _affine(_normalized(y, after), norm_weight, norm_bias)
+        statistics = torch.cat([statistics, after], 1)
+    return y.to(x.dtype), z, statistics
+
+
+def adapter_bwd_ref(
+    dy, x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+    z, statistics, activation, adds_x, dropout_p, seed,
+    needs_x, needs_residual, needs_down, needs_up, needs_pre_norm, needs_norm,
+):  # fmt: skip
+    acc = z.dtype
+    dx, dres = x.new_empty(0), x.new_empty(0)
+    d_down, d_down_bias, up, up_sum, d_pre_norm, d_norm = (z.new_empty(0) for _ in range(6))
+    act, derivative = ACTIVATIONS[activation]
+    wide_x, dt = x.to(acc), dy.to(acc)
+    if norm_weight is not None:
+        t = _update(x, residual, z, up_weight, up_bias, scale, activation, adds_x, dropout_p, seed)
+        t_hat = _normalized(t, statistics[:, -2:])
+        if needs_norm:
+            d_norm = _norm_gradient(dt, t_hat)
+        dt = _norm_backward(dt, t_hat, norm_weight, statistics[:, -2:])
+        if needs_residual:
+            dres = dt.to(x.dtype)
+    g = dt
+    if seed is not None:
+        m, n = dy.shape
+        g = g * dropout_factor(seed, dropout_p, m, n, acc).to(x.device)
+    if needs_up:
+        up, up_sum = g.T @ act(z), g.sum(0)
+    dz = derivative(z) * ((g * scale.to(x.device, acc)) @ up_weight.to(acc))
+    h = wide_x
+    if pre_norm_weight is not None:
+        x_hat = _normalized(wide_x, statistics[:, :2])
+        h = _affine(x_hat, pre_norm_weight, pre_norm_bias)
+    if needs_down:
+        d_down, d_down_bias = dz.T @ h, dz.sum(0)
+    dh = dz @ down_weight.to(acc)
+    if needs_pre_norm:
+        d_pre_norm = _norm_gradient(dh, x_hat)
+    if needs_x:
+        if pre_norm_weight is not None:
+            dh = _norm_backward(dh, x_hat, pre_norm_weight, statistics[:, :2])
+        dx = (dh + dt if adds_x else dh).to(x.dtype)
+    return dx, dres, d_down, d_down_bias, up, up_sum, d_pre_norm, d_norm
+
+
+# ---- shapes ----------------------------------------------------------------------------------
+
+
+def _fwd_fake(
+    x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+    activation, adds_x, dropout_p, seed,
+):  # fmt: skip
+    m, acc = x.shape[0], _acc_dtype(x)
+    norms = (pre_norm_weight is not None) + (norm_weight is not None)
+    y, z = x.new_empty(m, up_weight.shape[0]), x.new_empty(m, down_weight.shape[0], dtype=acc)
+    return y, z, x.new_empty(m, 2 * norms, dtype=acc)
+
+
+def _bwd_fake(
+    dy, x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+    z, statistics, activation, adds_x, dropout_p, seed,
+    needs_x, needs_residual, needs_down, needs_up, needs_pre_norm, needs_norm,
+):  # fmt: skip
+    (r, k), n = down_weight.shape, up_weight.shape[0]
+
+    def shaped(needed: bool, *shape: int) -> Tensor:
+        return z.new_empty(shape if needed else (0,))
+
+    dx = x.new_empty(x.shape if needs_x else (0,))
+    dres = x.new_empty(dy.shape if needs_residual else (0,))
+    down, up = (shaped(needs_down, r, k), shaped(needs_down, r)), (shaped(needs_up, n, r),)
+    norms = shaped(needs_pre_norm, 2, k), shaped(needs_norm, 2, n)
+    return dx, dres, *down, *up, shaped(needs_up, n), *norms
+
+
+_library.define(
+    "adapter_fwd",
+    FWD_SCHEMA,
+    reference=adapter_fwd_ref,
+    fake=_fwd_fake,
+    triton="peft_kernels.triton.adapter:adapter_fwd",
+)
+_library.define(
+    "adapter_bwd",
+    BWD_SCHEMA,
+    reference=adapter_bwd_ref,
+    fake=_bwd_fake,
+    triton="peft_kernels.triton.adapter:adapter_bwd",
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------
+
+
+class _Adapter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+        pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+        activation, adds_x, dropout_p, seed, variant,
+    ):  # fmt: skip
+        inputs = (
+            x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+            pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+        )  # fmt: skip
+        fwd = _library.get_op("adapter_fwd", variant)
+        y, z, statistics = fwd(*inputs, activation, adds_x, dropout_p, seed)
+        # The residual is needed for t, which only a LayerNorm's backward asks for.
+        kept = residual if norm_weight is not None else None
+        tensors = (x, kept, *inputs[2:9], norm_weight, norm_bias, z, statistics, seed)
+        ctx.save_for_backward(*tensors)
+        ctx.options = (pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, residual, *weights, norm_weight, norm_bias, z, statistics, seed = ctx.saved_tensors
+        down_weight, down_bias, up_weight, up_bias, scale, pre_norm_weight, pre_norm_bias = weights
+        pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant = ctx.options
+        needs = ctx.needs_input_grad
+        needs_x, needs_residual, needs_scale = needs[0], needs[1], needs[6]
+        dy = dy.contiguous()
+        bwd = _library.get_op("adapter_bwd", variant)
+        dx, dt, d_down, d_down_bias, up, up_sum, d_pre_norm, d_norm = bwd(
+            dy, x, residual, *weights, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+            z, statistics, activation, adds_x, dropout_p, seed,
+            needs_x, needs_residual and norm_weight is not None, needs[2] or needs[3],
+            needs[4] or needs[5] or needs_scale, needs[7] or needs[8], needs[10] or needs[11],
+        )  # fmt: skip
+        factor = scale.to(z.dtype) if scale.dim() == 0 else scale.to(z.dtype)[:, None]
+        d_scale = None
+        if needs_scale:
+            # In float64: what a scale's gradient sums up mostly cancels.
+            d_scale = (up_weight.double() * up.double()).sum(1)
+            if up_bias is not None:
+                d_scale += up_bias.double() * up_sum.double()
+            d_scale = (d_scale if scale.dim() else d_scale.sum()).to(scale.dtype)
+
+        def gradient(needed: bool, like: Tensor | None, value) -> Tensor | None:
+            return value().to(like.dtype) if needed and like is not None else None
+
+        return (
+            dx if needs_x else None,
+            (dt if norm_weight is not None else dy) if needs_residual else None,
+            gradient(needs[2], down_weight, lambda: d_down),
+            gradient(needs[3], down_bias, lambda: d_down_bias),
+            gradient(needs[4], up_weight, lambda: factor * up),
+            gradient(needs[5], up_bias, lambda: factor.view(-1) * up_sum),
+            d_scale,
+            gradient(needs[7], pre_norm_weight, lambda: d_pre_norm[0]),
+            gradient(needs[8], pre_norm_bias, lambda: d_pre_norm[1]),
+            None,
+            gradient(needs[10], norm_weight, lambda: d_norm[0]),
+            gradient(needs[11], norm_bias, lambda: d_norm[1]),
+            *(None,) * 6,
+        )
+
+
+# ---- public ----------------------------------------------------------------------------------
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    activation: str = "relu",
+    scale: float | Tensor = 1.0,
+    residual: Tensor | tuple[Tensor, ...] | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    pre_norm_weight: Tensor | None = None,
+    pre_norm_bias: Tensor | None = None,
+    pre_norm_eps: float = 1e-5,
+) -> Tensor:
+    """Bottleneck adapter with its residual and LayerNorms, in one pass over the rows.
+
+    ``y = LN(residual + scale * dropout(act(LN(x) @ down_weight.T + down_bias) @ up_weight.T
+    + up_bias))`` (Houlsby et al. 2019, section 2.1), each LayerNorm only where its weight is given.
+    Sums are kept in float32 and rounded once. The backward saves the bottleneck before its
+    nonlinearity, in float32, and two numbers by row and LayerNorm.
+
+    Args:
+        x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
+        down_weight: ``[r, k]``, r >= 1, in float32 or the dtype of x, as all parameters.
+        down_bias: ``[r]``.
+        up_weight: ``[n, r]``.
+        up_bias: ``[n]``.
+        activation: identity, relu, leaky_relu (slope 0.01), gelu, gelu_tanh, silu, tanh or sigmoid;
+            linear, leakyrelu, gelu_new, gelu_pytorch_tanh and swish are other names of them.
+        scale: the factor of the update, a float or a tensor of 1 or n elements; a tensor may train.
+        residual: ``[..., n]`` in the dtype of x, or several, which are added up. Giving x itself
+            (by identity) costs no second read.
+        dropout_p: the share of the update's elements dropped, in [0, 1).
+        seed: 64-bit seed of the dropout, an int or a 0-d int64 tensor; drawn from torch's
+            generator when None. No mask is stored.
+        norm_weight, norm_bias, norm_eps: ``[n]``, of the LayerNorm of the sum.
+        pre_norm_weight, pre_norm_bias, pre_norm_eps: ``[k]``, of the LayerNorm of x on its way
+            down; a residual x stays as it was.
+
+    Returns:
+        ``[..., n]`` in the dtype of x, or in autocast's dtype under autocast.
+
+    Raises:
+        ValueError: shapes that don't fit, an unknown activation, tensors on several devices,
+            ``dropout_p`` outside [0, 1), a LayerNorm's bias without its weight.
+        TypeError: dtypes that can't be mixed.
+    """
+    activation = activation_name(activation)
+    terms = () if residual is None else residual if isinstance(residual, tuple) else (residual,)
+    adds_x = any(term is x for term in terms)
+    if torch.compiler.is_compiling():  # Dynamo refuses a function that is given a tensor twice
+        norm_weight, norm_bias = _aliases(norm_weight), _aliases(norm_bias)
+    x, *others = _autocast(x, *(term for term in terms if term is not x))
+    parameters = (down_weight, down_bias, up_weight, up_bias)
+    norms = (pre_norm_weight, pre_norm_bias, norm_weight, norm_bias)
+    _check(x, others, adds_x, parameters, norms, scale, dropout_p)
+    k, n = x.shape[-1], up_weight.shape[0]
+    scale = _scale_tensor(scale)
+    inputs = (
+        x.reshape(-1, k),
+        sum(others[1:], others[0]).reshape(-1, n) if others else None,
+        *parameters,
+        scale,
+        pre_norm_weight,
+        pre_norm_bias,
+        pre_norm_eps,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        activation,
+        adds_x,
+        float(dropout_p),
+        _seed_tensor(seed, x.device) if dropout_p > 0.0 else None,
+    )
+    variant = _library.variant(x.dtype)
+    trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    if trained and torch.is_grad_enabled():
+        y = _Adapter.apply(*inputs, variant)
+    else:
+        y, _, _ = _library.get_op("adapter_fwd", variant)(*inputs)
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n))
+
+
+def _aliases(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.view_as(tensor)
+
+
+def _autocast(x: Tensor, *terms: Tensor) -> list[Tensor]:
+    """Under autocast x and the residuals come in autocast's dtype; parameters stay wide."""
+    device = x.device.type
+    if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return [x, *terms]
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype) for tensor in (x, *terms)]
+
+
+def _scale_tensor(scale: float | Tensor) -> Tensor:
+    if not isinstance(scale, Tensor):
+        return torch.scalar_tensor(scale, dtype=torch.float64)
+    return scale.reshape(()) if scale.numel() == 1 else scale
+
+
+# The checks run on every call, so a message is only put together when it is raised.
+def _check(x, others, adds_x, parameters, norms, scale, dropout_p) -> None:
+    down_weight, down_bias, up_weight, up_bias = parameters
+    pre_norm_weight, pre_norm_bias, norm_weight, norm_bias = norms
+    if x.dim() < 1:
+        raise ValueError("x must have at least 1 dimension; got a 0-d tensor")
+    for name, tensor in (("down_weight", down_weight), ("up_weight", up_weight)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
+    (r, k), (n, up_r) = down_weight.shape, up_weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must end in down_weight's k = {k}")
+    if r < 1:
+        raise ValueError(f"down_weight must have at least 1 row; got shape {(r, k)}")
+    if up_r != r:
+        raise ValueError(f"up_weight has shape {(n, up_r)}, but must be [n, r] = [n, {r}]")
+    if adds_x and n != k:
+        raise ValueError(f"residual is x, which ends in {k}, but must end in up_weight's n = {n}")
+    for term in others:
+        if term.shape != (*x.shape[:-1], n):
+            shape = (*x.shape[:-1], n)
+            raise ValueError(f"residual has shape {tuple(term.shape)}, but must be {shape}")
+    vectors = (
+        ("down_bias", down_bias, r),
+        ("up_bias", up_bias, n),
+        ("pre_norm_weight", pre_norm_weight, k),
+        ("pre_norm_bias", pre_norm_bias, k),
+        ("norm_weight", norm_weight, n),
+        ("norm_bias", norm_bias, n),
+    )
+    for name, vector, size in vectors:
+        if vector is not None and vector.shape != (size,):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, but must be [{size}]")
+    for name, weight, bias in (
+        ("pre_norm", pre_norm_weight, pre_norm_bias),
+        ("norm", norm_weight, norm_bias),
+    ):
+        if weight is None and bias is not None:
+            raise ValueError(f"{name}_bias needs {name}_weight, which is None")
+    if isinstance(scale, Tensor) and scale.numel() != 1 and scale.shape != (n,):
+        shape = tuple(scale.shape)
+        raise ValueError(f"scale must be a float or a tensor of 1 or n = {n} elements; got {shape}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    _check_types(x, others, (("down_weight", down_weight), ("up_weight", up_weight), *vectors))
+
+
+def _check_types(x, others, named) -> None:
+    base, acc, device = x.dtype, _acc_dtype(x), x.device
+    if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
+    for term in others:
+        if term.dtype is not base:
+            raise TypeError(f"residual must have x's dtype {base}; got {term.dtype}")
+        if term.device != device:
+            raise ValueError(f"residual must be on x's device {device}; got {term.device}")
+    for name, tensor, *_ in named:
+        if tensor is None:
+            continue
+        if tensor.dtype is not base and tensor.dtype is not acc:
+            raise TypeError(f"{name} must be {acc} or have x's dtype {base}; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on x's device {device}; got {tensor.device}")
+
+
+# ---- example inputs, for tests and benchmarks ------------------------------------------------
+
+
+def example_inputs(
+    m: int,
+    k: int,
+    r: int,
+    n: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    residual: bool = True,
+    norm: bool = False,
+    pre_norm: bool = False,
+    bias: bool = True,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor | None]:
+    """Random arguments of :func:`adapter` at the scale of a trained layer (the update is about 1).
+
+    With ``residual``, a tensor besides x is added; the caller adds x where that is wanted.
+    """
+    n = k if n is None else n
+    adapter_dtype = adapter_dtype or dtype
+
+    def normal(*shape: int, std: float = 1.0, mean: float = 0.0, dtype=adapter_dtype) -> Tensor:
+        return (torch.randn(*shape, device=device) * std + mean).to(dtype)
+
+    inputs = {
+        "x": normal(m, k, dtype=dtype),
+        "down_weight": normal(r, k, std=max(k, 1) ** -0.5),
+        "down_bias": normal(r, std=0.5) if bias else None,
+        "up_weight": normal(n, r, std=r**-0.5),
+        "up_bias": normal(n, std=0.5) if bias else None,
+    }
+    if residual:
+        inputs["residual"] = normal(m, n, dtype=dtype)
+    for prefix, wanted, size in (("pre_norm", pre_norm, k), ("norm", norm, n)):
+        if wanted:
+            inputs[f"{prefix}_weight"] = normal(size, std=0.2, mean=1.0)
+            inputs[f"{prefix}_bias"] = normal(size, std=0.2)
+    return inputs
