@@ -94,6 +94,18 @@ def test_many_adapters_run(tmp_path):
 
 
 @needs_the_model
+def test_adapter_fusion_runs(tmp_path):
+    written = run_tutorial("03-adapter-fusion.py", tmp_path)
+    assert written == {"fusion-weights.png", "results.json"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["outcomes"]) == ["head alone", "new adapter", "fusion of three"]
+    assert len(results["weights"]) == 6
+    for row in results["weights"].values():
+        assert set(row) == set(results["sources"])
+        assert sum(row.values()) == pytest.approx(1, abs=1e-4)
+
+
+@needs_the_model
 def test_lora_fine_tuning_runs(tmp_path):
     assert run_tutorial("01-lora-fine-tuning.py", tmp_path) == {
         "adapter/adapter_config.json",

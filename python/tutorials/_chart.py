@@ -55,6 +55,15 @@ def save_many_adapters_chart(
     _save(figure, path)
 
 
+def save_fusion_chart(path: Path, weights: Mapping[int, Mapping[str, float]]) -> None:
+    """Draws tutorial 03's heat map: by layer and adapter, its mean weight in the fusion."""
+    figure, axis = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    figure.suptitle("Which adapters the fusion listens to", fontsize=14)
+    image = _draw_weights(axis, weights)
+    figure.colorbar(image, label="mean weight over the tokens of the test")
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -96,6 +105,22 @@ def _draw_tasks(axis, accuracies) -> None:
     axis.set_xticks([group + width for group in range(len(tasks))], tasks, rotation=20)
     axis.set(title="Accuracy on modules never trained on", ylabel="%", ylim=(0, 115))
     axis.legend(frameon=False, ncols=len(accuracies), loc="upper center")
+
+
+def _draw_weights(axis, weights):
+    """Each cell has its number on it, white where the cell is dark."""
+    adapters = list(next(iter(weights.values())))
+    rows = [[row[name] for name in adapters] for row in weights.values()]
+    image = axis.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, weight in enumerate(row):
+            colour = "white" if weight > 0.5 else "black"
+            axis.text(x, y, f"{weight:.2f}", ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(adapters)), adapters)
+    axis.set_yticks(range(len(rows)), [str(layer) for layer in weights])
+    axis.set(xlabel="adapter, by the task it was trained on", ylabel="layer")
+    axis.tick_params(length=0)
+    return image
 
 
 def _draw_losses(axis, names, losses) -> None:
