@@ -252,14 +252,18 @@ CASES: tuple[AnyCase, ...] = (
     MultiCase(16, 64, (4096,), "bfloat16", "bfloat16", False, "decode"),
     MultiCase(16, 64, (2048, 1024, 1024), "float16", "float32", False, "decode"),
 )
-# the heaviest of `adapter`, and its float32 products
+# the heaviest and the lightest of `adapter`, and its float32 products
 ADAPTER_CASES = (
     AdapterCase(8192, 64, "bfloat16", "float32", True, "gelu_tanh"),
+    AdapterCase(8192, 64, "bfloat16", "bfloat16", True, "gelu"),
+    AdapterCase(8192, 64, "float16", "float32", False, "silu"),
+    AdapterCase(8192, 16, "bfloat16", "bfloat16", False, "relu"),
     AdapterCase(8192, 64, "float32", "float32", True, "gelu"),
 )
-# the same of `adapter_fusion`, with a query of its own
+# the same of `adapter_fusion`; the heaviest has a query of its own
 FUSION_CASES = (
     FusionCase(8192, (64,) * 8, "bfloat16", "float32", True, "gelu_tanh"),
+    FusionCase(64, (16, 16), "float16", "float16", False, "relu"),
     FusionCase(8192, (48,) * 8, "float32", "float32", False, "gelu"),
 )
 CASES += ADAPTER_CASES + FUSION_CASES

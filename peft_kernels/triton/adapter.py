@@ -45,7 +45,7 @@ _TILES: dict[str, dict[str, Tile]] = {
         "up": Tile(64, 128, 0, 8, 2),
     },
     "sm_100": {
-        "fwd": Tile(64, 64, 32, 8, 2),
+        "fwd": Tile(64, 64, 32, 4, 2),
         "fwd_wide": Tile(64, 64, 32, 8, 2),
         "norm_bwd": Tile(64, 64, 0, 8, 2),
         "norm_bwd_wide": Tile(64, 32, 0, 8, 2),
