@@ -1,18 +1,15 @@
 """Counts the memory traffic of the Triton kernels from their own loads and stores.
 
 Run under the Triton interpreter: `Traffic` sees every address that a kernel loads or stores, and
-every torch operation between the launches. What is counted of each op is in ``_traffic_<op>.py``.
-Run as a program (``python -m peft_kernels.tools._traffic m n k r``, with ``TRITON_INTERPRET=1``),
-it prints the rows of all ops as JSON.
+every torch operation between the launches. What is counted of each op is in ``_traffic_<op>.py``,
+and ``_traffic_rows.py`` brings the rows of all together.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -247,14 +244,3 @@ class TrafficRow:
     bytes_moved: int  # every launch's different elements: DRAM traffic if nothing stays in L2
     bytes_floor: int  # what has to be read, once, and every output written once
     atomics: int
-
-
-def _main(m: int, n: int, k: int, r: int) -> None:
-    from peft_kernels.tools import _traffic_lora, _traffic_multi_lora
-
-    rows = _traffic_lora.rows(m, n, k, r) + _traffic_multi_lora.rows(m, n, k)
-    json.dump([asdict(row) for row in rows], sys.stdout)
-
-
-if __name__ == "__main__":
-    _main(*map(int, sys.argv[1:]))

@@ -54,7 +54,7 @@ def traffic_table(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
     The adapters of multi_lora_linear have ranks of their own.
     Runs in a process of its own, under the Triton interpreter.
     """
-    rows = _run("_traffic", [str(size) for size in (m, n, k, r)], interpret=True)
+    rows = _run("_traffic_rows", [str(size) for size in (m, n, k, r)], interpret=True)
     from peft_kernels.tools._traffic import TrafficRow
 
     return [TrafficRow(**{**row, "sizes": tuple(row["sizes"])}) for row in rows]
