@@ -180,3 +180,14 @@ def test_bad_input(options, message):
     arguments = {"adapters": [BottleneckAdapter(4, 2)]} | options
     with pytest.raises(ValueError, match=message):
         AdapterFusion(**arguments)
+
+
+def test_plans_do_not_share_what_is_kept():
+    fusion, x = a_fusion(), torch.randn(4, SIZE, dtype=torch.float64)
+    found = []
+    with torch.no_grad():
+        for plan in PLANS:
+            fusion.plan = lambda rows, plan=plan: plan
+            found.append(fusion(x))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])

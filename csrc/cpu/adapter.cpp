@@ -3,8 +3,6 @@
 #include "adapter.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -12,6 +10,7 @@
 
 #include "../common.h"
 #include "isa.h"
+#include "options.h"
 
 namespace peft_kernels {
 namespace {
@@ -26,21 +25,6 @@ const AdapterKernels& kernels() {
 #endif
     default: return adapter_baseline;
   }
-}
-
-Activation activation_of(const std::string& name) {
-  constexpr std::array names{"identity",  "relu", "leaky_relu", "gelu",
-                             "gelu_tanh", "silu", "tanh",       "sigmoid"};
-  const auto found = std::find(names.begin(), names.end(), name);
-  STD_TORCH_CHECK(found != names.end(), "activation is unknown: ", name);
-  return static_cast<Activation>(found - names.begin());
-}
-
-std::optional<Dropout> dropout_of(double p, const Maybe& seed) {
-  if (!seed) return std::nullopt;
-  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
-  return Dropout{static_cast<uint64_t>(read_scalar<int64_t>(*seed, "seed")),
-                 static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
 }
 
 // A vector of parameters as floats: where it lies, if it holds contiguous ones, or a copy.

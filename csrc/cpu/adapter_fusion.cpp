@@ -2,7 +2,6 @@
 #include "adapter_fusion.h"
 
 #include <algorithm>
-#include <array>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -11,6 +10,7 @@
 
 #include "../common.h"
 #include "isa.h"
+#include "options.h"
 
 namespace peft_kernels {
 namespace {
@@ -25,14 +25,6 @@ const AdapterFusionKernels& kernels() {
 #endif
     default: return adapter_fusion_baseline;
   }
-}
-
-Activation activation_of(const std::string& name) {
-  constexpr std::array names{"identity",  "relu", "leaky_relu", "gelu",
-                             "gelu_tanh", "silu", "tanh",       "sigmoid"};
-  const auto found = std::find(names.begin(), names.end(), name);
-  STD_TORCH_CHECK(found != names.end(), "activation is unknown: ", name);
-  return static_cast<Activation>(found - names.begin());
 }
 
 // Tensors as matrices, for as long as this lives: it holds the copies of those that needed one.

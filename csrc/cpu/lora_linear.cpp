@@ -1,13 +1,13 @@
 // Registers LoRA linear for the CPU key: tensors to matrices, and the build for this processor.
 #include "lora_linear.h"
 
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "../common.h"
 #include "isa.h"
+#include "options.h"
 
 namespace peft_kernels {
 namespace {
@@ -38,13 +38,6 @@ bool has_bf16_products() {
 // Up to 4 rows reading the weight is all there is, and these kernels read it once.
 bool base_from_torch(const Tensor& x) {
   return x.scalar_type() == ScalarType::BFloat16 && x.size(0) > 4 && has_bf16_products();
-}
-
-std::optional<Dropout> dropout_of(double p, const std::optional<Tensor>& seed) {
-  if (!seed) return std::nullopt;
-  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
-  return Dropout{static_cast<uint64_t>(read_scalar<int64_t>(*seed, "seed")),
-                 static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
 }
 
 void check_shapes(const Tensor& x, const Tensor& weight, const Tensor& lora_a,

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from peft_kernels.checkpoint import unwrapped
 from peft_kernels.integrations.transformers import (
     _HOOKS,
-    _POST_STYLES,
     AdaptedOutput,
     _places,
-    _replace,
+    _put,
     adapters_of,
-    insert_adapter,
 )
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
@@ -116,11 +114,7 @@ def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) ->
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
     host.requires_grad_(False)
     for place, adapter in zip(places, adapters, strict=True):
-        adapter.train(host.training)
-        if place.style in _POST_STYLES:
-            _replace(host, place.path, AdaptedOutput(place.module, adapter, place.style))
-        else:
-            insert_adapter(host, place.path, adapter, style=place.style)
+        _put(host, place.path, adapter, place.style)
 
 
 def _has_adapter(host: Any, path: str) -> bool:

@@ -6,7 +6,7 @@ known by its parts:
     post-LayerNorm    a sublayer's end with ``dense``, ``dropout`` and ``LayerNorm`` (BERT, RoBERTa,
                       ELECTRA, XLM-R), called with the sublayer's hidden states and its input
     pre-LayerNorm     a layer with ``self_attn``, ``mlp`` and ``post_attention_layernorm`` (Llama,
-                      Mistral, Qwen, Gemma 1)
+                      Mistral)
 """
 
 from __future__ import annotations
@@ -65,11 +65,8 @@ def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
     made = [_adapter_for(module, preset, overrides) for _, module, _ in places]
     model.requires_grad_(False)
-    for (path, module, style), adapter in zip(places, made, strict=True):
-        if style in _POST_STYLES:
-            _replace(model, path, AdaptedOutput(module, adapter, style))
-        else:
-            insert_adapter(model, path, adapter, style=style)
+    for (path, _, style), adapter in zip(places, made, strict=True):
+        _put(model, path, adapter, style)
     return [f"{path}.adapter" for path, _, _ in places]
 
 
@@ -285,6 +282,13 @@ def _hidden_size(module: nn.Module) -> int:
         except AttributeError:
             continue
     raise ValueError(f"model has a block whose hidden size can't be told: {type(module).__name__}")
+
+
+def _put(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None:
+    if style in _POST_STYLES:
+        _replace(model, path, AdaptedOutput(model.get_submodule(path), adapter, style))
+    else:
+        insert_adapter(model, path, adapter, style=style)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -194,7 +194,7 @@ class AdapterFusion(nn.Module):
     def _matrices(self, absorb_query: bool) -> Absorbed:
         if self._trains():
             return self._absorb(absorb_query)
-        state = self._state()
+        state = (*self._state(), (absorb_query, 0))
         if self._cache is None or not _same(self._cache[0], state):
             with torch.no_grad():
                 self._cache = (state, self._absorb(absorb_query))

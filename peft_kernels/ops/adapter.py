@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dropout import dropout_factor
-from peft_kernels.ops.lora_linear import _acc_dtype, _seed_tensor
+from peft_kernels.ops.lora_linear import _acc_dtype, _autocast, _seed_tensor
 
 # residual [m, n] is what is added besides x; adds_x says that x is added too.
 _INPUTS = (
@@ -370,15 +370,6 @@ def adapter(
 
 def _aliases(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.view_as(tensor)
-
-
-def _autocast(x: Tensor, *terms: Tensor) -> list[Tensor]:
-    """Under autocast x and the residuals come in autocast's dtype; parameters stay wide."""
-    device = x.device.type
-    if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return [x, *terms]
-    dtype = torch.get_autocast_dtype(device)
-    return [tensor.to(dtype) for tensor in (x, *terms)]
 
 
 def _scale_tensor(scale: float | Tensor) -> Tensor:

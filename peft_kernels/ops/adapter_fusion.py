@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
-from peft_kernels.ops.lora_linear import _acc_dtype
+from peft_kernels.ops.lora_linear import _acc_dtype, _autocast
 
 # query is x where it is None. sizes are the adapters' bottlenecks; they add up to R.
 _INPUTS = (
@@ -318,15 +318,6 @@ def adapter_fusion(
     if x.dim() == 2:
         return y, p
     return torch.ops.aten._unsafe_view.default(y, (*lead, n)), p.reshape(*lead, -1)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> list:
-    """Under autocast x, query and residual come in autocast's dtype; parameters stay wide."""
-    device = x.device.type
-    if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
 
 
 # The checks run on every call, so a message is only put together when it is raised.

@@ -202,13 +202,13 @@ def lora_linear(
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
-    """As ``F.linear`` does under autocast: base tensors in autocast's dtype; A and B stay wide."""
+def _autocast(x: Tensor, *others: Tensor | None) -> list:
+    """Under autocast, these in autocast's dtype; what isn't given, as adapters, stays wide."""
     device = x.device.type
     if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return x, weight, bias
+        return [x, *others]
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

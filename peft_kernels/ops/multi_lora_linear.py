@@ -38,6 +38,7 @@ from peft_kernels.ops._lora_banks import (
     route,
     sort_by_adapter,
 )
+from peft_kernels.ops.lora_linear import _autocast
 
 __all__ = [
     "PAGE",
@@ -415,15 +416,6 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
         _library.get_op("multi_lora_linear_add", variant)(base, x, *rest)
         return base
     return _library.get_op("multi_lora_linear_fwd", variant)(x, base, bias, *rest)[0]
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
-    """As ``F.linear`` does under autocast: base tensors in autocast's dtype; banks stay wide."""
-    device = x.device.type
-    if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _as_sequence(value):
