@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 import peft_kernels
 from peft_kernels.ops._activations import ACTIVATIONS
 from peft_kernels.ops.adapter_fusion import Absorbed, adapter_fusion
-from peft_kernels.triton import _plans
+from peft_kernels.triton import _launch, _plans
 from peft_kernels.triton import adapter_fusion as launchers
 
 op = importlib.import_module("peft_kernels.ops.adapter_fusion")
@@ -260,3 +260,21 @@ def test_launchers_keep_the_schema(d):
             assert (out.shape, out.dtype) == (expected.shape, expected.dtype), (needs, index)
             assert out.stride() == expected.stride(), (needs, index)
             assert out.numel() == 0 or torch.equal(out, everything[index]), (needs, index)
+
+
+def test_the_backend_launches_its_kernels():
+    """The reference has the same results: that it isn't what ran shows here alone."""
+    launched = []
+
+    def run_and_note(kernel, *rest):
+        launched.append(kernel.fn.__name__)
+        launch_run(kernel, *rest)
+
+    launch_run = _launch.run
+    with patch.object(_launch, "run", run_and_note):
+        check(inputs_of(9, 12, [3, 4]), [3, 4])
+    assert {
+        "adapter_fusion_products_kernel",
+        "adapter_fusion_mix_kernel",
+        "adapter_fusion_grad_kernel",
+    } <= set(launched)

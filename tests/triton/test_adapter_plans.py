@@ -285,3 +285,22 @@ def test_launchers_keep_the_schema():
         outs, fakes = launchers.adapter_bwd(*arguments), op._bwd_fake(*arguments)
         for index, (out, expected) in enumerate(zip(outs, fakes, strict=True)):
             assert (out.shape, out.dtype) == (expected.shape, expected.dtype), (needs, index)
+
+
+def test_the_backend_launches_its_kernels():
+    """The reference has the same results: that it isn't what ran shows here alone."""
+    launched = []
+
+    def run_and_note(kernel, *rest):
+        launched.append(kernel.fn.__name__)
+        launch_run(kernel, *rest)
+
+    launch_run = _launch.run
+    with patch.object(_launch, "run", run_and_note):
+        check(inputs_of(9, 12, 5, kind="houlsby"), adds_x=True)
+    assert {
+        "adapter_fwd_kernel",
+        "adapter_norm_bwd_kernel",
+        "adapter_bwd_kernel",
+        "adapter_up_kernel",
+    } <= set(launched)
