@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	for op in lora_linear multi_lora_linear adapter adapter_fusion; do \
+	for op in lora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup; do \
 	  $(BIN)/peft-kernels bench $$op --all --out out/bench/$$op --markdown out/bench/$$op/bench.md || exit; \
 	done
 

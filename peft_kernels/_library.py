@@ -7,6 +7,8 @@ Every op is defined here under up to three names with one schema:
     library registers the CPU key, Triton the CUDA key (which ROCm builds of torch use as well).
 ``peft_kernels::<op>_ref`` and ``peft_kernels::<op>_triton``
     the reference, and Triton, whatever the device: what a forced backend calls.
+
+An op without Triton kernels has no third name, and the native library registers its CUDA key too.
 """
 
 from __future__ import annotations
@@ -28,24 +30,30 @@ NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 OPS: list[str] = []  # the public names of the ops defined so far
+_WITHOUT_TRITON: set[str] = set()
 
 
-def define(op: str, schema: str, *, reference: Callable, fake: Callable, triton: str) -> None:
-    """Defines ``op`` with its reference, its shape function and its Triton launcher.
+def define(
+    op: str, schema: str, *, reference: Callable, fake: Callable, triton: str | None
+) -> None:
+    """Defines ``op`` with its reference, its shape function and its Triton launcher, if it has one.
 
     ``triton`` names the launcher as ``module:function``; that module is imported at the first call,
     so importing the package never imports Triton.
     """
     reference = _outside_autocast(reference)
-    launcher = _outside_autocast(_imported_at_first_call(triton))
     defaults = {op: reference, op + "_ref": reference}
-    if HAS_TRITON:
+    launcher = None
+    if triton is None:
+        _WITHOUT_TRITON.add(op)
+    elif HAS_TRITON:
+        launcher = _outside_autocast(_imported_at_first_call(triton))
         defaults[op + "_triton"] = launcher
     for name, kernel in defaults.items():
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    if HAS_TRITON:
+    if launcher is not None:
         LIBRARY.impl(op, launcher, "CUDA")
     if op.endswith("_fwd"):
         OPS.append(op.removesuffix("_fwd"))
@@ -106,8 +114,9 @@ def backend(name: str) -> Iterator[None]:
     """Forces a backend inside a ``with`` block, for the whole process.
 
     ``"auto"`` dispatches by device, ``"reference"`` is pure PyTorch on any device, ``"triton"``
-    runs the Triton kernels on any device (on a CPU only under ``TRITON_INTERPRET=1``). A backward
-    uses the backend of its forward. ``PEFT_KERNELS_BACKEND`` sets the same for a whole process.
+    runs the Triton kernels on any device (on a CPU only under ``TRITON_INTERPRET=1``); an op that
+    has none is dispatched by device then. A backward uses the backend of its forward.
+    ``PEFT_KERNELS_BACKEND`` sets the same for a whole process.
 
     Raises:
         ValueError: the name is unknown, or Triton is not installed.
@@ -128,12 +137,14 @@ def variant(dtype: torch.dtype) -> str:
 
 
 def get_op(name: str, suffix: str) -> Callable:
-    """``torch.ops.peft_kernels.<name><suffix>.default``."""
+    """``torch.ops.peft_kernels.<name><suffix>.default``, or what serves in its place."""
+    if suffix == "_triton" and name in _WITHOUT_TRITON:
+        suffix = ""
     return getattr(torch.ops.peft_kernels, name + suffix).default
 
 
 def backend_of(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """Names the backend that would run ``op``: ``"cpu"``, ``"triton"`` or ``"reference"``.
+    """The backend that would run ``op``: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Args:
         op: the op's public name, e.g. ``"lora_linear"``.
@@ -146,9 +157,12 @@ def backend_of(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     qualified = f"{NAMESPACE}::{op}_fwd"
     if not torch._C._dispatch_has_kernel(qualified):
         raise ValueError(f"op must be one that peft_kernels defines; got {op!r}")
-    suffix = variant(dtype)
-    if suffix:
-        return {"_ref": "reference", "_triton": "triton"}[suffix]
-    key, name = ("CPU", "cpu") if torch.device(device).type == "cpu" else ("CUDA", "triton")
+    suffix, has_triton = variant(dtype), f"{op}_fwd" not in _WITHOUT_TRITON
+    if suffix == "_ref":
+        return "reference"
+    if suffix == "_triton" and has_triton:
+        return "triton"
+    on_gpu = ("CUDA", "triton" if has_triton else "cuda")
+    key, name = ("CPU", "cpu") if torch.device(device).type == "cpu" else on_gpu
     present = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
     return name if present else "reference"

@@ -296,6 +296,11 @@ def read_adapter(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    return _checked_config(_read_object(folder), folder / CONFIG_FILE)
+
+
+def _read_object(folder: Path) -> dict[str, Any]:
+    """The fields of the folder's config, whatever its method."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"folder must be an adapter; {folder} has no {CONFIG_FILE}")
@@ -305,7 +310,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be JSON; {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
-    return _checked_config(config, path)
+    return config
 
 
 def _checked_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:

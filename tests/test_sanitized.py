@@ -33,6 +33,7 @@ def test_native_kernels_under_sanitizers():
     run("cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", interpreter, *options)
     run("cmake", "--build", str(BUILD))
     ops = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion")
+    ops += ("prefix_attention", "prompt_lookup")
     tests = tuple(f"tests/test_{op}.py" for op in ops)
     chosen = ("-k", "test_native_on_any_shape or test_rank_512")
     output = run(
@@ -41,4 +42,4 @@ def test_native_kernels_under_sanitizers():
         ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
         PEFT_KERNELS_NATIVE=str(BUILD / "_native.so"),
     )
-    assert "5 passed" in output
+    assert "7 passed" in output

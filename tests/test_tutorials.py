@@ -106,6 +106,38 @@ def test_adapter_fusion_runs(tmp_path):
 
 
 @needs_the_model
+def test_soft_prompts_run(tmp_path):
+    assert run_tutorial("04-soft-prompts.py", tmp_path) == {"chart.png", "results.json"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    outcomes = {(o["method"], o["length"]): o for o in results["outcomes"]}
+    width, both = 384, 2 * 384 * 6  # keys and values of six layers
+    mlp, ends = 2 * (width * width + width), width * width + width
+    gates = 4 * (width // 2)  # of the LSTM, each way
+    lstm = 2 * 2 * gates * (width + 2)  # inputs and biases, two layers both ways
+    recurrent = 2 * 2 * gates * (width // 2)  # which a single slot doesn't train
+    for length in (1, 4):
+        slots = length * width
+        trained = {
+            "prompt tuning": slots,
+            "P-tuning, LSTM": slots + lstm + recurrent * (length > 1) + mlp,
+            "P-tuning, MLP": slots + mlp + ends,
+            "prefix-tuning": length * both,
+            "prefix-tuning, MLP": slots + (width + 1) * 512 + 513 * both,
+        }
+        for method, count in trained.items():
+            outcome = outcomes[method, length]
+            assert outcome["trained"] == count
+            assert outcome["kept"] == length * (both if "prefix" in method else width)
+            losses = outcome["losses"]
+            assert len(losses) == 6
+            assert sum(losses[3:]) < sum(losses[:3]), method
+            # Where 40 steps lead to 95 % and more, six are better than a coin.
+            assert outcome["test"] > 0.5, method
+    assert len(outcomes) == 10
+    assert results["difference"] < 1e-4
+
+
+@needs_the_model
 def test_lora_fine_tuning_runs(tmp_path):
     assert run_tutorial("01-lora-fine-tuning.py", tmp_path) == {
         "adapter/adapter_config.json",

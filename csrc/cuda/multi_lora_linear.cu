@@ -2,14 +2,12 @@
 // cooperative launch. Nothing here waits for the GPU, so that a CUDA graph can hold it.
 #include "multi_lora_linear.cuh"
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common.h"
+#include "launch.h"
 
 namespace peft_kernels {
 namespace {
@@ -17,23 +15,7 @@ namespace {
 using cuda::MAX_BANKS;
 using cuda::MAX_SIZE;
 
-#if defined(__CUDACC__)
-#define PK_KEY CUDA
-using torch::stable::accelerator::DeviceGuard;
-cudaStream_t current_stream(int device) {
-  const auto stream = torch::stable::accelerator::getCurrentStream(device);
-  return static_cast<cudaStream_t>(stream.nativeHandle());
-}
-#else  // the emulation
-#define PK_KEY CPU
-using simt::DeviceGuard;
-cudaStream_t current_stream(int) { return nullptr; }
-#endif
-
-void check(cudaError_t status, const char* call) {
-  STD_TORCH_CHECK(status == cudaSuccess, "multi_lora_linear: ", call, ": ",
-                  cudaGetErrorString(status));
-}
+void check(cudaError_t status, const char* call) { check_cuda(status, "multi_lora_linear", call); }
 
 // The tensors of a call: without a weight, the rest is added to y.
 struct Call {
@@ -140,9 +122,7 @@ template <class T, class A>
 void launch(const Call& c) {
   auto p = params_of<T, A>(c);
   const int device = c.x.get_device_index();
-  const DeviceGuard guard(device);
-  // This library's CUDA runtime is its own, linked into it, and torch's guard sets torch's.
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const CurrentDevice current(device, "multi_lora_linear");
   const auto plan = cuda::plan(p, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   const int64_t shrinks = (int64_t(p.m) * p.s_columns + cuda::WARPS - 1) / cuda::WARPS;
   const int64_t wanted = std::max<int64_t>({1, p.tiles, p.has_base ? 0 : shrinks});

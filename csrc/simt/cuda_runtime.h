@@ -31,11 +31,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, 
   return cudaSuccess;
 }
 template <class P>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments,
-                                        size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments,
+                             size_t shared, cudaStream_t) {
   const P& p = *static_cast<P*>(arguments[0]);
   simt::launch(grid.x, block.x, int64_t(shared), {}, [&] { kernel(p); });
   return cudaSuccess;
+}
+template <class P>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments,
+                                        size_t shared, cudaStream_t stream) {
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 
 namespace simt {

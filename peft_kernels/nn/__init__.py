@@ -1,10 +1,16 @@
 """Modules: state and shapes over the ops of :mod:`peft_kernels.ops`."""
 
+from peft_kernels.nn._prompt_init import label_prompt, text_prompt, vocabulary_prompt
+from peft_kernels.nn._template import Template, TemplateBatch, Verbalizer
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter, stack_adapters
 from peft_kernels.nn.invertible import InvertibleAdapter
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
+from peft_kernels.nn.p_tuning import PTuning
+from peft_kernels.nn.prefix_multihead import prefix_multihead_attention
+from peft_kernels.nn.prefix_tuning import PrefixTuning
+from peft_kernels.nn.prompt_tuning import PromptTuning
 
 __all__ = [
     "AdapterFusion",
@@ -12,5 +18,15 @@ __all__ = [
     "InvertibleAdapter",
     "LoRALinear",
     "MultiLoRALinear",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "Template",
+    "TemplateBatch",
+    "Verbalizer",
+    "label_prompt",
+    "prefix_multihead_attention",
     "stack_adapters",
+    "text_prompt",
+    "vocabulary_prompt",
 ]

@@ -5,11 +5,14 @@ from peft_kernels.ops.adapter import adapter
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 from peft_kernels.ops.lora_linear import lora_linear
 from peft_kernels.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
+from peft_kernels.ops.prefix_attention import prefix_attention
+from peft_kernels.ops.prompt_lookup import PromptedInputs, prompt_lookup
 
 __all__ = [
     "Absorbed",
     "BankDropout",
     "LoRABank",
+    "PromptedInputs",
     "Routing",
     "Trained",
     "absorb",
@@ -18,5 +21,7 @@ __all__ = [
     "lora_linear",
     "multi_lora_add_",
     "multi_lora_linear",
+    "prefix_attention",
+    "prompt_lookup",
     "route",
 ]

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from peft_kernels.tools._compile_prefix import PREFIX_CASES, PrefixCase
 from peft_kernels.triton import _launch, _plans
 from peft_kernels.triton import adapter as adapter_launchers
 from peft_kernels.triton import adapter_fusion as fusion_launchers
@@ -66,6 +67,7 @@ TARGETS = {
 ELEMENTWISE_KERNELS = (
     "sum_partials", "sum_parts", "decode_shrink", "adapter_fold", "adapter_down",
     "adapter_fusion_weights", "adapter_fusion_weights_bwd",
+    "prefix_attention_combine", "prefix_attention_delta",
 )  # fmt: skip
 
 
@@ -266,7 +268,7 @@ FUSION_CASES = (
     FusionCase(64, (16, 16), "float16", "float16", False, "relu"),
     FusionCase(8192, (48,) * 8, "float32", "float32", False, "gelu"),
 )
-CASES += ADAPTER_CASES + FUSION_CASES
+CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES
 N = K = 4096
 
 
@@ -320,7 +322,7 @@ class Launch:
         return str((self.target, self.kernel, specialised, self.options))
 
 
-AnyCase = Case | MultiCase | AdapterCase | FusionCase
+AnyCase = Case | MultiCase | AdapterCase | FusionCase | PrefixCase
 
 
 # ---- recording the launches --------------------------------------------------------------------
@@ -364,7 +366,8 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
             dtype=case.dtype,
             tile=" ".join(tile),
             multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
-            narrow=stem == "decode_tile",
+            narrow=stem == "decode_tile"
+            or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64),
             signature=signature,
             constexprs=constexprs,
             attrs=attrs,

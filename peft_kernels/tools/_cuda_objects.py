@@ -22,7 +22,9 @@ _ARCHITECTURE = re.compile(r"arch = (sm_\w+)")
 _FUNCTION = re.compile(r"Function (\S+):")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # name<arguments> as the compilers mangle it: booleans, integers, and types by letter or by name.
-_NAME = re.compile(r"4cuda\d+([A-Za-z]\w*?)I((?:L[bij]\d+E|S\d*_|\d+[A-Za-z_]\w*?|f)+)EE")
+_NAME = re.compile(
+    r"4cuda\d+([A-Za-z]\w*?)I((?:L[bij]\d+E|S\d*_|\d+(?:__half|__nv_bfloat16)|f)+)EE"
+)
 _ARGUMENT = re.compile(r"L(b|i|j)(\d+)E|(S\d*_)|\d+(__half|__nv_bfloat16)|(f)")
 
 
@@ -63,7 +65,10 @@ def table(rows: list[CudaObjectRow]) -> Table:
     if not rows:
         view.add_row(f"none: {why_none()}")
         return view
-    view.caption = "<with the base product, whole vectors, rows, dtype of x, of the adapters>"
+    view.caption = (
+        "multi_lora_decode<with the base product, whole vectors, rows, dtype of x, of the adapters>"
+        " prompt_lookup<elements moved at once, dtype of the embeddings, of the prompts>"
+    )
     architectures = sorted({row.architecture for row in rows}, key=_number)
     for architecture in architectures:
         view.add_column(architecture, justify="right")

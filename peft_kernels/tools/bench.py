@@ -1,4 +1,4 @@
-"""``peft-kernels bench``: an op beside its rivals, as ratios to the bare frozen layer.
+"""``peft-kernels bench``: an op beside its rivals, as ratios to what its suite names.
 
 What is measured, and against what, stands in ``suites/<op>.py``; how, in ``measure.py``.
 """
@@ -25,7 +25,7 @@ from peft_kernels.tools import UserError
 from peft_kernels.tools.measure import Budget, Timing, interleaved
 
 LEGEND = (
-    "A ratio is the median over rounds of this time / the bare float32 layer's in the same round. "
+    "A ratio is the median over rounds of this time / what the title names, in the same round. "
     "What is saved for the backward is counted beyond x and the parameters."
 )
 MISSED = "missed"

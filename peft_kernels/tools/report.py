@@ -81,6 +81,7 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
         traffic = traffic_table(*TRAFFIC_SIZES)
     console.print(_traffic_view([row for row in traffic if row.op == "lora_linear"]))
     console.print(_multi_traffic_view([row for row in traffic if row.op == "multi_lora_linear"]))
+    console.print(_prefix_traffic_view([row for row in traffic if row.op == "prefix_attention"]))
     with console.status("compiling for " + ", ".join(targets)):
         compiled = compile_table(targets)
     console.print(_compile_view(compiled))
@@ -123,6 +124,23 @@ def _multi_traffic_view(rows: list[TrafficRow]) -> Table:
     _traffic_columns(table, "direction", "plan", "rows")
     for row in rows:
         table.add_row(row.direction, row.plan, str(row.sizes[0]), *_traffic_cells(row))
+    return table
+
+
+def _prefix_traffic_view(rows: list[TrafficRow]) -> Table:
+    table = Table(
+        title="prefix_attention: memory traffic, bfloat16, tiles of the H100",
+        caption="floor: every tensor once; keys and values for all heads that share them, the"
+        " prefix for all rows. Decoding is in parts of the keys",
+    )
+    for column in ("direction", "plan", "B Hq S T L D"):
+        table.add_column(column)
+    for column in ("launches", "bytes", "floor", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        launches, _, *cells = _traffic_cells(row)
+        sizes = " ".join(map(str, row.sizes))
+        table.add_row(row.direction, row.plan, sizes, launches, *cells)
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -12,7 +13,23 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 COLOURS = {"fused": "#0f6cbd", "reference": "#8a8f98", "peft": "#e08a1e", "merged": "#3a9a5b"}
+# Of tutorial 04's methods: a hue for each, the lighter one and a square where an MLP is added.
+LINES = (
+    ("#3a9a5b", "o"),
+    ("#e08a1e", "o"),
+    ("#f0bd7a", "s"),
+    ("#0f6cbd", "o"),
+    ("#7fb2e0", "s"),
+)
 SMOOTHING = 0.8
+
+
+class SoftPromptOutcome(Protocol):
+    """What tutorial 04's chart shows of a training."""
+
+    length: int
+    trained: int
+    test: float
 
 
 def save_chart(
@@ -64,6 +81,28 @@ def save_fusion_chart(path: Path, weights: Mapping[int, Mapping[str, float]]) ->
     _save(figure, path)
 
 
+def save_soft_prompts_chart(
+    path: Path, head: float, outcomes: Mapping[str, Sequence[SoftPromptOutcome]]
+) -> None:
+    """Draws tutorial 04's two panels: accuracy by soft tokens and by parameters.
+
+    ``head`` is the accuracy without soft tokens, and ``outcomes`` maps a method to what it has come
+    to with each number of them.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
+    figure.suptitle("Soft tokens in all-MiniLM-L6-v2, and accuracy on new modules", fontsize=14)
+    _draw_soft_prompts(axes[0], head, outcomes, lambda outcome: outcome.length)
+    _draw_soft_prompts(axes[1], head, outcomes, lambda outcome: outcome.trained)
+    lengths = [outcome.length for outcome in next(iter(outcomes.values()))]
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(lengths, [str(length) for length in lengths])
+    axes[0].set(title="By soft tokens", xlabel="soft tokens", ylabel="%")
+    axes[1].set_xscale("log")
+    axes[1].set(title="By what trains beside the head", xlabel="parameters")
+    axes[0].legend(frameon=False, loc="lower right")
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -105,6 +144,18 @@ def _draw_tasks(axis, accuracies) -> None:
     axis.set_xticks([group + width for group in range(len(tasks))], tasks, rotation=20)
     axis.set(title="Accuracy on modules never trained on", ylabel="%", ylim=(0, 115))
     axis.legend(frameon=False, ncols=len(accuracies), loc="upper center")
+
+
+def _draw_soft_prompts(axis, head, outcomes, x_of) -> None:
+    axis.axhline(100 * head, color=COLOURS["reference"], linestyle="--", label="head alone")
+    for (name, line), (colour, marker) in zip(outcomes.items(), LINES, strict=True):
+        axis.plot(
+            [x_of(outcome) for outcome in line],
+            [100 * outcome.test for outcome in line],
+            color=colour,
+            marker=marker,
+            label=name,
+        )
 
 
 def _draw_weights(axis, weights):

@@ -21,6 +21,7 @@ from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, example_inputs
 
 CSRC = Path(__file__).parents[2] / "csrc"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 GRID_WAIT = -1  # as the line of a barrier to leave out
 MAX_BANKS = 4
 NAMES = ("x", "weight", "bias", "y", "s", "ids")
@@ -75,17 +76,28 @@ def _compile(source: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-def compile_driver(output: Path, *flags: str) -> Path:
-    return _compile(CSRC / "simt" / "multi_lora_linear.cpp", output, *flags)
+def compile_driver(output: Path, *flags: str, op: str = "multi_lora_linear") -> Path:
+    return _compile(CSRC / "simt" / f"{op}.cpp", output, *flags)
 
 
-def compile_ops(output: Path) -> Path:
+def compile_ops(output: Path, *flags: str, op: str = "multi_lora_linear") -> Path:
     """The ops themselves, for tensors of the CPU."""
     torch_folder = Path(torch.__file__).parent
     headers = (f"-I{CSRC / 'simt'}", "-isystem", str(torch_folder / "include"))
     libraries = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10")
     target = "-DTORCH_TARGET_VERSION=0x020d000000000000"
-    return _compile(CSRC / "cuda" / "multi_lora_linear.cu", output, target, *headers, *libraries)
+    source = CSRC / "cuda" / f"{op}.cu"
+    return _compile(source, output, target, *headers, *libraries, *flags)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a Python needs to load code that was compiled with ``SANITIZE``."""
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    leaks = "detect_leaks=0"  # the interpreter's own
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": leaks}
 
 
 @functools.cache

@@ -36,6 +36,7 @@ def test_every_kernel_for_every_architecture(rows):
     architectures = {row.architecture for row in rows}
     assert {"sm_80", "sm_90"} <= architectures
     assert "multi_lora_decode<true, true, 16, bfloat16, float>" in kernels
+    assert {"prompt_lookup_fwd<8, bfloat16, float>", "prompt_lookup_bwd<8, bfloat16>"} <= kernels
     assert len(rows) == len(kernels) * len(architectures)
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from decode_driver import (
     DTYPES,
     GRID_WAIT,
     RANKS,
+    SANITIZE,
     DecodeError,
     add_inputs,
     compile_driver,
@@ -20,6 +20,7 @@ from decode_driver import (
     inputs_of,
     run_again,
     same_bits,
+    sanitizer_environment,
 )
 from errors import assert_as_good_as
 
@@ -186,16 +187,10 @@ def test_a_missing_barrier_shows(line):
 @pytest.mark.skipif("PEFT_KERNELS_SIMT" in os.environ, reason="this is the run with sanitizers")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_under_sanitizers(tmp_path):
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-    libraries = [
-        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
     run_again(
         __file__,
         "bfloat16-float32 and (m2- or m7- or m19- or m33-)",
         passed=7,
-        PEFT_KERNELS_SIMT=str(compile_driver(tmp_path / "driver.so", *flags)),
-        LD_PRELOAD=" ".join(libraries),
-        ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
+        PEFT_KERNELS_SIMT=str(compile_driver(tmp_path / "driver.so", *SANITIZE)),
+        **sanitizer_environment(),
     )

@@ -13,6 +13,8 @@ KERNELS = {
     "adapter_fold", "adapter_fwd", "adapter_norm_bwd", "adapter_bwd", "adapter_up", "adapter_down",
     "adapter_fusion_products", "adapter_fusion_mix", "adapter_fusion_grad",
     "adapter_fusion_weights", "adapter_fusion_weights_bwd",
+    "prefix_attention_fwd", "prefix_attention_combine", "prefix_attention_delta",
+    "prefix_attention_query_grad", "prefix_attention_text_grad", "prefix_attention_prefix_grad",
 }  # fmt: skip
 
 

@@ -1,0 +1,318 @@
+"""Attention that takes a prefix: what a model's attention layers call, and where it comes from.
+
+A layer's prefix is looked up in one place, the state of the running forward:
+
+    Prefixes    attention module -> (prefix_k, prefix_v), and which row takes which of a bank
+    Recording   no prefix; keeps every layer's keys and values, with their gradients
+
+``with using(state):`` sets it, for this thread. Without a state a module that was given a source
+(``module.__dict__[SOURCE]``) asks it, and any other module attends to its text alone.
+
+Models of transformers' that read ``config._attn_implementation`` reach :func:`attend` through the
+two functions registered under :data:`NAME`; other modules call it themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from peft_kernels.ops.prefix_attention import prefix_attention
+
+NAME = "peft_kernels_prefix"
+SOURCE = "_prefix_source"
+Pair = tuple[Tensor, Tensor]
+
+
+class Prefixes:
+    """The prefixes of one forward.
+
+    Args:
+        pairs: attention module -> keys and values, ``[Hkv, L, D]`` each, or ``[P, Hkv, L, D]``, a
+            bank, where ids are given. A module that isn't there has no prefix.
+        ids: int32 ``[B]``, each row's prefix in the banks; -1: none.
+        need_weights: whether the model is to return its attentions.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[nn.Module, Pair],
+        ids: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> None:
+        self.pairs, self.ids, self.need_weights = pairs, ids, need_weights
+        self.leaves: Prefixes | None = None  # of a checkpointed run; see _checkpointing.py
+
+    def of(self, module: nn.Module) -> Pair | None:
+        return self.pairs.get(module)
+
+
+class Recording:
+    """Keeps the keys and values that each attention module attends to, ``[B, Hkv, T, D]``."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[nn.Module, Pair] = {}
+
+
+State = Prefixes | Recording
+_STATE: ContextVar[State | None] = ContextVar("peft_kernels_prefix_state", default=None)
+
+
+def current_state() -> State | None:
+    """The running forward's state."""
+    return _STATE.get()
+
+
+def set_state(state: State | None) -> None:
+    """Sets the state until it's set again; :func:`using` is for what has an end in sight."""
+    _STATE.set(state)
+
+
+@contextmanager
+def using(state: State | None) -> Iterator[None]:
+    """Sets the state within the block."""
+    token = _STATE.set(state)
+    try:
+        yield
+    finally:
+        _STATE.reset(token)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Recording]:
+    """Within it, a forward of the model fills the recording, differentiably where gradients are on.
+
+    The model must have been prepared (:func:`peft_kernels.integrations.prefix.attention_places`).
+    Layers aren't checkpointed meanwhile: what reentrant checkpointing keeps has no graph.
+    """
+    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    for module in switched:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    kept = Recording()
+    try:
+        with using(kept):
+            yield kept
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    head_mask: Tensor | None = None,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``softmax(scale * q [prefix_k; k]^T + mask) [prefix_v; v]`` with the module's prefix.
+
+    The probabilities' dropout, a head mask and the weights themselves have no place in the kernel:
+    where one is asked for, the keys and values are concatenated and the model's own formula is
+    computed.
+
+    Args:
+        module: the attention module, by which the prefix is known.
+        q: ``[B, Hq, S, D]``.
+        k, v: ``[B, Hkv, T, D]``.
+        mask: over the text's keys: ``[B, T]``, the real ones, or what broadcasts to
+            ``[B, Hq, S, T]``, bool (True: attend) or additive.
+        is_causal: query i sees the text's keys up to T - S + i.
+        scale: 1/sqrt(D) by default.
+        dropout: of the probabilities.
+        head_mask: ``[Hq]`` or ``[..., Hq, 1, 1]``, times the probabilities.
+        need_weights: whether to return the probabilities, ``[B, Hq, S, L + T]``.
+
+    Returns:
+        ``[B, S, Hq, D]``, and the weights or None.
+    """
+    state = _STATE.get()
+    if isinstance(state, Recording):
+        state.pairs[module] = (k, v)
+        prefixes = None
+    elif state is None and (source := module.__dict__.get(SOURCE)) is not None:
+        prefixes = source()
+    else:
+        prefixes = state
+    pair = ids = None
+    if prefixes is not None:
+        pair, need_weights = prefixes.of(module), need_weights or prefixes.need_weights
+        ids = None if pair is None else prefixes.ids
+    if pair is None:
+        none = k.new_empty(k.shape[1], 0, k.shape[3])
+        pair = (none, none)
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None, :]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if dropout > 0 or head_mask is not None or need_weights:
+        return _direct(q, k, v, pair, ids, mask, is_causal, scale, dropout, head_mask, need_weights)
+    out = prefix_attention(
+        q, k, v, *pair, is_causal=is_causal, attn_mask=mask, scale=scale, prefix_ids=ids
+    )
+    return out.transpose(1, 2), None
+
+
+# ---- the direct form -----------------------------------------------------------------------------
+
+
+def _direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pair: Pair,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+    head_mask: Tensor | None,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The keys and values concatenated, for what needs the probabilities."""
+    batch, groups = q.shape[0], q.shape[1] // k.shape[1]
+    rows = [_of_rows(x.to(k.dtype), ids, batch) for x in pair]
+    k = torch.cat([rows[0], k], 2).repeat_interleave(groups, 1)
+    v = torch.cat([rows[1], v], 2).repeat_interleave(groups, 1)
+    bias = _bias(q, k.shape[2] - rows[0].shape[2], rows[0].shape[2], ids, mask, is_causal)
+    if head_mask is None and not need_weights:
+        out = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+        return out.transpose(1, 2), None
+    scores = scale * (q @ k.transpose(-1, -2)) + bias
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = F.dropout(torch.softmax(scores.to(wide), -1).to(q.dtype), dropout)
+    if head_mask is not None:
+        weights = weights * (head_mask.view(1, -1, 1, 1) if head_mask.dim() == 1 else head_mask)
+    return (weights @ v).transpose(1, 2), weights if need_weights else None
+
+
+def _of_rows(x: Tensor, ids: Tensor | None, batch: int) -> Tensor:
+    """``[B, Hkv, L, D]``: each row's prefix; a row without one gets any, which is masked out."""
+    if ids is not None:
+        return x[ids.clamp_min(0).long()]
+    return (x if x.dim() == 4 else x[None]).expand(batch, -1, -1, -1)
+
+
+def _bias(
+    q: Tensor, text: int, length: int, ids: Tensor | None, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """What is added to the scores of prefix and text, ``[B or 1, H or 1, S, L + T]``."""
+    batch, _, queries, _ = q.shape
+    added = q.new_zeros(1, 1, queries, text)
+    if mask is not None:
+        added = added + (_where_not(mask, q) if mask.dtype == torch.bool else mask)
+    if is_causal:
+        seen = torch.ones(queries, text, dtype=torch.bool, device=q.device).tril(text - queries)
+        added = added + _where_not(seen, q)
+    prefix = q.new_zeros(1, 1, 1, length)
+    if ids is not None:
+        prefix = _where_not((ids >= 0).view(batch, 1, 1, 1), q).expand(-1, -1, -1, length)
+    rows, heads = max(added.shape[0], prefix.shape[0]), added.shape[1]
+    return torch.cat(
+        [prefix.expand(rows, heads, queries, length), added.expand(rows, heads, queries, text)], -1
+    )
+
+
+def _where_not(seen: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, float("-inf"))
+
+
+# ---- as transformers' attention implementation ---------------------------------------------------
+
+_REFUSED = ("softcap", "s_aux", "position_bias")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    head_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function that transformers' attention modules call, under :data:`NAME`."""
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends with {name}, which an attention with a prefix "
+                "doesn't have"
+            )
+    if attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask, causal = attention_mask[..., : key.shape[2]], False
+    elif attention_mask is not None:
+        causal = True  # the real keys alone, from prefix_mask
+    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    return attend(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        is_causal=causal,
+        scale=_scale(module, query.shape[-1]) if scaling is None else scaling,
+        dropout=dropout,
+        head_mask=head_mask,
+        need_weights=bool(output_attentions),
+    )
+
+
+def _scale(module: Any, head_dim: int) -> float:
+    """1/sqrt(D), and GPT-2's options of it."""
+    scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    inverse = getattr(module, "scale_attn_by_inverse_layer_idx", False)
+    return scale / (module.layer_idx + 1) if inverse else scale
+
+
+def attention_mask(
+    batch_size: int,
+    cache_position: Tensor,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that transformers' models make for :func:`attention`.
+
+    A causal mask isn't made: nothing is returned, or, with padding, the real keys ``[B, T]``.
+    """
+    in_window = local_size is not None and kv_length <= local_size
+    plain = mask_function is causal_mask_function or in_window
+    if plain and allow_is_causal_skip and kv_offset == 0:
+        real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if real is None or (not torch.compiler.is_compiling() and bool(real.all())):
+            return None
+        return real
+    return sdpa_mask(
+        batch_size=batch_size,
+        cache_position=cache_position,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+    )
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, attention_mask)

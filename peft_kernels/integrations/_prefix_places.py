@@ -1,0 +1,91 @@
+"""Where a model's attention modules are: their sites, layers, sizes and the stacks they're in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from peft_kernels.integrations import _own_attention
+
+
+class Place(NamedTuple):
+    """One attention module of a model."""
+
+    site: str  # "self", "encoder" or "cross"
+    layer: int  # in the stack
+    path: str
+    module: nn.Module
+    stack: str  # path of the module whose forward runs the layers
+    kv_heads: int
+    head_dim: int
+
+
+def attention_places(model: nn.Module) -> list[Place]:
+    """The model's attention modules that can take a prefix, by path.
+
+    Known are those of transformers' that call the function which ``config._attn_implementation``
+    names (Llama, Mistral, Qwen, GPT-2, OPT, BART and others), T5's, and BERT's, RoBERTa's and
+    ELECTRA's self-attention.
+
+    Raises:
+        ValueError: no such module.
+    """
+    places = list(_places(model))
+    if not places:
+        raise ValueError(
+            f"model has no attention module that can take a prefix; got {type(model).__name__}"
+        )
+    return places
+
+
+def parent_path(path: str, levels: int = 1) -> str:
+    """The path without its last components."""
+    parts = path.split(".")
+    return ".".join(parts[: len(parts) - levels])
+
+
+def _places(model: nn.Module) -> Iterator[Place]:
+    for path, module in model.named_modules():
+        sizes = _sizes(module)
+        parts = path.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if sizes is None or number is None:
+            continue
+        stack = ".".join(parts[: number - 1])
+        yield Place(
+            _site(model, stack, module, path), int(parts[number]), path, module, stack, *sizes
+        )
+
+
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """Key/value heads and their size, or None if it isn't an attention module that is known."""
+    if _own_attention.is_t5(module):
+        return module.n_heads, module.key_value_proj_dim
+    if _own_attention.is_bert(module):
+        return module.num_attention_heads, module.attention_head_size
+    if not _calls_the_interface(module):
+        return None
+    if hasattr(module, "k_proj"):
+        return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
+    return module.num_heads, module.head_dim
+
+
+def _calls_the_interface(module: Any) -> bool:
+    """Whether its forward takes its attention function from the table under the config's name."""
+    if not type(module).__name__.endswith("Attention") or not hasattr(module, "head_dim"):
+        return False
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def _site(model: Any, stack: str, module: Any, path: str) -> str:
+    name = path.rpartition(".")[2]
+    crosses = getattr(module, "is_cross_attention", False) or ".crossattention." in path
+    if crosses or name in ("encoder_attn", "EncDecAttention"):
+        return "cross"
+    owner: Any = model.get_submodule(parent_path(stack)) if stack else model
+    in_encoder = stack.rpartition(".")[2] == "encoder" and hasattr(owner, "decoder")
+    return "encoder" if in_encoder else "self"

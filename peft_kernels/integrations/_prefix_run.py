@@ -1,0 +1,296 @@
+"""A model's forward with a prefix: hooks that set the prefixes, the rows' ids and the positions.
+
+The model that :func:`peft_kernels.integrations.prefix.add_prefix` was given takes ``prefix_ids``;
+each of its stacks (what runs a list of layers: a decoder, an encoder) sets its layers' prefixes for
+the duration of its forward, so that a stack may be called by itself, as ``generate`` calls an
+encoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.integrations import _own_attention
+from peft_kernels.integrations._attention import (
+    SOURCE,
+    Pair,
+    Prefixes,
+    Recording,
+    current_state,
+    set_state,
+)
+from peft_kernels.integrations._checkpointing import carry, stop_carrying
+from peft_kernels.integrations._prefix_places import Place, parent_path
+
+PREFIX_HOOK = "_prefix_hook_of"
+Evaluate = Callable[[Sequence[str]], Mapping[str, Sequence[Pair | None]]]
+
+
+class Attached:
+    """A prefix in a model: which attention module takes what, and which row which prefix.
+
+    Args:
+        evaluate: gives the keys and values of the sites that it's called with, by site and layer,
+            ``[Hkv, L, D]`` or ``[P, Hkv, L, D]``; each forward of a stack calls it once.
+        places: the model's attention modules.
+        tasks, length: P and L.
+    """
+
+    def __init__(
+        self, evaluate: Evaluate, places: Sequence[Place], tasks: int, length: int
+    ) -> None:
+        self.evaluate, self.tasks, self.length = evaluate, tasks, length
+        self.modules = {(p.site, p.layer): p.module for p in places}
+        self.by_stack: dict[str, list[tuple[str, int]]] = {}
+        for place in places:
+            self.by_stack.setdefault(place.stack, []).append((place.site, place.layer))
+        self.ids: Tensor | None = None
+        self.repeats = False  # whether a row may be followed by its copies, as in generate's beams
+
+    def prefixes(self, stack: str | None = None, ids: Tensor | None = None) -> Prefixes:
+        """The prefixes of a stack's attention modules, of all if no stack is named."""
+        if ids is None and self.tasks > 1:
+            raise ValueError(
+                f"the prefix has {self.tasks} tasks, so each row must be given one: pass prefix_ids"
+            )
+        keys = list(self.modules) if stack is None else self.by_stack[stack]
+        made = self.evaluate(sorted({site for site, _ in keys}))
+        pairs: dict[nn.Module, Pair] = {}
+        for site, index in keys:
+            pair = made[site][index] if site in made else None
+            if pair is not None:
+                k, v = pair
+                bank = ids is not None and k.dim() == 3
+                pairs[self.modules[site, index]] = (k[None], v[None]) if bank else pair
+        return Prefixes(pairs, ids)
+
+    def ids_of(self, batch: int, device: torch.device) -> Tensor | None:
+        """Each row's prefix in a batch of this size, int32."""
+        if self.ids is None:
+            return None
+        ids, rows = self.ids.to(device, torch.int32), self.ids.shape[0]
+        if self.repeats and rows and batch % rows == 0:
+            ids = ids.repeat_interleave(batch // rows)
+        if ids.shape[0] != batch:
+            raise ValueError(f"prefix_ids must have one id for each of {batch} rows; got {rows}")
+        return ids
+
+    def checked_ids(self, ids: Any) -> Tensor | None:
+        """The user's ids as a tensor."""
+        if ids is None:
+            return None
+        ids = torch.as_tensor(ids)
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"prefix_ids must be integers [rows]; got {list(ids.shape)} of {ids.dtype}"
+            )
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.tasks:
+            least, most = int(ids.min()), int(ids.max())
+            raise ValueError(f"prefix_ids must be in [-1, {self.tasks}); got {least} to {most}")
+        return ids
+
+    @contextmanager
+    def rows(self, ids: Any) -> Iterator[None]:
+        """Sets the rows' ids within the block."""
+        outer, self.ids = self.ids, self.checked_ids(ids)
+        try:
+            yield
+        finally:
+            self.ids = outer
+
+    def shift(self, batch: int, device: torch.device) -> Tensor | int:
+        """By how much a row's positions move: L, or 0 for a row without a prefix."""
+        ids = self.ids_of(batch, device)
+        return self.length if ids is None else self.length * (ids >= 0).long()[:, None]
+
+
+# ---- hooks: functions of the module, so that a copied model has its own --------------------------
+
+
+def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift: bool) -> None:
+    """Puts the hooks into the model."""
+    model.__dict__[PREFIX_HOOK] = attached
+    _hook(model, _take_ids, _drop_ids)
+    if callable(getattr(model, "generate", None)):
+        model.__dict__["generate"] = partial(_generate, model)
+    for place in places:
+        place.module.__dict__[SOURCE] = attached.prefixes
+        _own_attention.take_over(place.module)
+        if _own_attention.is_t5(place.module):
+            place.module.__dict__["_bias_weight"] = _bias_weight(places, place)
+    for path in attached.by_stack:
+        stack = model.get_submodule(path)
+        stack.__dict__["_prefix_stack"] = (attached, path)
+        _hook(stack, _begin, _end)
+        if shift and (owner := position_owner(model, path)) is not None:
+            owner.__dict__["_prefix_shift"] = attached
+            _hook(owner, _shift_positions, None)
+
+
+def detach(model: nn.Module) -> None:
+    """Takes out what :func:`attach` put in."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in _HOOKS:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+        for name in (SOURCE, PREFIX_HOOK, "_prefix_outer", *_MARKS):
+            module.__dict__.pop(name, None)
+        _own_attention.give_back(module)
+        stop_carrying(module)
+    model.__dict__.pop("generate", None)
+
+
+def position_owner(model: nn.Module, stack: str) -> nn.Module | None:
+    """The module at or above a stack that takes ``position_ids`` counting from 0."""
+    path: str = stack
+    while True:
+        module = model.get_submodule(path)
+        if "position_ids" in _parameters(module):
+            embeddings = getattr(module, "embeddings", None)
+            return None if hasattr(embeddings, "padding_idx") else module
+        if not path:
+            return None
+        path = parent_path(path)
+
+
+def _hook(module: nn.Module, before: Callable, after: Callable | None) -> None:
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    if after is not None:
+        module.register_forward_hook(after, always_call=True)
+
+
+def _take_ids(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    attached = module.__dict__[PREFIX_HOOK]
+    module.__dict__.setdefault("_prefix_outer", []).append(attached.ids)
+    if (given := kwargs.pop("prefix_ids", None)) is not None:
+        attached.ids = attached.checked_ids(given)
+    return args, kwargs
+
+
+def _drop_ids(module: Any, args: tuple, output: Any) -> None:
+    module.__dict__[PREFIX_HOOK].ids = module.__dict__["_prefix_outer"].pop()
+
+
+def _generate(model: Any, *args: Any, prefix_ids: Any = None, **kwargs: Any) -> Any:
+    """The model's generate; a row's copies (beams, several sequences) have its prefix."""
+    attached = model.__dict__[PREFIX_HOOK]
+    ids = attached.ids if prefix_ids is None else prefix_ids
+    outer, attached.repeats = attached.repeats, True
+    try:
+        with attached.rows(ids):
+            return type(model).generate(model, *args, **kwargs)
+    finally:
+        attached.repeats = outer
+
+
+class _Run(Prefixes):
+    """A stack's prefixes while its forward runs, and the state that it found."""
+
+    def __init__(
+        self, prefixes: Prefixes, need_weights: bool, stack: nn.Module, outer: Any
+    ) -> None:
+        super().__init__(prefixes.pairs, prefixes.ids, need_weights)
+        self.stack, self.outer = stack, outer
+
+
+def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if isinstance(current_state(), Recording):
+        return
+    attached, path = module.__dict__["_prefix_stack"]
+    carry(module)
+    for child in module.children():
+        for layer in child.children() if isinstance(child, nn.ModuleList) else ():
+            carry(layer)
+    first = _first_input(args, kwargs)
+    ids = attached.ids_of(first.shape[0], first.device)
+    asked = bool(kwargs.get("output_attentions"))
+    set_state(_Run(attached.prefixes(path, ids), asked, module, current_state()))
+
+
+def _end(module: nn.Module, args: tuple, output: Any) -> None:
+    state = current_state()
+    if isinstance(state, _Run) and state.stack is module:
+        set_state(state.outer)
+
+
+def _first_input(args: tuple, kwargs: dict) -> Tensor:
+    """The ids, embeddings or hidden states that a stack is called with."""
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return next(x for x in args if isinstance(x, Tensor))
+
+
+# ---- positions -----------------------------------------------------------------------------------
+
+
+def _shift_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The text's positions, as if the prefix' tokens stood before it."""
+    if isinstance(current_state(), Recording):
+        return args, kwargs
+    attached = module.__dict__["_prefix_shift"]
+    kwargs = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
+    text = _first_input((), kwargs)
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = _positions(kwargs, text)
+        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+            # Positions that start at L would be searched for packed sequences, with a mask made.
+            kwargs["attention_mask"] = text.new_ones(text.shape[:2], dtype=torch.long)
+    positions = positions + attached.shift(text.shape[0], text.device)
+    past = _past_length(kwargs.get("past_key_values"))
+    _check_room(module, positions, attached.length + past + text.shape[1])
+    return (), kwargs | {"position_ids": positions}
+
+
+def _positions(kwargs: Mapping[str, Any], text: Tensor) -> Tensor:
+    """Counted over the real tokens where a mask says which they are: ``[B or 1, S]``."""
+    past, queries = _past_length(kwargs.get("past_key_values")), text.shape[1]
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + queries:
+        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+    positions = kwargs.get("cache_position")
+    if positions is None:
+        positions = torch.arange(past, past + queries, device=text.device)
+    return positions[None]
+
+
+def _past_length(cache: Any) -> int:
+    if cache is None:
+        return 0
+    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
+
+
+def _check_room(module: Any, positions: Tensor, longest: int) -> None:
+    """Learned position embeddings end somewhere; a lookup past it is an index error, or worse."""
+    room = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    learned = any(hasattr(module, name) for name in ("wpe", "embed_positions", "embeddings"))
+    if learned and room is not None and longest > room and int(positions.max()) >= room:
+        raise ValueError(
+            f"the text's positions reach {int(positions.max())} after the prefix; the model has "
+            f"{room}: shorten the text, or add the prefix with shift_positions=False"
+        )
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _bias_weight(places: Sequence[Place], place: Place) -> Tensor:
+    """The relative position bias' weight of a T5 stack, which its first layer has."""
+    first: Any = next(p.module for p in places if p.stack == place.stack and p.layer == 0)
+    return first.relative_attention_bias.weight
+
+
+_MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight")
+_HOOKS = (_take_ids, _drop_ids, _begin, _end, _shift_positions)

@@ -1,0 +1,311 @@
+"""A model's forward with a soft prompt: hooks that replace its inputs, and what rows have which.
+
+A forward of a decoder or an encoder runs in one of two ways, which :class:`PromptRun` chooses:
+
+    in the rows   the prompt's embeddings stand among the text's; see _prompt_rows.py
+    as a prefix   the prompt runs by itself, and the rows attend to it; see _prompt_prefix.py
+
+In an encoder-decoder the encoder has the prompt in its rows, and the decoder's mask of the
+encoder's places is lengthened, so that ``generate`` may call the encoder by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.integrations._attention import (
+    SOURCE,
+    Prefixes,
+    Recording,
+    State,
+    current_state,
+    set_state,
+)
+from peft_kernels.integrations._prompt_prefix import (
+    carry_state,
+    decoder_of,
+    inputs_for_prefix,
+    why_not_now,
+)
+from peft_kernels.integrations._prompt_rows import (
+    Trim,
+    cached_inputs,
+    encoder_mask,
+    holds_prompt,
+    inputs_in_rows,
+    mark_cache,
+    parameters,
+    past_length,
+)
+
+PROMPT_HOOK = "_prompt_hook_of"
+_STACK = "_prompt_stack_of"
+
+
+@dataclass
+class Frame:
+    """What a running forward has to put back, and to do to its outputs."""
+
+    ids: Tensor | None
+    outer: State | None = None
+    has_state: bool = False
+    trim: Trim | None = None
+    marks: bool = False  # whether its cache holds the prompt
+    as_tuple: bool = False
+
+
+class PromptRun:
+    """A prompt in a model.
+
+    Args:
+        model: the model that is called.
+        prompt: a :class:`PromptTuning` or :class:`PTuning`.
+        as_prefix: as of :func:`add_prompt`.
+    """
+
+    def __init__(self, model: Any, prompt: Any, as_prefix: str | bool) -> None:
+        self.prompt, self.as_prefix = prompt, as_prefix
+        self.position: str = getattr(prompt, "position", "front")
+        self.length: int = prompt.length
+        self.tasks: int = getattr(prompt, "tasks", 1)
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.decoder: nn.Module | None = None  # that runs the prompt where it is a prefix
+        self.first_position, self.room = _learned_positions(model)
+        self.in_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        # A causal head's labels are shifted, so a soft token answers for the text's first.
+        self.is_shifted = not self.in_encoder and bool(model.can_generate())
+        self.obstacle: str | None = "as_prefix is False"
+        self.ids: Tensor | None = None
+        self.repeats = False  # whether a row may be followed by its copies, as in generate's beams
+        self.kept: dict[Any, Any] | None = None  # within generate: the prompt's keys and values
+        self.frames: list[Frame] = []
+
+    def prompts(self) -> Tensor:
+        """``[P, L, d]``"""
+        return self.prompt.prompts()
+
+    def embedded(self, inputs: dict[str, Any]) -> Tensor:
+        """The text's embeddings ``[B, S, d]``, which no longer are among the inputs."""
+        ids, given = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+        return self.embedding(ids) if given is None else given
+
+    # -- which row has which
+
+    def ids_of(self, text: Tensor) -> Tensor | None:
+        """Each row's prompt among :meth:`prompts`, for a batch of the text's rows."""
+        ids, batch = self.ids, text.shape[0]
+        if ids is not None:
+            rows = ids.shape[0]
+            if self.repeats and rows and batch % rows == 0:
+                ids = ids.repeat_interleave(batch // rows)
+            if ids.shape[0] != batch:
+                raise ValueError(f"task_ids must have one id for each of {batch} rows; got {rows}")
+            ids = ids.to(text.device)
+        elif self.tasks > 1:
+            raise ValueError(
+                f"task_ids must be given: the prompt has {self.tasks} tasks, so each row needs one"
+            )
+        if getattr(self.prompt, "ensemble", 1) > 1:
+            return self.prompt._members(text, ids)
+        return ids
+
+    def checked(self, ids: Any) -> Tensor | None:
+        """The user's ids as a tensor."""
+        if ids is None:
+            return None
+        ids = torch.as_tensor(ids)
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"task_ids must be integers [rows]; got {list(ids.shape)} of {ids.dtype}"
+            )
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.tasks:
+            least, most = int(ids.min()), int(ids.max())
+            raise ValueError(f"task_ids must be in [-1, {self.tasks}); got {least} to {most}")
+        return ids.long()
+
+    @contextmanager
+    def rows(self, ids: Any) -> Iterator[None]:
+        """Sets the rows' ids within the block."""
+        outer, self.ids = self.ids, self.checked(ids)
+        try:
+            yield
+        finally:
+            self.ids = outer
+
+    # -- how
+
+    def runs_as_prefix(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether this forward takes the prompt as a prefix."""
+        reason = self.obstacle or why_not_now(model, inputs, self.as_prefix is True)
+        if reason and self.as_prefix is True:
+            raise ValueError(f"as_prefix can't be True for this forward: {reason}")
+        return reason is None
+
+
+# ---- hooks: functions of the module, so that a copied model has its own --------------------------
+
+
+def attach(model: Any, run: PromptRun) -> None:
+    """Puts the hooks into the model."""
+    model.__dict__[PROMPT_HOOK] = run
+    before = _before_both if run.in_encoder else _before
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(_after, always_call=True)
+    if callable(getattr(model, "generate", None)):
+        model.__dict__["generate"] = partial(_generate, model)
+    if run.in_encoder:
+        stacks = (model.get_encoder(), _before_encoder), (model.get_decoder(), _before_decoder)
+        for stack, hook in stacks:
+            stack.__dict__[_STACK] = run
+            stack.register_forward_pre_hook(hook, with_kwargs=True)
+    elif run.obstacle is None:
+        run.decoder = decoder_of(model)
+        for module in model.modules():
+            if type(module).__name__.endswith("Attention"):
+                module.__dict__[SOURCE] = _no_forward
+
+
+def detach(model: nn.Module) -> None:
+    """Takes out what :func:`attach` put in."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in _HOOKS:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+        for name in (PROMPT_HOOK, _STACK):
+            module.__dict__.pop(name, None)
+    model.__dict__.pop("generate", None)
+
+
+def _no_forward() -> None:
+    raise RuntimeError(
+        "an attention layer ran outside of its model's forward, where the prompt isn't known: call "
+        "the model that has the prompt, and checkpoint by its gradient_checkpointing_enable; or "
+        "add the prompt with as_prefix=False"
+    )
+
+
+def _generate(model: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    """The model's generate; a row's copies (beams, several sequences) have its prompt."""
+    run = model.__dict__[PROMPT_HOOK]
+    ids = run.ids if task_ids is None else task_ids
+    outer, run.repeats, run.kept = (run.repeats, run.kept), True, {}
+    try:
+        with run.rows(ids):
+            return type(model).generate(model, *args, **kwargs)
+    finally:
+        run.repeats, run.kept = outer
+
+
+def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    run: PromptRun = module.__dict__[PROMPT_HOOK]
+    frame = _begin(run)
+    if isinstance(current_state(), Recording):
+        return None
+    inputs = _named(module, args, kwargs)
+    _take_ids(run, inputs)
+    frame.outer, frame.has_state = current_state(), run.obstacle is None
+    if frame.has_state:
+        set_state(Prefixes({}))
+        if torch.is_grad_enabled() and module.training:
+            carry_state(module)
+    frame.as_tuple = not _returns_dict(module, inputs)
+    inputs["return_dict"] = True
+    template = inputs.pop("template", None)
+    past = past_length(inputs.get("past_key_values"))
+    if past and holds_prompt(inputs["past_key_values"]):
+        return (), cached_inputs(run, module, inputs)
+    if template is None and run.runs_as_prefix(module, inputs):
+        return (), inputs_for_prefix(run, module, inputs, frame)
+    if past:
+        raise ValueError(
+            "past_key_values must be empty, or be filled by a forward of this model with the prompt"
+        )
+    frame.marks = True
+    if inputs.get("past_key_values") is not None:
+        mark_cache(inputs["past_key_values"])
+    return (), inputs_in_rows(run, module, inputs, frame, template)
+
+
+def _before_both(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Of an encoder-decoder: its stacks do the rest, and need a mask to lengthen."""
+    run: PromptRun = module.__dict__[PROMPT_HOOK]
+    _begin(run)
+    inputs = _named(module, args, kwargs)
+    _take_ids(run, inputs)
+    given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
+    text = next((x for x in given if x is not None), None)
+    if text is not None and inputs.get("attention_mask") is None:
+        inputs["attention_mask"] = text.new_ones(text.shape[:2], dtype=torch.long)
+    return (), inputs
+
+
+def _before_encoder(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    run: PromptRun = module.__dict__[_STACK]
+    return (), inputs_in_rows(run, module, _named(module, args, kwargs))
+
+
+def _before_decoder(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    run: PromptRun = module.__dict__[_STACK]
+    return (), encoder_mask(run, _named(module, args, kwargs))
+
+
+def _after(module: Any, args: tuple, output: Any) -> Any:
+    run: PromptRun = module.__dict__[PROMPT_HOOK]
+    if not run.frames:
+        return None
+    frame = run.frames.pop()
+    run.ids = frame.ids
+    if frame.has_state:
+        set_state(frame.outer)
+    if output is None:
+        return None
+    if frame.marks and "past_key_values" in output:
+        mark_cache(output.past_key_values)
+    if frame.trim is not None:
+        output = frame.trim.outputs(output)
+    return output.to_tuple() if frame.as_tuple else output
+
+
+_HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after)
+
+
+def _begin(run: PromptRun) -> Frame:
+    frame = Frame(run.ids)
+    run.frames.append(frame)
+    return frame
+
+
+def _take_ids(run: PromptRun, inputs: dict[str, Any]) -> None:
+    if (given := inputs.pop("task_ids", None)) is not None:
+        run.ids = run.checked(given)
+
+
+def _named(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    return {**dict(zip(parameters(module.__class__), args, strict=False)), **kwargs}
+
+
+def _returns_dict(module: Any, inputs: dict[str, Any]) -> bool:
+    asked = inputs.get("return_dict")
+    return bool(module.config.use_return_dict if asked is None else asked)
+
+
+def _learned_positions(model: Any) -> tuple[int, int | None]:
+    """The id of the first position, and how many a learned table has; None without a table."""
+    base = model.base_model
+    padding = getattr(getattr(base, "embeddings", None), "padding_idx", None)
+    first = 0 if padding is None else padding + 1
+    tables = ("wpe", "position_embeddings", "embed_positions")
+    for name, module in base.named_modules():
+        if name.rpartition(".")[2] in tables and isinstance(module, nn.Embedding):
+            return first, module.num_embeddings - getattr(module, "offset", 0)
+    return first, None

@@ -1,0 +1,297 @@
+"""Prefix tuning in transformers' models: decoders, BERT's family, T5 and BART.
+
+    prefix = prefix_for(model, length=20, reparametrization="mlp")
+    init_from_text(model, prefix, input_ids)            # if it is to start as a real text
+    add_prefix(model, prefix)                           # freezes the model
+    ...                                                 # train model.prefix_tuning's parameters
+    prefix.eject()
+    model.generate(input_ids, attention_mask=mask)
+    remove_prefix(model)
+
+The prefix isn't put into the model's cache: each attention layer attends to it beside the text's
+keys. So it is there under gradient checkpointing, with a cache of the user's own, and for a step
+over any cache, and is no part of what the cache's length says.
+
+Where the model drops attention probabilities in training (GPT-2's ``attn_pdrop``), takes a head
+mask or returns its attentions, keys and values are concatenated and the model's own formula is
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.integrations import _own_attention
+from peft_kernels.integrations._attention import NAME, Pair, recording
+from peft_kernels.integrations._prefix_places import Place, attention_places
+from peft_kernels.integrations._prefix_run import (
+    PREFIX_HOOK,
+    Attached,
+    attach,
+    detach,
+    position_owner,
+)
+from peft_kernels.nn.prefix_tuning import PrefixTuning
+
+CHILD = "prefix_tuning"
+_FORMER = "_prefix_former_attention"
+
+
+def prefix_shapes(
+    model: nn.Module, sites: Sequence[str] | None = None
+) -> dict[str, list[tuple[int, int] | None]]:
+    """``(Hkv, D)`` of each attention layer by site: the ``layers`` of :class:`PrefixTuning`.
+
+    Args:
+        model: a model of transformers'.
+        sites: those wanted of "self", "encoder" and "cross"; all that the model has by default.
+
+    Raises:
+        ValueError: a model without attention modules that are known, or without such a site.
+    """
+    found: dict[str, dict[int, tuple[int, int]]] = {}
+    for place in attention_places(model):
+        found.setdefault(place.site, {})[place.layer] = (place.kv_heads, place.head_dim)
+    for site in sites or ():
+        if site not in found:
+            raise ValueError(f"sites must be of {', '.join(found)} in this model; got {site!r}")
+    return {
+        site: [layers.get(index) for index in range(max(layers) + 1)]
+        for site, layers in found.items()
+        if sites is None or site in sites
+    }
+
+
+def prefix_for(
+    model: nn.Module, length: int, *, sites: Sequence[str] | None = None, **options: Any
+) -> PrefixTuning:
+    """A new prefix of the model's shapes; device and dtype are the model's unless given.
+
+    Args:
+        model, sites: as of :func:`prefix_shapes`.
+        length: L.
+        options: arguments of :class:`peft_kernels.nn.PrefixTuning`.
+    """
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    return PrefixTuning(length, prefix_shapes(model, sites), **(place | options))
+
+
+def add_prefix(
+    model: nn.Module, prefix: PrefixTuning, *, shift_positions: bool | None = None
+) -> None:
+    """Freezes the model and gives its attention layers a prefix, which trains.
+
+    The prefix becomes the model's child ``prefix_tuning``. With several tasks each row's is said by
+    ``model(..., prefix_ids=ids)``, ``model.generate(..., prefix_ids=ids)`` or
+    ``with prefix_ids(model, ids):``; -1 is a row without a prefix. ``generate`` repeats the ids for
+    beams and several sequences a row.
+
+    All queries see the whole prefix, those of a sliding window too. T5's relative position bias is
+    the text's alone: the prefix' scores have none.
+
+    Args:
+        model: a model of transformers' (:func:`attention_places` says which).
+        prefix: of the model's shapes, for any of its sites.
+        shift_positions: whether the text's position ids start at L, as if the prefix' tokens stood
+            before the text: what Li & Liang's and PEFT's prefix in the cache does. By default where
+            a single decoder takes position ids (GPT-2, OPT, Llama, ...). Ids that aren't given are
+            then counted over the attention mask's tokens, so that padding doesn't move the text.
+            False leaves the model's positions alone.
+
+    Raises:
+        ValueError: a prefix whose sites, layers or heads aren't the model's, a model that has one
+            already, or whose positions can't be shifted. The model is unchanged then.
+    """
+    if PREFIX_HOOK in model.__dict__:
+        raise ValueError("model has a prefix already; remove_prefix takes it out")
+    places = attention_places(model)
+    check_fits(prefix.layers, places)
+    shift = shifts_positions(model, places, shift_positions)
+    attached = Attached(prefix, places, prefix.tasks, prefix.length)
+    use_prefix_attention(model)
+    model.requires_grad_(False)
+    model.add_module(CHILD, prefix.train(model.training))
+    attach(model, attached, places, shift)
+
+
+def remove_prefix(model: nn.Module) -> PrefixTuning:
+    """Takes the prefix out and returns it; the model computes what it did before.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if PREFIX_HOOK not in model.__dict__:
+        raise ValueError("model has no prefix")
+    detach(model)
+    restore_attention(model)
+    prefix = model._modules.pop(CHILD)
+    assert isinstance(prefix, PrefixTuning)
+    return prefix
+
+
+@contextmanager
+def prefix_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator[None]:
+    """Within it, each row of the model's batch has the prefix with its id.
+
+    Args:
+        model: a model with a prefix.
+        ids: one id for each row, in [-1, tasks); -1: that row has no prefix.
+
+    Raises:
+        ValueError: a model without a prefix, or ids that aren't integers, not one-dimensional or
+            out of range; and at the forward, another number of ids than of rows.
+    """
+    if PREFIX_HOOK not in model.__dict__:
+        raise ValueError("model has no prefix; add_prefix gives it one")
+    with model.__dict__[PREFIX_HOOK].rows(ids):
+        yield
+
+
+@torch.no_grad()
+def text_values(model: Any, **inputs: Tensor) -> dict[str, list[Pair | None]]:
+    """The model's own keys and values for a text: ``[B, Hkv, T, D]`` by site and layer.
+
+    The model runs once, in eval mode and without its prefix if it has one. Cross-attention's are
+    those of the encoder's text.
+
+    Args:
+        model: a model of transformers'.
+        inputs: the model's arguments; no padding. An encoder-decoder needs ``decoder_input_ids``.
+    """
+    places = attention_places(model)
+    trained, prepared = model.training, PREFIX_HOOK in model.__dict__
+    with nullcontext() if prepared else _prepared(model, places), recording(model) as kept:
+        try:
+            model.eval()(**inputs)
+        finally:
+            model.train(trained)
+    values: dict[str, list[Pair | None]] = {
+        site: [None] * len(shapes) for site, shapes in prefix_shapes(model).items()
+    }
+    for place in places:
+        values[place.site][place.layer] = kept.pairs.get(place.module)
+    return values
+
+
+def init_from_text(
+    model: nn.Module,
+    prefix: PrefixTuning,
+    input_ids: Tensor | Sequence[int],
+    decoder_input_ids: Tensor | Sequence[int] | None = None,
+) -> float:
+    """Makes the prefix the keys and values of a real text (section 4.3 of Li & Liang 2021).
+
+    The frozen model runs once on the text; an MLP is fitted to what it gives
+    (:meth:`peft_kernels.nn.PrefixTuning.fit`). A decoder with such a prefix and shifted positions
+    computes what it computes for the text followed by its input.
+
+    Args:
+        model: the model, with or without the prefix in it.
+        prefix: the prefix.
+        input_ids: tokens ``[T]``, or ``[P, T]`` for P tasks; repeated or cut to the prefix' length.
+        decoder_input_ids: those of an encoder-decoder's decoder, the same tokens by default.
+
+    Returns:
+        The largest relative error of a layer, as of :meth:`peft_kernels.nn.PrefixTuning.fit`.
+    """
+    device = next(model.parameters()).device
+    ids = _of_length(input_ids, prefix, device)
+    inputs = {"input_ids": ids}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        decoder = input_ids if decoder_input_ids is None else decoder_input_ids
+        inputs["decoder_input_ids"] = _of_length(decoder, prefix, device)
+    made = text_values(model, **inputs)
+    wanted = {
+        site: [
+            None if shape is None else pair for shape, pair in zip(shapes, made[site], strict=True)
+        ]
+        for site, shapes in prefix.layers.items()
+    }
+    return prefix.fit(wanted)
+
+
+def _of_length(tokens: Any, prefix: PrefixTuning, device: torch.device) -> Tensor:
+    """``[P, L]``: the tokens, repeated and cut."""
+    ids = torch.atleast_2d(torch.as_tensor(tokens, device=device))
+    if ids.dim() != 2 or ids.shape[0] != prefix.tasks or ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must be tokens of {prefix.tasks} texts, [{prefix.tasks}, T]; "
+            f"got {list(ids.shape)}"
+        )
+    return ids.repeat(1, -(-prefix.length // ids.shape[1]))[:, : prefix.length]
+
+
+# ---- preparing a model ---------------------------------------------------------------------------
+
+
+def use_prefix_attention(model: Any) -> None:
+    """Has the model's attention modules call :func:`_attention.attend`, if they can be told."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "_attn_implementation") or not model._can_set_attn_implementation():
+        return
+    if config._attn_implementation != NAME:
+        model.__dict__[_FORMER] = config._attn_implementation
+        model.set_attn_implementation(NAME)
+
+
+def restore_attention(model: Any) -> None:
+    """The implementation that :func:`use_prefix_attention` found."""
+    if (former := model.__dict__.pop(_FORMER, None)) is not None:
+        model.set_attn_implementation(former)
+
+
+@contextmanager
+def _prepared(model: nn.Module, places: Sequence[Place]) -> Iterator[None]:
+    """Attention modules that call :func:`_attention.attend`, for the duration of a block."""
+    with_bias = [p for p in places if _own_attention.is_t5(p.module)]
+    use_prefix_attention(model)
+    for place in places:
+        _own_attention.take_over(place.module)
+    for place in with_bias:
+        first: Any = next(p.module for p in places if p.stack == place.stack and p.layer == 0)
+        place.module.__dict__["_bias_weight"] = first.relative_attention_bias.weight
+    try:
+        yield
+    finally:
+        detach(model)
+        restore_attention(model)
+
+
+def check_fits(layers: Any, places: Sequence[Place]) -> None:
+    """Raises a ValueError that names the first of a prefix' layers that the model doesn't have."""
+    found = {(p.site, p.layer): (p.kv_heads, p.head_dim) for p in places}
+    for site, shapes in layers.items():
+        count = sum(place == site for place, _ in found)
+        if count != len(shapes):
+            raise ValueError(
+                f"prefix has {len(shapes)} layers at {site}, and the model has {count}"
+            )
+        for index, shape in enumerate(shapes):
+            if shape is not None and tuple(shape) != found[site, index]:
+                raise ValueError(
+                    f"prefix has {shape[0]} key/value heads of size {shape[1]} at {site}, layer "
+                    f"{index}; the model's has {found[site, index][0]} of size "
+                    f"{found[site, index][1]}"
+                )
+
+
+def shifts_positions(model: Any, places: Sequence[Place], asked: bool | None) -> bool:
+    """Whether positions are to be shifted; the default is for single decoders."""
+    stacks = sorted({place.stack for place in places})
+    owners = [position_owner(model, stack) for stack in stacks]
+    relative = all(_own_attention.is_t5(place.module) for place in places)
+    if asked is None:
+        encodes = any(_own_attention.is_bert(place.module) for place in places)
+        return len(stacks) == 1 and owners[0] is not None and not encodes
+    if asked and not relative and any(owner is None for owner in owners):
+        raise ValueError(
+            f"shift_positions must be False or None for {type(model).__name__}, which takes no "
+            "position ids that count from 0"
+        )
+    return bool(asked) and not relative
