@@ -46,9 +46,8 @@ def test_plans_agree(preset, count, asks):
     expected = outputs(fusion, x, "direct", **arguments)
     for plan in PLANS[:2]:
         for name, value in outputs(fusion, x, plan, **arguments).items():
-            torch.testing.assert_close(
-                value, expected[name], rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            largest = expected[name].abs().max()
+            assert (value - expected[name]).abs().max() <= 1e-12 * largest, name
 
 
 def test_the_keys_bias_cancels():

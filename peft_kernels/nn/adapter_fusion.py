@@ -211,18 +211,14 @@ class AdapterFusion(nn.Module):
 
     def _absorb(self, absorb_query: bool) -> Absorbed:
         bottlenecks = self._bottlenecks()
-        scales = [a.scaling for a in bottlenecks]
-        ups = [
-            s[:, None] * a.up.weight if isinstance(s, Tensor) else s * a.up.weight
-            for a, s in zip(bottlenecks, scales, strict=True)
-        ]
         return absorb(
-            ups,
-            [s * a.up.bias for a, s in zip(bottlenecks, scales, strict=True)],
+            [adapter.up.weight for adapter in bottlenecks],
+            [adapter.up.bias for adapter in bottlenecks],
             self.query.weight,
             self.query.bias,
             self.key.weight,
             None if self.value is None else self.value.weight,
+            scales=[adapter.scaling for adapter in bottlenecks],
             temperature=self.temperature,
             absorb_query=absorb_query,
         )

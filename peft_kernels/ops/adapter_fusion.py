@@ -235,14 +235,14 @@ def absorb(
         up_biases: N of ``[n]``.
         query_weight, query_bias: ``[n, d]`` and ``[n]``.
         key_weight, value_weight: ``[n, n]``. The key's bias cancels in the softmax.
-        scales: N factors of the adapters' outputs.
+        scales: N factors of the adapters' outputs: numbers, or tensors of one or n elements.
         temperature: the scores are divided by it.
     """
     scales = [1.0] * len(up_weights) if scales is None else scales
-    columns = [s * u for s, u in zip(scales, up_weights, strict=True)]
-    columns += [(s * u)[:, None] for s, u in zip(scales, up_biases, strict=True)]
-    ups = torch.cat(columns, 1)  # [n, R + N]
-    keys = (ups if key_weight is None else key_weight @ ups).T / temperature
+    columns = [*up_weights, *(bias[:, None] for bias in up_biases)]
+    scaled = [_scaled(u, s) for u, s in zip(columns, [*scales, *scales], strict=True)]
+    ups = torch.cat(scaled, 1)  # [n, R + N]
+    keys = _scaled((ups if key_weight is None else key_weight @ ups).T, 1.0 / temperature)
     mixed = ups if value_weight is None else value_weight @ ups
     score_weight, score_bias = keys, None
     if absorb_query and query_weight is not None:
@@ -252,6 +252,13 @@ def absorb(
         score_bias = keys.new_zeros(keys.shape[0])
     ranks = ups.shape[1] - len(up_weights)
     return Absorbed(score_weight, score_bias, mixed[:, :ranks], mixed[:, ranks:].T)
+
+
+def _scaled(columns: Tensor, scale: float | Tensor) -> Tensor:
+    """[n, r] times a number, or one for each of its rows."""
+    if isinstance(scale, Tensor):
+        return columns * (scale[:, None] if scale.dim() == 1 else scale)
+    return columns if scale == 1.0 else columns * scale
 
 
 # ---- public ----------------------------------------------------------------------------------

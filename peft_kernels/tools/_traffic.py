@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 # Operations that touch no element on the device; views are recognised by their schema.
 _UNTOUCHING = {
     "empty",
+    "empty_like",
     "new_empty",
     "_local_scalar_dense",  # .item() of a host scalar
 }
@@ -237,10 +238,10 @@ class TrafficRow:
 
     op: str
     direction: str
-    plan: str
-    sizes: tuple[int, ...]  # m, n, k and, of lora_linear, r
+    plan: str  # or, of an op without plans, what the call has: residuals, LayerNorms, a query
+    sizes: tuple[int, ...]  # m, n, k and, where there is one rank, r
     launches: int
-    extra_passes: float  # over full-size activations, beyond the base layer's own two
+    extra_passes: float  # over full-size activations, beyond the base layer's two, or the floor's
     bytes_moved: int  # every launch's different elements: DRAM traffic if nothing stays in L2
     bytes_floor: int  # what has to be read, once, and every output written once
     atomics: int

@@ -1,8 +1,8 @@
 """The traffic of `prefix_attention`: launches, bytes, and how often the prefix is asked for.
 
 The floor: q, out, dout, lse and the gradients once, k and v once and no key that is padding, the
-prefixes that rows have once. Keys and values count once for all heads that share them, and the prefix
-once for all rows of the batch.
+prefixes that rows have once. Keys and values count once for all heads that share them, and the
+prefix once for all rows of the batch.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ TRAFFIC_SIZES = (192, 320, 256, 16)
 # read from the peers' sources.
 PEERS = {"PEFT": (7.0, 9.0), "Unsloth": (3.0, 7.0), "LoRAFusion": (3.5, 2.5)}
 
+_PARTS = (
+    "Gradients of parameters are summed in parts, as many as fill the GPU; with few rows these are"
+    " most of the bytes"
+)
+
 
 def compile_table(targets: tuple[str, ...] = TARGETS, workers: int = 2) -> list[CompiledRow]:
     """Compiles every kernel x shipped configuration for ``targets``.
@@ -51,7 +56,8 @@ def compile_table(targets: tuple[str, ...] = TARGETS, workers: int = 2) -> list[
 def traffic_table(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
     """Counts the traffic of every op's plans, forward and backward; four different sizes.
 
-    The adapters of multi_lora_linear have ranks of their own.
+    The adapters of multi_lora_linear and adapter_fusion have ranks of their own; adapter and
+    adapter_fusion have x, of k columns, as a residual or query, and so n = k.
     Runs in a process of its own, under the Triton interpreter.
     """
     rows = _run("_traffic_rows", [str(size) for size in (m, n, k, r)], interpret=True)
@@ -81,6 +87,8 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
         traffic = traffic_table(*TRAFFIC_SIZES)
     console.print(_traffic_view([row for row in traffic if row.op == "lora_linear"]))
     console.print(_multi_traffic_view([row for row in traffic if row.op == "multi_lora_linear"]))
+    console.print(_adapter_traffic_view([row for row in traffic if row.op == "adapter"]))
+    console.print(_fusion_traffic_view([row for row in traffic if row.op == "adapter_fusion"]))
     console.print(_prefix_traffic_view([row for row in traffic if row.op == "prefix_attention"]))
     with console.status("compiling for " + ", ".join(targets)):
         compiled = compile_table(targets)
@@ -141,6 +149,33 @@ def _prefix_traffic_view(rows: list[TrafficRow]) -> Table:
         launches, _, *cells = _traffic_cells(row)
         sizes = " ".join(map(str, row.sizes))
         table.add_row(row.direction, row.plan, sizes, launches, *cells)
+    return table
+
+
+def _adapter_traffic_view(rows: list[TrafficRow]) -> Table:
+    m, _, k, r = rows[0].sizes
+    table = Table(
+        title=f"adapter: memory traffic at m={m} k={k} r={r}, bfloat16 with float32 parameters",
+        caption="floor: every input and output once. extra passes: reads and writes of activations"
+        f" beyond the floor's. {_PARTS}",
+    )
+    _traffic_columns(table, "direction", "layout")
+    for row in rows:
+        table.add_row(row.direction, row.plan, *_traffic_cells(row))
+    return table
+
+
+def _fusion_traffic_view(rows: list[TrafficRow]) -> Table:
+    m, n, _ = rows[0].sizes
+    table = Table(
+        title=f"adapter_fusion: memory traffic at m={m} n={n}, 3 adapters, bfloat16 with float32"
+        " parameters",
+        caption="floor and extra passes as those of adapter; what a row has of the bottlenecks'"
+        f" size goes from launch to launch in float32. {_PARTS}",
+    )
+    _traffic_columns(table, "direction", "inputs")
+    for row in rows:
+        table.add_row(row.direction, row.plan, *_traffic_cells(row))
     return table
 
 

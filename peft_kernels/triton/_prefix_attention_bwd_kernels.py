@@ -13,8 +13,8 @@ With P the probabilities of all keys, of the prefix and of the text,
 
 Tiles are those of the forward (``_prefix_attention_kernels.py``): a row is a query of one of the
 heads that share the keys. P and dS are rounded to q's dtype for dQ, dK and dV, as these are; the
-prefix's gradients, sums over the whole batch, keep float32's precision. No kernel uses an atomic, and every sum has one order: the same input
-gives the same bits.
+prefix's gradients, sums over the whole batch, keep float32's precision. No kernel uses an atomic,
+and every sum has one order: the same input gives the same bits.
 """
 
 import triton
@@ -22,7 +22,13 @@ import triton.language as tl
 
 from peft_kernels.triton._blocks import dot, rank_dot, rounded, scales
 from peft_kernels.triton._prefix_attention_kernels import (
-    LOG2E, prefix_of_row, row_offsets, store_tile, text_of_row, tile_at, visible_scores,
+    LOG2E,
+    prefix_of_row,
+    row_offsets,
+    store_tile,
+    text_of_row,
+    tile_at,
+    visible_scores,
 )  # fmt: skip
 
 

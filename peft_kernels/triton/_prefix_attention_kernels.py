@@ -23,7 +23,7 @@ from peft_kernels.triton._blocks import dot, rounded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Stands for the lowest float32, as masks have it: finite in base-2 units too, with a score beside it.
+# Stands for the lowest float32, as masks have it: finite in base-2 units too, beside a score.
 LOWEST = tl.constexpr(-2.0e38)
 
 
@@ -122,7 +122,7 @@ def _attend(
     MASKED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over the keys ``first`` to ``last`` of k and v: acc / total is the output.
+    """The running softmax over keys ``first`` to ``last`` of k and v: acc / total is the output.
 
     Without MASKED every row sees all of them, and they are whole blocks.
     """

@@ -13,8 +13,8 @@ what makes them. The mean leaves the soft tokens out, and has P-tuning's mask in
 trained for such means, and its wheel has no head that says words at a mask. Learning rates are
 chosen by the loss on modules that are neither trained on nor tested on. Nothing is downloaded.
 
-    python python/tutorials/04-soft-prompts.py            some minutes on two cores
-    python python/tutorials/04-soft-prompts.py --quick    the same path in about half a minute
+    python python/tutorials/04-soft-prompts.py            about four minutes on two cores
+    python python/tutorials/04-soft-prompts.py --quick    the same path in under a minute
 
 An encoder of soft tokens is only there to train: it fails if a model that has only its output
 answers otherwise than the one trained, beyond the tolerance below.
@@ -244,10 +244,10 @@ def prefix_tuning(
 
 
 METHODS = {
-    "prompt tuning": Method(prompt_tuning, (1e-2, 3e-2)),
+    "prompt tuning": Method(prompt_tuning, (3e-2, 1e-1)),
     "P-tuning, LSTM": Method(partial(p_tuning, encoder="lstm"), (1e-3, 3e-3)),
     "P-tuning, MLP": Method(partial(p_tuning, encoder="mlp"), (1e-3, 3e-3)),
-    "prefix-tuning": Method(partial(prefix_tuning, reparametrization="flat"), (1e-2, 3e-2)),
+    "prefix-tuning": Method(partial(prefix_tuning, reparametrization="flat"), (3e-2, 1e-1)),
     "prefix-tuning, MLP": Method(partial(prefix_tuning, reparametrization="mlp"), (3e-4, 1e-3)),
 }
 

@@ -99,7 +99,8 @@ def save_soft_prompts_chart(
     axes[0].set(title="By soft tokens", xlabel="soft tokens", ylabel="%")
     axes[1].set_xscale("log")
     axes[1].set(title="By what trains beside the head", xlabel="parameters")
-    axes[0].legend(frameon=False, loc="lower right")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
     _save(figure, path)
 
 

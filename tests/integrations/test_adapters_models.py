@@ -33,6 +33,11 @@ CONFIGS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn", "parallel": "par_bn
 FUSED_CONFIG = adapters.AdapterFusionConfig.load("dynamic", dropout_prob=0.0)
 
 
+def assert_equal_in_float64(value, expected):
+    """To 1e-12 of the largest element: what two orders of the same sums may differ by."""
+    assert (value - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
 def a_model(family):
     return MODELS[family]().double().eval()
 
@@ -90,15 +95,16 @@ def test_equals_adapters(family, preset):
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     assert (y - hidden(base, ids, attention_mask=mask)).abs().max() > 0.1
 
-    y.square().sum().backward()
-    expected.square().sum().backward()
+    dy = torch.randn_like(y)  # a norm comes last: the sum of its squares has no gradient
+    y.backward(dy)
+    expected.backward(dy)
     trained = [p.grad for p in ours.parameters() if p.requires_grad]
     theirs_trained = [p.grad for p in theirs.parameters() if p.requires_grad]
     assert sum(g.numel() for g in trained) == sum(g.numel() for g in theirs_trained)
     norms, expected_norms = (
         torch.stack(sorted(g.norm() for g in found)) for found in (trained, theirs_trained)
     )
-    torch.testing.assert_close(norms, expected_norms, rtol=1e-11, atol=1e-11)
+    assert_equal_in_float64(norms, expected_norms)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -129,7 +135,7 @@ def test_a_fusion_of_three_equals_adapters(family):
         for path in adapters_of(ours):
             ours.get_submodule(path).plan = lambda rows, plan=plan: plan
         y, expected = hidden(ours, ids), hidden(theirs, ids)
-        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+        assert_equal_in_float64(y, expected)
         wanted = [
             p
             for path in adapters_of(ours)
@@ -141,10 +147,11 @@ def test_a_fusion_of_three_equals_adapters(family):
             for layer in layers
             for n in ("query.weight", "query.bias", "key.weight", "value.weight")
         ]
-        got = torch.autograd.grad(y.square().sum(), wanted)
-        target = torch.autograd.grad(expected.square().sum(), theirs_wanted)
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, wanted, dy)
+        target = torch.autograd.grad(expected, theirs_wanted, dy)
         for gradient, other in zip(got, target, strict=True):
-            torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-10)
+            assert_equal_in_float64(gradient, other)
 
 
 @pytest.mark.parametrize("preset", CONFIGS)
@@ -185,7 +192,7 @@ def test_gradient_checkpointing(preset):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
-        hidden(model, ids).square().sum().backward()
+        hidden(model, ids).sigmoid().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

@@ -1,6 +1,7 @@
 """The Triton plans of multi_lora_linear, in the interpreter: each against float64."""
 
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft_kernels.ops.multi_lora_linear import (
     example_trained,
     sort_by_adapter,
 )
+from peft_kernels.triton import _launch
 from peft_kernels.triton import multi_lora_linear as launchers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -204,3 +206,23 @@ def test_a_routing_made_once_serves_every_call():
     ids = inputs["ids"]
     inputs["ids"] = Routing(ids, *sort_by_adapter(ids, len(RANKS)))
     assert torch.equal(run(inputs, "grouped")[0], expected)
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["linear", "add_"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_backend_launches_its_kernels(plan, adds):
+    """The reference has the same results: that it isn't what ran shows here alone."""
+    launched = []
+
+    def run_and_note(kernel, *rest):
+        launched.append(kernel.fn.__name__)
+        launch_run(kernel, *rest)
+
+    launch_run = _launch.run
+    with patch.object(_launch, "run", run_and_note):
+        run(example_inputs(19, [24, 9], 21, RANKS), plan, slots=[1, 2], adds=adds)
+    grouped = ["multi_shrink_kernel", "multi_delta_kernel"]
+    decode = ["decode_shrink_kernel", "decode_tile_kernel"]
+    assert launched[:2] == (decode if plan == "decode" else grouped)
+    # No backward decodes; dA and dB of two banks.
+    assert launched[2:] == [*grouped, *["multi_grad_kernel"] * 4]

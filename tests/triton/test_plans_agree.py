@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+import peft_kernels
 from peft_kernels.triton import _blocks, _launch, _plans
 from peft_kernels.triton import lora_linear as launchers
 
@@ -243,3 +244,32 @@ def test_float16_range(plan):
     case.lora_a *= 1e-7
     case.check(plan)
     assert case.triton(plan)["y"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("plan", "forward", "backward"),
+    [
+        ("i", {"shrink_kernel", "tile_kernel"}, {"tile_kernel"}),
+        ("ii", {"in_loop_kernel"}, {"tile_kernel"}),
+        ("library", {"shrink_kernel", "add_low_rank_kernel"}, {"add_low_rank_kernel"}),
+    ],
+)
+def test_the_backend_launches_its_kernels(plan, forward, backward):
+    """The reference has the same results: that it isn't what ran shows here alone."""
+    launched = []
+
+    def run_and_note(kernel, *rest):
+        launched.append(kernel.fn.__name__)
+        launch_run(kernel, *rest)
+
+    launch_run = _launch.run
+    inputs = op.example_inputs(20, 35, 30, 4)
+    for name in ("x", "lora_a", "lora_b"):
+        inputs[name].requires_grad_()
+    note = patch.object(_launch, "run", run_and_note)
+    with note, _plans.force(plan), peft_kernels.backend("triton"):
+        y = op.lora_linear(**inputs)
+        assert set(launched) == forward
+        launched.clear()
+        y.sum().backward()
+    assert set(launched) == backward | {"from_dy_kernel", "grad_a_kernel", "sum_partials_kernel"}

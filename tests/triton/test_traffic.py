@@ -90,6 +90,7 @@ def test_counts_what_a_kernel_touches():
     [
         (lambda x: x.T, 0),
         (lambda x: x.new_empty(x.shape), 0),
+        (lambda x: torch.empty_like(x), 0),
         (lambda x: x.new_zeros(x.shape), 1),
         (lambda x: x.clone(), 2),
         (lambda x: x.T.contiguous(), 2),
