@@ -87,7 +87,7 @@ def checked_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key not in FIELDS[kind] and value:
             raise ValueError(f"{where}: {key} isn't supported and must be off; got {value!r}")
-    config = FIELDS[kind] | {"num_transformer_submodules": None} | config
+    config = {**FIELDS[kind], "num_transformer_submodules": None, **config}
     for key in {*_SIZES, *_NEEDED[kind]}:
         value = config[key]
         optional = value is None and key not in _NEEDED[kind]

@@ -65,7 +65,7 @@ def checked_task_type(task_type: str | None, model: nn.Module | None) -> str:
 def host_fields(model: Any) -> dict[str, Any]:
     """What a prompt's config tells of its model: PEFT fills in what is None."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = getattr(config, "get_text_config", lambda: config)()
     return {
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "num_attention_heads": getattr(text, "num_attention_heads", None),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -75,19 +76,18 @@ def count(
     shapes = (batch, heads, queries, size), (batch, kv_heads, keys, size)
     bank = (prefixes, kv_heads, length, size)
     tensors = [torch.randn(shape).to(dtype) for shape in (*shapes, shapes[1], bank, bank)]
-    arguments = (*tensors, prefix_ids, None, None, ends)
-    scale = size**-0.5
+    inputs: list[Any] = [*tensors, prefix_ids, None, None, ends]
+    options = [True, size**-0.5]
     # In memory as out, which is how the layer after the attention gives it.
     dout = torch.randn(batch, queries, heads, size).to(dtype).transpose(1, 2)
     with patch.object(_plans, "arch_name", lambda device: arch):
         with Traffic() as forward:
-            out, lse = launchers.prefix_attention_fwd(*arguments, True, scale)
+            out, lse = launchers.prefix_attention_fwd(*inputs, *options)
         gradients: tuple[Tensor, ...] = ()
         with Traffic() as of_backward:
             if backward:
-                gradients = launchers.prefix_attention_bwd(
-                    dout, *arguments, out, lse, True, scale, True, True, True
-                )
+                arguments = [dout, *inputs, out, lse, *options, True, True, True]
+                gradients = launchers.prefix_attention_bwd(*arguments)
     used = 1 if prefix_ids is None else len(set(prefix_ids.tolist()) - {-1})
     return Counted(
         inputs=dict(zip(INPUTS, tensors, strict=True)),

@@ -34,8 +34,8 @@ TRAFFIC_SIZES = (192, 320, 256, 16)
 PEERS = {"PEFT": (7.0, 9.0), "Unsloth": (3.0, 7.0), "LoRAFusion": (3.5, 2.5)}
 
 _PARTS = (
-    "Gradients of parameters are summed in parts, as many as fill the GPU; with few rows these are"
-    " most of the bytes"
+    "Gradients of parameters are summed in parts, as many as fill the GPU: with few rows or columns"
+    " these are much of what is beyond the floor"
 )
 
 
