@@ -43,7 +43,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "fwd": {64: Tile(128, 64, 0, 8, 3)},
         "query_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
         "text_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
-        "prefix_grad": {64: Tile(64, 64, 0, 8, 1)},
+        "prefix_grad": {64: Tile(64, 64, 0, 8, 2), 128: Tile(64, 64, 0, 8, 1)},
     },
     "gfx942": {
         "few": {64: Tile(16, 64, 0, 4, 1)},
