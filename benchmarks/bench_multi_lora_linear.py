@@ -8,22 +8,11 @@ hold, measured interleaved in one run, use ``peft-kernels bench multi_lora_linea
 
 from __future__ import annotations
 
-import pytest
+from _timing import of_suite, time_one
 
 from peft_kernels.tools.suites import multi_lora_linear as suite
 
-NAMES = (suite.BARE, suite.FUSED, *suite.RIVALS)
 
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", suite.CASES, ids=lambda case: f"{case.shape} {case.group}")
+@of_suite(suite)
 def test_multi_lora_linear(benchmark, case, name):
-    implementations = suite.implementations(case)
-    if name not in implementations:
-        pytest.skip(f"{name} is not installed")
-    implementation = implementations[name]
-    call = implementation.call(case.backward)
-    benchmark.group = f"{case.group} {case.shape}"
-    benchmark.extra_info["must reach"] = case.target
-    benchmark.extra_info["bytes saved for backward"] = implementation.saved_bytes()
-    benchmark(call)
+    time_one(benchmark, suite, case, name)

@@ -9,22 +9,27 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
+from peft_kernels._folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    plain_name,
+    read_config,
+    read_tensors,
+    unwrapped,
+    whole,
+    write_files,
+)
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_base, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 
 INTERPRETED_KEYS = {
@@ -124,20 +129,7 @@ def write_adapter(
         WEIGHTS_FILE: safetensors.torch.save(_tensors_of(layers), metadata={"format": "pt"}),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    _write_files(Path(folder), contents)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without DistributedDataParallel and torch.compile."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
-
-
-def plain_name(name: str) -> str:
-    """A module's name without the parts that torch.compile and checkpoint wrappers add."""
-    wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    write_files(Path(folder), contents)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -152,14 +144,8 @@ def _tensors_of(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
         for key, tensor in zip(("lora_A", "lora_B"), layer.adapter, strict=True):
-            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = _whole(tensor)
+            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = whole(tensor)
     return tensors
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU of a tensor, or of all the shards of a DTensor."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return (gather() if gather else tensor).to("cpu", copy=True).contiguous()
 
 
 def _config_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, Any]:
@@ -203,16 +189,6 @@ def _target_modules(model: nn.Module, layers: Iterable[str]) -> str | list[str]:
         if {name for name in names if matches(name, endings)} == chosen:
             return sorted(endings)
     return "|".join(re.escape(name) for name in sorted(chosen))
-
-
-def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes every file beside its place first, and puts them there when all are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        for name, data in contents.items():
-            Path(scratch, name).write_bytes(data)
-        for name in contents:
-            os.replace(Path(scratch, name), folder / name)
 
 
 # ---- load ------------------------------------------------------------------------------------
@@ -292,25 +268,11 @@ def read_adapter(
     config = _read_config(folder)
     if not config.get("target_modules"):
         raise ValueError(f"{folder / CONFIG_FILE}: target_modules must name layers; got nothing")
-    return config, _adapters_in(_read_tensors(folder))
+    return config, _adapters_in(read_tensors(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return _checked_config(_read_object(folder), folder / CONFIG_FILE)
-
-
-def _read_object(folder: Path) -> dict[str, Any]:
-    """The fields of the folder's config, whatever its method."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"folder must be an adapter; {folder} has no {CONFIG_FILE}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
-    return config
+    return _checked_config(read_config(folder), folder / CONFIG_FILE)
 
 
 def _checked_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
@@ -345,21 +307,6 @@ def _check_supported(where: Path | str, config: Mapping[str, Any]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise ValueError(f"{where}: {key} must be an object; got {config[key]!r}")
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_WEIGHTS_FILE
-    try:
-        if path.is_file():
-            return safetensors.torch.load_file(path)
-        path = pickled
-        if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} must be a file of tensors; {error}") from error
-    raise FileNotFoundError(
-        f"folder must be an adapter; {folder} has no {WEIGHTS_FILE} and no {PICKLED_WEIGHTS_FILE}"
-    )
 
 
 def _adapters_in(tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:

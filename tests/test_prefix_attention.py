@@ -439,3 +439,23 @@ def checked_elsewhere(**environment):
     command = [sys.executable, "-m", "pytest", __file__, "-k", "native_on_any_shape"]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_the_lowest_float(backend, queries, dtype):
+    """Models mask padding so: without a prefix its queries get what the softmax says, the mean."""
+    a = example_inputs(2, queries, 2, 1, 16, 5, keys=50, prefixes=1, dtype=dtype)
+    mask = torch.zeros(2, 1, queries, 50)
+    mask[:, :, 1] = torch.finfo(torch.float32).min
+    a["prefix_ids"] = torch.tensor([-1, 0])
+    with peft_kernels.backend(backend):
+        out = prefix_attention(**a, attn_mask=mask, is_causal=False)[:, :, 1].float()
+    mean = a["v"][0].float().mean(1).expand(2, -1)
+    assert_close = torch.testing.assert_close
+    assert_close(out[0], mean, rtol=0, atol=2**-9 if dtype is torch.bfloat16 else 1e-6)
+    prefix = {name: a[name] for name in ("prefix_k", "prefix_v")}  # the other row's is all it sees
+    alone = {name: a[name][1:, :, :0] for name in ("k", "v")}
+    expected = prefix_attention(a["q"][1:], **alone, **prefix, is_causal=False)[0, :, 1].float()
+    assert_close(out[1], expected, rtol=0, atol=2**-7 if dtype is torch.bfloat16 else 1e-6)

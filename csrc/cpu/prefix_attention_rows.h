@@ -79,9 +79,16 @@ struct Unit {
   void add_mask(int64_t i, int64_t first, int64_t n, float* scores) const;
 };
 
+// The lowest finite float, as masks have it, stays finite times log2(e) and beside a score.
+constexpr float LOWEST = -2.0e38f;
+
 template <class T>
 PK_INLINE void add_floats(const T* mask, int64_t stride, int64_t n, float* scores) {
-  for (int64_t j = 0; j < n; j++) scores[j] += widen(mask[j * stride]) * float(LOG2_E);
+  for (int64_t j = 0; j < n; j++) {
+    const float value = widen(mask[j * stride]);
+    const float bounded = value < LOWEST && value != -INFINITE ? LOWEST : value;
+    scores[j] += bounded * float(LOG2_E);
+  }
 }
 
 inline void Unit::add_mask(int64_t i, int64_t first, int64_t n, float* scores) const {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peft_kernels.checkpoint import unwrapped
+from peft_kernels._folder import unwrapped
 from peft_kernels.integrations.transformers import (
     _HOOKS,
     AdaptedOutput,

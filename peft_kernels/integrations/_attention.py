@@ -38,7 +38,7 @@ class Prefixes:
     Args:
         pairs: attention module -> keys and values, ``[Hkv, L, D]`` each, or ``[P, Hkv, L, D]``, a
             bank, where ids are given. A module that isn't there has no prefix.
-        ids: int32 ``[B]``, each row's prefix in the banks; -1: none.
+        ids: integers ``[B]``, each row's prefix in the banks; -1: none.
         need_weights: whether the model is to return its attentions.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from peft_kernels.checkpoint import plain_name
+from peft_kernels._folder import plain_name
 from peft_kernels.integrations._peft_prompt_config import SEQ_2_SEQ
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations.prefix import check_fits

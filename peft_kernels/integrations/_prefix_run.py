@@ -8,9 +8,7 @@ encoder.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,9 +25,16 @@ from peft_kernels.integrations._attention import (
     set_state,
 )
 from peft_kernels.integrations._checkpointing import carry, stop_carrying
+from peft_kernels.integrations._hooks import (
+    PREFIX_HOOK,
+    RowIds,
+    parameters,
+    past_length,
+    remove_hooks,
+    takes_positions,
+)
 from peft_kernels.integrations._prefix_places import Place, parent_path
 
-PREFIX_HOOK = "_prefix_hook_of"
 Evaluate = Callable[[Sequence[str]], Mapping[str, Sequence[Pair | None]]]
 
 
@@ -46,20 +51,16 @@ class Attached:
     def __init__(
         self, evaluate: Evaluate, places: Sequence[Place], tasks: int, length: int
     ) -> None:
-        self.evaluate, self.tasks, self.length = evaluate, tasks, length
+        self.evaluate, self.length = evaluate, length
+        self.row_ids = RowIds("prefix_ids", tasks)
         self.modules = {(p.site, p.layer): p.module for p in places}
         self.by_stack: dict[str, list[tuple[str, int]]] = {}
         for place in places:
             self.by_stack.setdefault(place.stack, []).append((place.site, place.layer))
-        self.ids: Tensor | None = None
-        self.repeats = False  # whether a row may be followed by its copies, as in generate's beams
 
     def prefixes(self, stack: str | None = None, ids: Tensor | None = None) -> Prefixes:
         """The prefixes of a stack's attention modules, of all if no stack is named."""
-        if ids is None and self.tasks > 1:
-            raise ValueError(
-                f"the prefix has {self.tasks} tasks, so each row must be given one: pass prefix_ids"
-            )
+        self.row_ids.check_given(ids)
         keys = list(self.modules) if stack is None else self.by_stack[stack]
         made = self.evaluate(sorted({site for site, _ in keys}))
         pairs: dict[nn.Module, Pair] = {}
@@ -71,43 +72,9 @@ class Attached:
                 pairs[self.modules[site, index]] = (k[None], v[None]) if bank else pair
         return Prefixes(pairs, ids)
 
-    def ids_of(self, batch: int, device: torch.device) -> Tensor | None:
-        """Each row's prefix in a batch of this size, int32."""
-        if self.ids is None:
-            return None
-        ids, rows = self.ids.to(device, torch.int32), self.ids.shape[0]
-        if self.repeats and rows and batch % rows == 0:
-            ids = ids.repeat_interleave(batch // rows)
-        if ids.shape[0] != batch:
-            raise ValueError(f"prefix_ids must have one id for each of {batch} rows; got {rows}")
-        return ids
-
-    def checked_ids(self, ids: Any) -> Tensor | None:
-        """The user's ids as a tensor."""
-        if ids is None:
-            return None
-        ids = torch.as_tensor(ids)
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"prefix_ids must be integers [rows]; got {list(ids.shape)} of {ids.dtype}"
-            )
-        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.tasks:
-            least, most = int(ids.min()), int(ids.max())
-            raise ValueError(f"prefix_ids must be in [-1, {self.tasks}); got {least} to {most}")
-        return ids
-
-    @contextmanager
-    def rows(self, ids: Any) -> Iterator[None]:
-        """Sets the rows' ids within the block."""
-        outer, self.ids = self.ids, self.checked_ids(ids)
-        try:
-            yield
-        finally:
-            self.ids = outer
-
     def shift(self, batch: int, device: torch.device) -> Tensor | int:
         """By how much a row's positions move: L, or 0 for a row without a prefix."""
-        ids = self.ids_of(batch, device)
+        ids = self.row_ids.of_batch(batch, device)
         return self.length if ids is None else self.length * (ids >= 0).long()[:, None]
 
 
@@ -122,9 +89,7 @@ def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift:
         model.__dict__["generate"] = partial(_generate, model)
     for place in places:
         place.module.__dict__[SOURCE] = attached.prefixes
-        _own_attention.take_over(place.module)
-        if _own_attention.is_t5(place.module):
-            place.module.__dict__["_bias_weight"] = _bias_weight(places, place)
+    take_over(places)
     for path in attached.by_stack:
         stack = model.get_submodule(path)
         stack.__dict__["_prefix_stack"] = (attached, path)
@@ -134,15 +99,20 @@ def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift:
             _hook(owner, _shift_positions, None)
 
 
+def take_over(places: Sequence[Place]) -> None:
+    """Has modules that compute their attention themselves attend with a prefix."""
+    for place in places:
+        _own_attention.take_over(place.module)
+        if _own_attention.is_t5(place.module):
+            # The relative position bias of a stack is its first layer's.
+            first: Any = next(p.module for p in places if p.stack == place.stack and p.layer == 0)
+            place.module.__dict__["_bias_weight"] = first.relative_attention_bias.weight
+
+
 def detach(model: nn.Module) -> None:
-    """Takes out what :func:`attach` put in."""
+    """Takes out what :func:`attach` and :func:`take_over` put in."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if hook in _HOOKS:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-                    module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, _HOOKS)
         for name in (SOURCE, PREFIX_HOOK, "_prefix_outer", *_MARKS):
             module.__dict__.pop(name, None)
         _own_attention.give_back(module)
@@ -155,7 +125,7 @@ def position_owner(model: nn.Module, stack: str) -> nn.Module | None:
     path: str = stack
     while True:
         module = model.get_submodule(path)
-        if "position_ids" in _parameters(module):
+        if takes_positions(module):
             embeddings = getattr(module, "embeddings", None)
             return None if hasattr(embeddings, "padding_idx") else module
         if not path:
@@ -170,27 +140,21 @@ def _hook(module: nn.Module, before: Callable, after: Callable | None) -> None:
 
 
 def _take_ids(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    attached = module.__dict__[PREFIX_HOOK]
-    module.__dict__.setdefault("_prefix_outer", []).append(attached.ids)
+    ids = module.__dict__[PREFIX_HOOK].row_ids
+    module.__dict__.setdefault("_prefix_outer", []).append(ids.given)
     if (given := kwargs.pop("prefix_ids", None)) is not None:
-        attached.ids = attached.checked_ids(given)
+        ids.given = ids.checked(given)
     return args, kwargs
 
 
 def _drop_ids(module: Any, args: tuple, output: Any) -> None:
-    module.__dict__[PREFIX_HOOK].ids = module.__dict__["_prefix_outer"].pop()
+    module.__dict__[PREFIX_HOOK].row_ids.given = module.__dict__["_prefix_outer"].pop()
 
 
 def _generate(model: Any, *args: Any, prefix_ids: Any = None, **kwargs: Any) -> Any:
-    """The model's generate; a row's copies (beams, several sequences) have its prefix."""
-    attached = model.__dict__[PREFIX_HOOK]
-    ids = attached.ids if prefix_ids is None else prefix_ids
-    outer, attached.repeats = attached.repeats, True
-    try:
-        with attached.rows(ids):
-            return type(model).generate(model, *args, **kwargs)
-    finally:
-        attached.repeats = outer
+    """The model's generate; a row's copies have its prefix."""
+    with model.__dict__[PREFIX_HOOK].row_ids.generating(prefix_ids):
+        return type(model).generate(model, *args, **kwargs)
 
 
 class _Run(Prefixes):
@@ -212,7 +176,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         for layer in child.children() if isinstance(child, nn.ModuleList) else ():
             carry(layer)
     first = _first_input(args, kwargs)
-    ids = attached.ids_of(first.shape[0], first.device)
+    ids = attached.row_ids.of_batch(first.shape[0], first.device)
     asked = bool(kwargs.get("output_attentions"))
     set_state(_Run(attached.prefixes(path, ids), asked, module, current_state()))
 
@@ -239,7 +203,7 @@ def _shift_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
     if isinstance(current_state(), Recording):
         return args, kwargs
     attached = module.__dict__["_prefix_shift"]
-    kwargs = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(parameters(module.__class__), args, strict=False)), **kwargs}
     text = _first_input((), kwargs)
     positions = kwargs.get("position_ids")
     if positions is None:
@@ -248,14 +212,14 @@ def _shift_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
             # Positions that start at L would be searched for packed sequences, with a mask made.
             kwargs["attention_mask"] = text.new_ones(text.shape[:2], dtype=torch.long)
     positions = positions + attached.shift(text.shape[0], text.device)
-    past = _past_length(kwargs.get("past_key_values"))
+    past = past_length(kwargs.get("past_key_values"))
     _check_room(module, positions, attached.length + past + text.shape[1])
     return (), kwargs | {"position_ids": positions}
 
 
 def _positions(kwargs: Mapping[str, Any], text: Tensor) -> Tensor:
     """Counted over the real tokens where a mask says which they are: ``[B or 1, S]``."""
-    past, queries = _past_length(kwargs.get("past_key_values")), text.shape[1]
+    past, queries = past_length(kwargs.get("past_key_values")), text.shape[1]
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + queries:
         return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
@@ -263,12 +227,6 @@ def _positions(kwargs: Mapping[str, Any], text: Tensor) -> Tensor:
     if positions is None:
         positions = torch.arange(past, past + queries, device=text.device)
     return positions[None]
-
-
-def _past_length(cache: Any) -> int:
-    if cache is None:
-        return 0
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
 
 
 def _check_room(module: Any, positions: Tensor, longest: int) -> None:
@@ -280,16 +238,6 @@ def _check_room(module: Any, positions: Tensor, longest: int) -> None:
             f"the text's positions reach {int(positions.max())} after the prefix; the model has "
             f"{room}: shorten the text, or add the prefix with shift_positions=False"
         )
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _bias_weight(places: Sequence[Place], place: Place) -> Tensor:
-    """The relative position bias' weight of a T5 stack, which its first layer has."""
-    first: Any = next(p.module for p in places if p.stack == place.stack and p.layer == 0)
-    return first.relative_attention_bias.weight
 
 
 _MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from peft_kernels.integrations import _own_attention
 from peft_kernels.integrations._attention import NAME, Prefixes, recording, set_state
 from peft_kernels.integrations._checkpointing import carry
+from peft_kernels.integrations._hooks import PREFIX_HOOK, past_length
 from peft_kernels.integrations._prefix_places import Place, attention_places
-from peft_kernels.integrations._prefix_run import PREFIX_HOOK, position_owner
+from peft_kernels.integrations._prefix_run import position_owner
 from peft_kernels.integrations._prompt_rows import (
     Layout,
     Trim,
@@ -28,7 +29,6 @@ from peft_kernels.integrations._prompt_rows import (
     check_packed,
     check_room,
     has_prompt,
-    past_length,
     slot_places,
     spread_others,
     text_of,

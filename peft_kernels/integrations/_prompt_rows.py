@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.ops.prompt_lookup import IGNORED, PromptedInputs, _positions, prompt_lookup
+from peft_kernels.integrations._hooks import past_length, takes_positions
+from peft_kernels.ops.prompt_lookup import IGNORED, PromptedInputs, prompt_lookup, slot_positions
 
 _MARK = "_peft_kernels_prompt"
 _FILLS = {"token_type_ids": 0, "shift_labels": IGNORED}
@@ -236,7 +237,7 @@ def slot_places(
     if position == "front":
         return None
     rows = text if text.dim() == 3 else text[..., None]
-    places = _positions(rows, length, position, mask)
+    places = slot_positions(rows, length, position, mask)
     if ids is None or not run.is_shifted:
         return places
     first = torch.arange(length, dtype=places.dtype, device=places.device)
@@ -301,26 +302,10 @@ def check_room(run: Any, positions: Tensor, total: int) -> None:
 
 
 @cache
-def parameters(kind: Any) -> tuple[str, ...]:
-    """The names of a module's forward's."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-@cache
 def pools_last(kind: Any) -> bool:
     """Whether it reads the last token, which it finds by ids: of embeddings it's the last place."""
     code = inspect.unwrap(kind.forward).__code__
     return "last_non_pad_token" in code.co_varnames
-
-
-def takes_positions(module: Any) -> bool:
-    return "position_ids" in parameters(module.__class__)
-
-
-def past_length(cache: Any) -> int:
-    if cache is None:
-        return 0
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
 
 
 def mark_cache(cache: Any) -> None:

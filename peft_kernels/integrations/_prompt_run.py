@@ -11,8 +11,6 @@ encoder's places is lengthened, so that ``generate`` may call the encoder by its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +26,13 @@ from peft_kernels.integrations._attention import (
     current_state,
     set_state,
 )
+from peft_kernels.integrations._hooks import (
+    PROMPT_HOOK,
+    RowIds,
+    parameters,
+    past_length,
+    remove_hooks,
+)
 from peft_kernels.integrations._prompt_prefix import (
     carry_state,
     decoder_of,
@@ -41,11 +46,8 @@ from peft_kernels.integrations._prompt_rows import (
     holds_prompt,
     inputs_in_rows,
     mark_cache,
-    parameters,
-    past_length,
 )
 
-PROMPT_HOOK = "_prompt_hook_of"
 _STACK = "_prompt_stack_of"
 
 
@@ -74,7 +76,7 @@ class PromptRun:
         self.prompt, self.as_prefix = prompt, as_prefix
         self.position: str = getattr(prompt, "position", "front")
         self.length: int = prompt.length
-        self.tasks: int = getattr(prompt, "tasks", 1)
+        self.row_ids = RowIds("task_ids", getattr(prompt, "tasks", 1))
         self.embedding: nn.Module = model.get_input_embeddings()
         self.decoder: nn.Module | None = None  # that runs the prompt where it is a prefix
         self.first_position, self.room = _learned_positions(model)
@@ -82,8 +84,6 @@ class PromptRun:
         # A causal head's labels are shifted, so a soft token answers for the text's first.
         self.is_shifted = not self.in_encoder and bool(model.can_generate())
         self.obstacle: str | None = "as_prefix is False"
-        self.ids: Tensor | None = None
-        self.repeats = False  # whether a row may be followed by its copies, as in generate's beams
         self.kept: dict[Any, Any] | None = None  # within generate: the prompt's keys and values
         self.frames: list[Frame] = []
 
@@ -96,48 +96,13 @@ class PromptRun:
         ids, given = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
         return self.embedding(ids) if given is None else given
 
-    # -- which row has which
-
     def ids_of(self, text: Tensor) -> Tensor | None:
         """Each row's prompt among :meth:`prompts`, for a batch of the text's rows."""
-        ids, batch = self.ids, text.shape[0]
-        if ids is not None:
-            rows = ids.shape[0]
-            if self.repeats and rows and batch % rows == 0:
-                ids = ids.repeat_interleave(batch // rows)
-            if ids.shape[0] != batch:
-                raise ValueError(f"task_ids must have one id for each of {batch} rows; got {rows}")
-            ids = ids.to(text.device)
-        elif self.tasks > 1:
-            raise ValueError(
-                f"task_ids must be given: the prompt has {self.tasks} tasks, so each row needs one"
-            )
+        ids = self.row_ids.of_batch(text.shape[0], text.device)
+        self.row_ids.check_given(ids)
         if getattr(self.prompt, "ensemble", 1) > 1:
-            return self.prompt._members(text, ids)
+            return self.prompt.members(text, ids)
         return ids
-
-    def checked(self, ids: Any) -> Tensor | None:
-        """The user's ids as a tensor."""
-        if ids is None:
-            return None
-        ids = torch.as_tensor(ids)
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"task_ids must be integers [rows]; got {list(ids.shape)} of {ids.dtype}"
-            )
-        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.tasks:
-            least, most = int(ids.min()), int(ids.max())
-            raise ValueError(f"task_ids must be in [-1, {self.tasks}); got {least} to {most}")
-        return ids.long()
-
-    @contextmanager
-    def rows(self, ids: Any) -> Iterator[None]:
-        """Sets the rows' ids within the block."""
-        outer, self.ids = self.ids, self.checked(ids)
-        try:
-            yield
-        finally:
-            self.ids = outer
 
     # -- how
 
@@ -175,12 +140,7 @@ def attach(model: Any, run: PromptRun) -> None:
 def detach(model: nn.Module) -> None:
     """Takes out what :func:`attach` put in."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if hook in _HOOKS:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-                    module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, _HOOKS)
         for name in (PROMPT_HOOK, _STACK):
             module.__dict__.pop(name, None)
     model.__dict__.pop("generate", None)
@@ -197,13 +157,12 @@ def _no_forward() -> None:
 def _generate(model: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
     """The model's generate; a row's copies (beams, several sequences) have its prompt."""
     run = model.__dict__[PROMPT_HOOK]
-    ids = run.ids if task_ids is None else task_ids
-    outer, run.repeats, run.kept = (run.repeats, run.kept), True, {}
+    outer, run.kept = run.kept, {}
     try:
-        with run.rows(ids):
+        with run.row_ids.generating(task_ids):
             return type(model).generate(model, *args, **kwargs)
     finally:
-        run.repeats, run.kept = outer
+        run.kept = outer
 
 
 def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -264,7 +223,7 @@ def _after(module: Any, args: tuple, output: Any) -> Any:
     if not run.frames:
         return None
     frame = run.frames.pop()
-    run.ids = frame.ids
+    run.row_ids.given = frame.ids
     if frame.has_state:
         set_state(frame.outer)
     if output is None:
@@ -280,14 +239,14 @@ _HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after)
 
 
 def _begin(run: PromptRun) -> Frame:
-    frame = Frame(run.ids)
+    frame = Frame(run.row_ids.given)
     run.frames.append(frame)
     return frame
 
 
 def _take_ids(run: PromptRun, inputs: dict[str, Any]) -> None:
     if (given := inputs.pop("task_ids", None)) is not None:
-        run.ids = run.checked(given)
+        run.row_ids.given = run.row_ids.checked(given)
 
 
 def _named(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

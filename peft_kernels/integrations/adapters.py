@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.checkpoint import _whole, _write_files, unwrapped
+from peft_kernels._folder import unwrapped, whole, write_files
 from peft_kernels.integrations._adapters_config import (
     DEFAULTS,
     FLAGS,
@@ -176,7 +176,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     as_safetensors: bool,
 ) -> None:
-    tensors = {f"{host.base_model_prefix}.{k}": _whole(t.detach()) for k, t in tensors.items()}
+    tensors = {f"{host.base_model_prefix}.{k}": whole(t.detach()) for k, t in tensors.items()}
     if as_safetensors:
         data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     else:
@@ -185,7 +185,7 @@ def _write(
         data = buffer.getvalue()
     config = json.dumps(header, indent=2, sort_keys=True).encode()
     weights, stale = files[1:] if as_safetensors else files[:0:-1]
-    _write_files(folder, {weights: data, files[0]: config})
+    write_files(folder, {weights: data, files[0]: config})
     (folder / stale).unlink(missing_ok=True)
 
 
@@ -311,7 +311,7 @@ def load_fusion(
     for place, fusion in zip(loaded[0].places, fusions, strict=True):
         fusion.adapters.requires_grad_(False)
         targets |= fusion_tensors(f"{place.key}.adapter_fusion_layer.{header['name']}", fusion)
-    tensors = _read_tensors(host, folder, FUSION_FILES)
+    tensors = read_tensors(host, folder, FUSION_FILES)
     # `adapters` writes the fusions along whose names begin with this one's.
     mine = f".adapter_fusion_layer.{header['name']}."
     _fill(targets, {key: t for key, t in tensors.items() if mine in key}, folder)
@@ -349,7 +349,7 @@ def _read_adapter(host: Any, folder: Path) -> _Loaded:
     targets = invertible_tensors(header["name"], invertible)
     for place, adapter in zip(places, adapters, strict=True):
         targets |= adapter_tensors(f"{place.key}.adapters.{header['name']}", adapter)
-    _fill(targets, _read_tensors(host, folder, ADAPTER_FILES), folder)
+    _fill(targets, read_tensors(host, folder, ADAPTER_FILES), folder)
     return _Loaded(where, config, places, adapters, invertible)
 
 
@@ -393,7 +393,7 @@ def _invertible(host: Any, where: Path, config: Mapping[str, Any]) -> Invertible
     )
 
 
-def _read_tensors(host: Any, folder: Path, files: tuple[str, ...]) -> dict[str, Tensor]:
+def read_tensors(host: Any, folder: Path, files: tuple[str, ...]) -> dict[str, Tensor]:
     """The weights by key, without the base model's prefix."""
     present = [folder / name for name in files[1:] if (folder / name).is_file()]
     if not present:

@@ -29,14 +29,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.checkpoint import (
+from peft_kernels._folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    _read_object,
-    _read_tensors,
-    _whole,
-    _write_files,
+    read_config,
+    read_tensors,
     unwrapped,
+    whole,
+    write_files,
 )
 from peft_kernels.integrations._peft_prompt_config import (
     MULTITASK,
@@ -122,12 +122,12 @@ def save_prompt(
     if base_model_name_or_path is not None:
         given["base_model_name_or_path"] = base_model_name_or_path
     config = written_config(kind, host_fields(model), fields, given)
-    whole = {key: _whole(tensor.detach()) for key, tensor in tensors.items()}
+    copies = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
     contents = {
-        WEIGHTS_FILE: safetensors.torch.save(whole, metadata={"format": "pt"}),
+        WEIGHTS_FILE: safetensors.torch.save(copies, metadata={"format": "pt"}),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    _write_files(Path(folder), contents)
+    write_files(Path(folder), contents)
 
 
 def _contents(module: Any, task: int | None, task_type: str) -> Contents:
@@ -249,8 +249,8 @@ def load_prompt(
         The model is unchanged when one is raised.
     """
     path = Path(folder)
-    config = checked_config(_read_object(path), path / CONFIG_FILE)
-    tensors = _read_tensors(path)
+    config = checked_config(read_config(path), path / CONFIG_FILE)
+    tensors = read_tensors(path)
     model = None if model is None else unwrapped(model)
     modules = {key: t for key, t in tensors.items() if key.startswith(MODULE_PREFIX)}
     own = {key: t for key, t in tensors.items() if key not in modules}

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations import _own_attention
 from peft_kernels.integrations._attention import NAME, Pair, recording
+from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.integrations._prefix_places import Place, attention_places
 from peft_kernels.integrations._prefix_run import (
-    PREFIX_HOOK,
     Attached,
     attach,
     detach,
     position_owner,
+    take_over,
 )
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 
@@ -106,10 +107,12 @@ def add_prefix(
 
     Raises:
         ValueError: a prefix whose sites, layers or heads aren't the model's, a model that has one
-            already, or whose positions can't be shifted. The model is unchanged then.
+            or a prompt already, or whose positions can't be shifted. The model is unchanged then.
     """
     if PREFIX_HOOK in model.__dict__:
         raise ValueError("model has a prefix already; remove_prefix takes it out")
+    if PROMPT_HOOK in model.__dict__:
+        raise ValueError("model has a prompt, and can't have a prefix besides it")
     places = attention_places(model)
     check_fits(prefix.layers, places)
     shift = shifts_positions(model, places, shift_positions)
@@ -149,7 +152,7 @@ def prefix_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator
     """
     if PREFIX_HOOK not in model.__dict__:
         raise ValueError("model has no prefix; add_prefix gives it one")
-    with model.__dict__[PREFIX_HOOK].rows(ids):
+    with model.__dict__[PREFIX_HOOK].row_ids.within(ids):
         yield
 
 
@@ -249,13 +252,8 @@ def restore_attention(model: Any) -> None:
 @contextmanager
 def _prepared(model: nn.Module, places: Sequence[Place]) -> Iterator[None]:
     """Attention modules that call :func:`_attention.attend`, for the duration of a block."""
-    with_bias = [p for p in places if _own_attention.is_t5(p.module)]
     use_prefix_attention(model)
-    for place in places:
-        _own_attention.take_over(place.module)
-    for place in with_bias:
-        first: Any = next(p.module for p in places if p.stack == place.stack and p.layer == 0)
-        place.module.__dict__["_bias_weight"] = first.relative_attention_bias.weight
+    take_over(places)
     try:
         yield
     finally:

@@ -13,7 +13,8 @@ A template of P-tuning's comes with its batch, whose places count the slots:
     batch = template.encode(texts)
     scores = prompt.scores(model(template=batch).logits, batch)
 
-What the model answers is of the text's tokens, however the prompt is computed.
+What the model answers is of the text's tokens, however the prompt is computed; with a template, of
+all of its places.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations._attention import SOURCE
 from peft_kernels.integrations._checkpointing import stop_carrying
-from peft_kernels.integrations._prefix_run import PREFIX_HOOK
+from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.integrations._prompt_prefix import obstacle
-from peft_kernels.integrations._prompt_run import PROMPT_HOOK, PromptRun, attach, detach
+from peft_kernels.integrations._prompt_run import PromptRun, attach, detach
 from peft_kernels.integrations.prefix import restore_attention, use_prefix_attention
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
@@ -45,7 +46,8 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
     ``soft_prompt``.
 
     Outputs are of the text: ``logits``, ``last_hidden_state`` and ``hidden_states`` have its S
-    positions, with and without ``as_prefix``. (PEFT's have L + S.) The loss is that of all L + S: a
+    positions, with and without ``as_prefix``. (PEFT's have L + S, and so have those of a forward
+    with ``template=``, whose batch counts the slots.) The loss is that of all L + S: a
     causal model's counts what the last soft token says of the text's first, behind padding too; in
     a row without a prompt that token isn't counted. Attentions and an encoder's hidden states keep
     the prompt, whose places the decoder attends to.
@@ -135,5 +137,5 @@ def task_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator[N
     """
     if PROMPT_HOOK not in model.__dict__:
         raise ValueError("model has no prompt; add_prompt gives it one")
-    with model.__dict__[PROMPT_HOOK].rows(ids):
+    with model.__dict__[PROMPT_HOOK].row_ids.within(ids):
         yield

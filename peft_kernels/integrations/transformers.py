@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn.adapter_fusion import AdapterFusion
-from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter, check_choice
+from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter
 
 _POST_NORM = {"dense", "dropout", "LayerNorm"}
 _PRE_NORM = {"self_attn", "mlp", "post_attention_layernorm"}

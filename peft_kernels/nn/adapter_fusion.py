@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm, check_choice
+from peft_kernels.nn._checks import check_choice
+from peft_kernels.nn._kept import KeepingModule
+from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 
 OFF_DIAGONAL = 1e-6  # of a value projection that starts as the identity
@@ -17,7 +19,7 @@ OFF_DIAGONAL = 1e-6  # of a value projection that starts as the identity
 PRESETS = {"dynamic": ("query", "key", "value"), "static": ("query", "key")}
 
 
-class AdapterFusion(nn.Module):
+class AdapterFusion(KeepingModule):
     """Attention over the outputs of N adapters, called where one adapter would be.
 
     ``y = norm(residual + sum over n of p_n V o_n)`` with ``h = pre_norm(x)``, ``o_n`` the n-th
@@ -84,7 +86,6 @@ class AdapterFusion(nn.Module):
         has_value = "value" in PRESETS[preset]
         self.value = nn.Linear(size, size, bias=False, **factory) if has_value else None
         self.attention = None
-        self._cache: tuple[tuple, Absorbed] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -143,7 +144,7 @@ class AdapterFusion(nn.Module):
         """The plan for this many rows: "absorbed", "query" or "direct"."""
         if not self._can_absorb() or (self.training and self.dropout > 0):
             return "direct"
-        if not self._trains():
+        if not self.trains():
             return "absorbed"
         size, adapters = self.hidden_size, len(self.adapters)
         ranks = sum(adapter.bottleneck_size for adapter in self._bottlenecks()) + adapters
@@ -171,9 +172,6 @@ class AdapterFusion(nn.Module):
         dropping = any(a.training and a.dropout > 0 for a in self._bottlenecks())
         return plain and len(activations) == 1 and not dropping
 
-    def _trains(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-
     def _absorbed(
         self, h: Tensor, asked: Tensor, residual: Tensor | None, plan: str
     ) -> tuple[Tensor, Tensor]:
@@ -192,22 +190,19 @@ class AdapterFusion(nn.Module):
         )
 
     def _matrices(self, absorb_query: bool) -> Absorbed:
-        if self._trains():
+        if self.trains():
             return self._absorb(absorb_query)
-        state = (*self._state(), (absorb_query, 0))
-        if self._cache is None or not _same(self._cache[0], state):
-            with torch.no_grad():
-                self._cache = (state, self._absorb(absorb_query))
-        return self._cache[1]
-
-    def _state(self) -> tuple:
-        """All that the matrices are made of, each parameter with its count of changes in place."""
-        parameters = tuple((p, p._version) for p in self.parameters())
-        numbers = tuple((a.scaling, 0) for a in self._bottlenecks())
-        return (*parameters, *numbers, (self.temperature, 0))
+        # A scaling that trains is one of the parameters.
+        scalings = [a.scaling for a in self._bottlenecks()]
+        numbers = tuple(None if isinstance(s, Tensor) else s for s in scalings)
+        return self._kept.get(
+            lambda: self._absorb(absorb_query),
+            list(self.parameters()),
+            (numbers, self.temperature, absorb_query),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_cache": None, "attention": None}
+        return super().__getstate__() | {"attention": None}
 
     def _absorb(self, absorb_query: bool) -> Absorbed:
         bottlenecks = self._bottlenecks()
@@ -236,13 +231,3 @@ class AdapterFusion(nn.Module):
             f"hidden_size={self.hidden_size}, preset={self.preset}, "
             f"temperature={self.temperature}, dropout={self.dropout}"
         )
-
-
-def _same(kept: tuple, state: tuple) -> bool:
-    """Whether no parameter was changed or replaced, nor a number set."""
-    if len(kept) != len(state):
-        return False
-    return all(
-        (a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b) and i == j
-        for (a, i), (b, j) in zip(kept, state, strict=True)
-    )

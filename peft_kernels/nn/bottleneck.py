@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 
@@ -24,20 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adapterplus": {"reduction": 96, "activation": "gelu", "scale": "channel", "init": "houlsby"},
 }
 Norm = Callable[[Tensor], Tensor]
-
-
-def check_size(name: str, size: int, least: int = 1) -> None:
-    """Raises a TypeError or ValueError unless ``size`` is an int of at least ``least``."""
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"{name} must be an int; got {size!r}")
-    if size < least:
-        raise ValueError(f"{name} must be at least {least}; got {size}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def reduced(size: int, reduction: float) -> int:

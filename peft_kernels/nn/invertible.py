@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn.bottleneck import INITS, check_choice, check_size, init_bottleneck_, reduced
+from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn.bottleneck import INITS, init_bottleneck_, reduced
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 

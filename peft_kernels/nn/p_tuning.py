@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prompt_init import Embedding, embed
 from peft_kernels.nn._template import Template, TemplateBatch, Verbalizer
-from peft_kernels.nn.adapter_fusion import _same
-from peft_kernels.nn.bottleneck import check_choice, check_size
 from peft_kernels.ops.prompt_lookup import PromptedInputs, prompt_lookup
 
 ENCODERS = ("mlp", "lstm")
 
 
-class PTuning(nn.Module):
+class PTuning(KeepingModule):
     """Trained slots among a template's tokens and the input's, in a masked or causal model.
 
     Liu et al. 2021, "GPT Understands, Too", sections 3.1 and 3.2. The slots' vectors h are made
@@ -120,7 +120,6 @@ class PTuning(nn.Module):
         if self.lstm is not None and self.length == 1:
             for name, weight in self.lstm.named_parameters():
                 weight.requires_grad_("weight_hh" not in name)
-        self._cache: tuple[tuple, Tensor] | None = None
         self.reset_slots()
 
     def reset_slots(self) -> None:
@@ -131,27 +130,11 @@ class PTuning(nn.Module):
             else:
                 self.slots.copy_(self.init)
 
-    def train(self, mode: bool = True) -> PTuning:
-        # What writes through `.data` leaves no trace in a parameter's count of changes.
-        self._cache = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_cache": None}
-
     def prompts(self) -> Tensor:
         """``[1, L, dim]``: the slots' vectors as the model sees them."""
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if self.training or trains or torch.compiler.is_compiling():
+        if self.training or self.trains():
             return self._encoded()
-        kind = self.slots.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        state = (*((p, p._version) for p in self.parameters()), (precision, 0))
-        if self._cache is None or not _same(self._cache[0], state):
-            # Not an inference tensor, which other modes couldn't use.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache = (state, self._encoded())
-        return self._cache[1]
+        return self._kept.get(self._encoded, list(self.parameters()))
 
     def _encoded(self) -> Tensor:
         h = self.slots

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prefix_parts import FlatPrefix, MLPPrefix, Pair, Shape
-from peft_kernels.nn.bottleneck import check_choice
 
 SITES = ("self", "encoder", "cross")
 REPARAMETRIZATIONS = ("flat", "mlp")
 Values = Mapping[str, Sequence[Pair | None]]
 
 
-class PrefixTuning(nn.Module):
+class PrefixTuning(KeepingModule):
     """Keys and values of ``length`` virtual tokens for each attention layer of a model.
 
     Called without arguments it returns, for each site, a list over the layers of
@@ -59,6 +60,7 @@ class PrefixTuning(nn.Module):
     Raises:
         ValueError: a length, size or share out of range, no layer, an unknown site or choice, or
             values that don't fit.
+        TypeError: a size that isn't an int.
     """
 
     def __init__(
@@ -82,20 +84,17 @@ class PrefixTuning(nn.Module):
         if isinstance(init, str):
             check_choice("init", init, ("normal", "zero"))
         for name, size in {"length": length, "tasks": tasks, "mid": mid, "depth": depth}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1; got {size}")
+            check_size(name, size)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         self.layers = _checked_layers(layers)
         self.length, self.tasks, self.dropout = length, tasks, float(dropout)
         self.reparametrization, self.mid, self.depth = reparametrization, mid, depth
         self.dim = _default_dim(self.layers) if dim is None else dim
-        if self.dim < 1:
-            raise ValueError(f"dim must be at least 1; got {dim}")
+        check_size("dim", self.dim)
         self.std = std
         factory: Any = {"device": device, "dtype": dtype}
         self.sites = nn.ModuleDict({name: self._site(name, factory) for name in self.layers})
-        self._cache: tuple[tuple, dict[str, list[Pair | None]]] | None = None
         self.reset_parameters("normal" if not isinstance(init, str) else init)
         if not isinstance(init, str):
             self.fit(init)
@@ -123,12 +122,10 @@ class PrefixTuning(nn.Module):
         wanted = [name for name in self.layers if sites is None or name in sites]
         if self.reparametrization == "flat" or torch.is_grad_enabled() or self._drops():
             return self._evaluate(wanted)
-        state = self._state()
-        if state is None:
-            return self._evaluate(wanted)
-        if self._cache is None or self._cache[0] != state:
-            self._cache = (state, self._evaluate(list(self.layers)))
-        return {name: self._cache[1][name] for name in wanted}
+        everything = self._kept.get(
+            lambda: self._evaluate(list(self.layers)), list(self.parameters())
+        )
+        return {name: everything[name] for name in wanted}
 
     def layer(self, site: str, index: int) -> Pair | None:
         """One layer's keys and values by themselves: of the MLP's end, that layer's part alone."""
@@ -185,7 +182,7 @@ class PrefixTuning(nn.Module):
                     flat.values[str(index)].copy_(torch.stack(prefix.layer(index, hidden), 1))
                 flat.requires_grad_(weight.requires_grad)
                 self.sites[name] = flat.train(self.training)
-        self.reparametrization, self._cache = "flat", None
+        self.reparametrization = "flat"
         return self
 
     def table(self, site: str = "self") -> Tensor:
@@ -260,17 +257,6 @@ class PrefixTuning(nn.Module):
         if self._drops():
             k, v = F.dropout(k, self.dropout), F.dropout(v, self.dropout)
         return k, v
-
-    def _state(self) -> tuple | None:
-        """What the MLP's output is made of, or None where changes to it aren't counted."""
-        parameters = list(self.parameters())
-        if any(p.is_inference() for p in parameters):
-            return None
-        inference = torch.is_inference_mode_enabled()
-        return (inference, *((id(p), p._version, p.data_ptr()) for p in parameters))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_cache": None}
 
     def _checked_values(self, site: str, given: Sequence[Pair | None]) -> dict[int, Tensor]:
         """``[P, 2, Hkv, L, D]`` of each layer that has a prefix."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn.bottleneck import check_choice, check_size
+from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.ops.prompt_lookup import POSITIONS, PromptedInputs, prompt_lookup
 
 INITS = ("uniform", "normal")
@@ -158,7 +158,7 @@ class PromptTuning(nn.Module):
         Raises:
             ValueError, TypeError: as the op; a batch that ``expand`` can't have made.
         """
-        ids = task_ids if self.ensemble == 1 else self._members(embeddings, task_ids)
+        ids = task_ids if self.ensemble == 1 else self.members(embeddings, task_ids)
         return prompt_lookup(
             embeddings,
             self.prompts(),
@@ -168,8 +168,8 @@ class PromptTuning(nn.Module):
             labels=labels,
         )
 
-    def _members(self, embeddings: Tensor, task_ids: Tensor | None) -> Tensor:
-        """[B * E]: the prompt of each row, one after the other within its task."""
+    def members(self, embeddings: Tensor, task_ids: Tensor | None) -> Tensor:
+        """``[B * E]``: the prompt of each of :meth:`expand`'s rows, in turn within its task."""
         rows = embeddings.shape[0]
         if rows % self.ensemble:
             raise ValueError(

@@ -50,3 +50,17 @@ def dropout_factor(seed: Tensor, p: float, m: int, k: int, dtype: torch.dtype) -
 def draw_seed(device: torch.device) -> Tensor:
     """A 0-d int64 seed from torch's generator of ``device``, so that a checkpoint redraws it."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a tensor, drawn from torch's generator if None."""
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, int):
+        return torch.full((), seed, dtype=torch.int64)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed!r}")
+    if seed.dim() != 0 or seed.dtype is not torch.int64:
+        shape, dtype = tuple(seed.shape), seed.dtype
+        raise ValueError(f"seed must be an int or a 0-d int64 tensor; got {dtype} of shape {shape}")
+    return seed

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels.ops._dtypes import acc_dtype
+
 PAGE = 8  # rank rows
 PLANS = ("auto", "decode", "grouped", "single")
 
@@ -76,11 +78,6 @@ def sort_by_adapter(ids: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 # ---- checks ----------------------------------------------------------------------------------
-
-
-def acc_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums and of S: float32, or float64 for float64 input."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 # The checks run on every call, so a message is only put together when it is raised.

@@ -31,8 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
-from peft_kernels.ops._dropout import dropout_factor
-from peft_kernels.ops.lora_linear import _acc_dtype, _autocast, _seed_tensor
+from peft_kernels.ops._dropout import dropout_factor, seed_tensor
+from peft_kernels.ops._dtypes import acc_dtype, autocast
 
 # residual [m, n] is what is added besides x; adds_x says that x is added too.
 _INPUTS = (
@@ -105,7 +105,7 @@ def adapter_fwd_ref(
     pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
     activation, adds_x, dropout_p, seed,
 ):  # fmt: skip
-    acc = _acc_dtype(x)
+    acc = acc_dtype(x)
     h, statistics = x.to(acc), x.new_empty(x.shape[0], 0, dtype=acc)
     if pre_norm_weight is not None:
         statistics = _statistics(h, pre_norm_eps)
@@ -169,7 +169,7 @@ def _fwd_fake(
     pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
     activation, adds_x, dropout_p, seed,
 ):  # fmt: skip
-    m, acc = x.shape[0], _acc_dtype(x)
+    m, acc = x.shape[0], acc_dtype(x)
     norms = (pre_norm_weight is not None) + (norm_weight is not None)
     y, z = x.new_empty(m, up_weight.shape[0]), x.new_empty(m, down_weight.shape[0], dtype=acc)
     return y, z, x.new_empty(m, 2 * norms, dtype=acc)
@@ -337,7 +337,7 @@ def adapter(
     adds_x = any(term is x for term in terms)
     if torch.compiler.is_compiling():  # Dynamo refuses a function that is given a tensor twice
         norm_weight, norm_bias = _aliases(norm_weight), _aliases(norm_bias)
-    x, *others = _autocast(x, *(term for term in terms if term is not x))
+    x, *others = autocast(x, *(term for term in terms if term is not x))
     parameters = (down_weight, down_bias, up_weight, up_bias)
     norms = (pre_norm_weight, pre_norm_bias, norm_weight, norm_bias)
     _check(x, others, adds_x, parameters, norms, scale, dropout_p)
@@ -357,7 +357,7 @@ def adapter(
         activation,
         adds_x,
         float(dropout_p),
-        _seed_tensor(seed, x.device) if dropout_p > 0.0 else None,
+        seed_tensor(seed, x.device) if dropout_p > 0.0 else None,
     )
     variant = _library.variant(x.dtype)
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
@@ -426,7 +426,7 @@ def _check(x, others, adds_x, parameters, norms, scale, dropout_p) -> None:
 
 
 def _check_types(x, others, named) -> None:
-    base, acc, device = x.dtype, _acc_dtype(x), x.device
+    base, acc, device = x.dtype, acc_dtype(x), x.device
     if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
     for term in others:

@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
-from peft_kernels.ops.lora_linear import _acc_dtype, _autocast
+from peft_kernels.ops._dtypes import acc_dtype, autocast
 
 # query is x where it is None. sizes are the adapters' bottlenecks; they add up to R.
 _INPUTS = (
@@ -74,7 +74,7 @@ def adapter_fusion_fwd_ref(
     x, query, down_weight, down_bias, score_weight, score_bias, mix_weight, mix_bias,
     sizes, activation, residual,
 ):  # fmt: skip
-    acc, ranks = _acc_dtype(x), down_weight.shape[0]
+    acc, ranks = acc_dtype(x), down_weight.shape[0]
     wide_x = x.to(acc)
     q = wide_x if query is None else query.to(acc)
     z = F.linear(wide_x, down_weight.to(acc), down_bias.to(acc))
@@ -124,7 +124,7 @@ def _fwd_fake(
     x, query, down_weight, down_bias, score_weight, score_bias, mix_weight, mix_bias,
     sizes, activation, residual,
 ):  # fmt: skip
-    m, acc, ranks, adapters = x.shape[0], _acc_dtype(x), down_weight.shape[0], len(sizes)
+    m, acc, ranks, adapters = x.shape[0], acc_dtype(x), down_weight.shape[0], len(sizes)
     y = x.new_empty(m, mix_weight.shape[0])
     return y, *(x.new_empty(m, size, dtype=acc) for size in (ranks, ranks + adapters, adapters))
 
@@ -300,7 +300,7 @@ def adapter_fusion(
     """
     activation = activation_name(activation)
     query = None if query is x else query
-    x, query, residual = _autocast(x, query, residual)
+    x, query, residual = autocast(x, query, residual)
     _check(x, down_weights, down_biases, absorbed, query, residual)
     lead, n = x.shape[:-1], absorbed.mix_weight.shape[0]
     inputs = (
@@ -363,7 +363,7 @@ def _check(x, down_weights, down_biases, absorbed, query, residual) -> None:
 
 
 def _check_types(x, down_weights, down_biases, absorbed, query, residual) -> None:
-    base, acc, device = x.dtype, _acc_dtype(x), x.device
+    base, acc, device = x.dtype, acc_dtype(x), x.device
     if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
     parameters = [

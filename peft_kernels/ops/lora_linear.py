@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
-from peft_kernels.ops._dropout import draw_seed, dropout_factor
+from peft_kernels.ops._dropout import dropout_factor, seed_tensor
+from peft_kernels.ops._dtypes import acc_dtype, autocast
 
 FWD_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale,"
@@ -37,25 +38,20 @@ BWD_SCHEMA = (
 # ---- reference -------------------------------------------------------------------------------
 
 
-def _acc_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums and of S: float32, or float64 for float64 input."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _factor(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     m, k = x.shape
-    return dropout_factor(seed, dropout_p, m, k, _acc_dtype(x)).to(x.device)
+    return dropout_factor(seed, dropout_p, m, k, acc_dtype(x)).to(x.device)
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    wide = x.to(_acc_dtype(x))
+    wide = x.to(acc_dtype(x))
     if seed is None:
         return wide
     return wide * _factor(x, dropout_p, seed)
 
 
 def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-    acc = _acc_dtype(x)
+    acc = acc_dtype(x)
     s = _dropped(x, dropout_p, seed) @ lora_a.to(acc).T
     delta = scale.to(x.device, acc) * (s @ lora_b.to(acc).T)
     return (F.linear(x, weight, bias) + delta).to(x.dtype), s
@@ -64,7 +60,7 @@ def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
 def lora_linear_bwd_ref(
     dy, x, weight, lora_a, lora_b, s, scale, dropout_p, seed, needs_x, needs_a, needs_b
 ):
-    acc = _acc_dtype(x)
+    acc = acc_dtype(x)
     scale = scale.to(x.device, acc)
     wide_dy = dy.to(acc)
     ds = scale * (wide_dy @ lora_b.to(acc))
@@ -86,7 +82,7 @@ def lora_linear_bwd_ref(
 
 def _fwd_fake(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
-    return x.new_empty(m, n), x.new_empty(m, r, dtype=_acc_dtype(x))
+    return x.new_empty(m, n), x.new_empty(m, r, dtype=acc_dtype(x))
 
 
 def _bwd_fake(dy, x, weight, lora_a, lora_b, s, scale, dropout_p, seed, needs_x, needs_a, needs_b):
@@ -182,10 +178,10 @@ def lora_linear(
         ValueError: shapes that don't fit, tensors on several devices, ``dropout_p`` outside [0, 1).
         TypeError: dtypes that can't be mixed.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    seed = _seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if not isinstance(scale, Tensor):
         scale = torch.scalar_tensor(scale, dtype=torch.float64)
     variant = _library.variant(x.dtype)
@@ -200,28 +196,6 @@ def lora_linear(
         return y
     # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> list:
-    """Under autocast, these in autocast's dtype; what isn't given, as adapters, stays wide."""
-    device = x.device.type
-    if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return draw_seed(device)
-    if isinstance(seed, int):
-        return torch.full((), seed, dtype=torch.int64)
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"seed must be an int or a 0-d int64 tensor; got {seed!r}")
-    if seed.dim() != 0 or seed.dtype is not torch.int64:
-        shape, dtype = tuple(seed.shape), seed.dtype
-        raise ValueError(f"seed must be an int or a 0-d int64 tensor; got {dtype} of shape {shape}")
-    return seed
 
 
 # The checks run on every call, so a message is only put together when it is raised.
@@ -263,8 +237,8 @@ def _check_dtypes(x, weight, bias, lora_a, lora_b) -> None:
         raise TypeError(f"weight must have x's dtype {base}; got {weight.dtype}")
     if bias is not None and bias.dtype is not base:
         raise TypeError(f"bias must have x's dtype {base}; got {bias.dtype}")
-    if adapter is not base and adapter is not _acc_dtype(x):
-        raise TypeError(f"lora_a must be {_acc_dtype(x)} or have x's dtype {base}; got {adapter}")
+    if adapter is not base and adapter is not acc_dtype(x):
+        raise TypeError(f"lora_a must be {acc_dtype(x)} or have x's dtype {base}; got {adapter}")
     if lora_b.dtype is not adapter:
         raise TypeError(f"lora_b must have lora_a's dtype {adapter}; got {lora_b.dtype}")
 

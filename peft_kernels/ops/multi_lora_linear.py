@@ -25,20 +25,19 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor
+from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._lora_banks import (
     PAGE,
     BankDropout,
     LoRABank,
     Routing,
     Trained,
-    acc_dtype,
     check_banks,
     check_companions,
     check_ids,
     route,
     sort_by_adapter,
 )
-from peft_kernels.ops.lora_linear import _autocast
 
 __all__ = [
     "PAGE",
@@ -324,7 +323,7 @@ def multi_lora_linear(
             [-1, slots). On a GPU, where nothing waits for the ids, such a row gets no delta.
         TypeError: dtypes that can't be mixed.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     banks = _as_sequence(banks)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(

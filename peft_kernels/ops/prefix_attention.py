@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
-from peft_kernels.ops.lora_linear import _acc_dtype, _autocast
+from peft_kernels.ops._dtypes import acc_dtype, autocast
 
 # prefix_k, prefix_v: a bank [P, Hkv, L, D] in q's dtype; prefix_ids int32 [B], -1 for none, or None
 # where all rows use the bank's only one. mask: bool or float, expanded to [B, Hq, S, T]. starts,
@@ -112,16 +112,16 @@ def _visible(q: Tensor, k: Tensor, mask, starts, ends, is_causal: bool) -> Tenso
     if mask is not None and mask.dtype is torch.bool:
         seen.append(mask)
     elif mask is not None:
-        bias = mask.to(_acc_dtype(q))
+        bias = mask.to(acc_dtype(q))
     for allowed in seen:
-        zero = torch.zeros((), dtype=_acc_dtype(q), device=q.device)
+        zero = torch.zeros((), dtype=acc_dtype(q), device=q.device)
         bias = (zero if bias is None else bias).masked_fill(~allowed, float("-inf"))
     return bias
 
 
 def _scores(q, k, prefix_k, prefix_ids, mask, starts, ends, is_causal, scale):
     """q by kv head, scores with the prefix and with the text: [B, Hkv, G S, D or L or T]."""
-    acc, kv_heads = _acc_dtype(q), k.shape[1]
+    acc, kv_heads = acc_dtype(q), k.shape[1]
     wide = _grouped(q.to(acc), kv_heads) * scale
     prefix = _prefix_product(wide, prefix_k.to(acc).mT, prefix_ids, float("-inf"))
     text = wide @ k.to(acc).mT
@@ -131,20 +131,27 @@ def _scores(q, k, prefix_k, prefix_ids, mask, starts, ends, is_causal, scale):
     return wide, prefix, text
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 for a query that sees nothing."""
-    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0))
+def _probabilities(prefix: Tensor, text: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scores - lse) of both, and 0 for a query that sees nothing.
+
+    Beside a mask of the lowest float an lse is the largest score alone, so the sum is divided out.
+    """
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    parts = torch.exp(prefix - lse), torch.exp(text - lse)
+    total = parts[0].sum(-1, keepdim=True) + parts[1].sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1.0)
+    return parts[0] / total, parts[1] / total
 
 
 def prefix_attention_fwd_ref(
     q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale
 ):
-    acc = _acc_dtype(q)
+    acc = acc_dtype(q)
     _, prefix, text = _scores(q, k, prefix_k, prefix_ids, mask, starts, ends, is_causal, scale)
     lse = torch.logaddexp(prefix.logsumexp(-1, True), text.logsumexp(-1, True))
-    result = _probabilities(text, lse) @ v.to(acc)
-    weights = _probabilities(prefix, lse)
-    result += _prefix_product(weights, prefix_v.to(acc), prefix_ids, 0.0)
+    p_prefix, p_text = _probabilities(prefix, text, lse)
+    result = p_text @ v.to(acc)
+    result += _prefix_product(p_prefix, prefix_v.to(acc), prefix_ids, 0.0)
     out = _rows_first(q, q.shape)
     out.copy_(result.view(q.shape))
     return out, lse.view(q.shape[:3])
@@ -154,14 +161,14 @@ def prefix_attention_bwd_ref(
     dout, q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, out, lse,
     is_causal, scale, needs_q, needs_kv, needs_prefix,
 ):  # fmt: skip
-    acc, kv_heads = _acc_dtype(q), k.shape[1]
+    acc, kv_heads = acc_dtype(q), k.shape[1]
     dq, dk, dv, d_prefix_k, d_prefix_v = _bwd_fake(
         dout, q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, out, lse,
         is_causal, scale, needs_q, needs_kv, needs_prefix,
     )  # fmt: skip
     wide, prefix, text = _scores(q, k, prefix_k, prefix_ids, mask, starts, ends, is_causal, scale)
     lse = _grouped(lse.unsqueeze(-1), kv_heads)
-    p_prefix, p_text = _probabilities(prefix, lse), _probabilities(text, lse)
+    p_prefix, p_text = _probabilities(prefix, text, lse)
     grad = _grouped(dout.to(acc), kv_heads)
     delta = (grad * _grouped(out.to(acc), kv_heads)).sum(-1, keepdim=True)
     values = _prefix_product(grad, prefix_v.to(acc).mT, prefix_ids, 0.0)
@@ -189,7 +196,7 @@ def _rows_first(like: Tensor, shape) -> Tensor:
 
 
 def _fwd_fake(q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale):
-    return _rows_first(q, q.shape), q.new_empty(q.shape[:3], dtype=_acc_dtype(q))
+    return _rows_first(q, q.shape), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
 
 
 def _bwd_fake(
@@ -200,7 +207,7 @@ def _bwd_fake(
         return _rows_first(q, shape) if needed else q.new_empty(0)
 
     d_prefix = [
-        q.new_empty(tensor.shape if needs_prefix else (0,), dtype=_acc_dtype(q))
+        q.new_empty(tensor.shape if needs_prefix else (0,), dtype=acc_dtype(q))
         for tensor in (prefix_k, prefix_v)
     ]
     return shaped(needs_q, q.shape), shaped(needs_kv, k.shape), shaped(needs_kv, v.shape), *d_prefix
@@ -310,7 +317,7 @@ def prefix_attention(
             gradient, lengths or ids out of range (looked at on the CPU only), a bank without ids.
         TypeError: dtypes that can't be mixed.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     if prefix_k.dim() == 3 and prefix_v.dim() == 3:
         prefix_k, prefix_v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
     _check_shapes(q, k, v, prefix_k, prefix_v, prefix_ids)
@@ -386,8 +393,8 @@ def _check_types(q, others, prefix) -> None:
         if tensor.dtype is not q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}; got {tensor.dtype}")
     for name, tensor in prefix:
-        if tensor.dtype is not q.dtype and tensor.dtype is not _acc_dtype(q):
-            dtypes = f"{_acc_dtype(q)} or have q's dtype {q.dtype}"
+        if tensor.dtype is not q.dtype and tensor.dtype is not acc_dtype(q):
+            dtypes = f"{acc_dtype(q)} or have q's dtype {q.dtype}"
             raise TypeError(f"{name} must be {dtypes}; got {tensor.dtype}")
     for name, tensor in (*others, *prefix):
         _check_device(name, tensor, q)
@@ -425,7 +432,7 @@ def _checked_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         got = tuple(mask.shape)
         raise ValueError(f"attn_mask has shape {got}, but must broadcast to {shape}")
     if mask.dtype is torch.float64:
-        mask = mask.to(_acc_dtype(q))
+        mask = mask.to(acc_dtype(q))
     return mask.expand(shape)
 
 

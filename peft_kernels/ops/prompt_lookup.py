@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
-from peft_kernels.ops.lora_linear import _acc_dtype
+from peft_kernels.ops._dtypes import acc_dtype
 
 IGNORED = -100  # the label that losses leave out
 POSITIONS = ("front", "after_bos", "after_padding")
@@ -90,7 +90,7 @@ def prompt_lookup_fwd_ref(embeddings, prompts, task_ids, positions, mask, labels
 
 def prompt_lookup_bwd_ref(d_out, task_ids, positions, prompts, needs_embeddings, needs_prompts):
     (batch, length), (_, total, d) = positions.shape, d_out.shape
-    d_embeddings, d_prompts = d_out.new_empty(0), d_out.new_empty(0, dtype=_acc_dtype(d_out))
+    d_embeddings, d_prompts = d_out.new_empty(0), d_out.new_empty(0, dtype=acc_dtype(d_out))
     slots = _slots(positions, total)
     if needs_embeddings:
         d_embeddings = d_out[~slots].view(batch, total - length, d)
@@ -120,7 +120,7 @@ def _bwd_fake(d_out, task_ids, positions, prompts, needs_embeddings, needs_promp
     (batch, length), (_, total, d) = positions.shape, d_out.shape
     return (
         d_out.new_empty((batch, total - length, d) if needs_embeddings else (0,)),
-        d_out.new_empty((prompts, length, d) if needs_prompts else (0,), dtype=_acc_dtype(d_out)),
+        d_out.new_empty((prompts, length, d) if needs_prompts else (0,), dtype=acc_dtype(d_out)),
     )
 
 
@@ -219,7 +219,7 @@ def prompt_lookup(
         embeddings,
         prompts,
         None if task_ids is None else task_ids.to(torch.int32),
-        _positions(embeddings, prompts.shape[1], position, attention_mask),
+        slot_positions(embeddings, prompts.shape[1], position, attention_mask),
         None if attention_mask is None else attention_mask.to(torch.int64),
         None if labels is None else labels.to(torch.int64),
     )
@@ -233,10 +233,10 @@ def prompt_lookup(
     return PromptedInputs(prompted, mask, position_ids, None if labels is None else out_labels)
 
 
-def _positions(
+def slot_positions(
     embeddings: Tensor, length: int, position: str | Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The places of the soft tokens, int32 [B, L]."""
+    """The places of the soft tokens, int32 ``[B, L]``, of :func:`prompt_lookup`'s ``position``."""
     (batch, seq, _), device = embeddings.shape, embeddings.device
     if isinstance(position, Tensor):
         _check_positions(embeddings, length, position)

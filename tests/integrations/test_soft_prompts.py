@@ -301,3 +301,12 @@ def test_layers_outside_of_the_forward_say_so():
     add_prompt(model, make_prompt(model))
     with pytest.raises(RuntimeError, match="outside of its model's forward"):
         model.model(tokens(1, S))
+
+
+def test_a_prefix_besides_a_prompt_is_refused():
+    model = make("gpt2", torch.float32)
+    prefix = prefix_for(model, 2)
+    add_prompt(model, make_prompt(model))
+    with pytest.raises(ValueError, match="model has a prompt"):
+        add_prefix(model, prefix)
+    assert "prefix_tuning" not in dict(model.named_children())
