@@ -45,6 +45,8 @@ def test_doctor_names_every_ops_backend(capsys):
         for _, device, dtype, backend, why in rows:
             assert backend == peft_kernels.backend_of(op, device, getattr(torch, dtype))
             assert why
+            assert ("Triton" in why) <= (backend == "triton")
+            assert ("CUDA" in why) <= (backend == "cuda")
 
 
 def test_doctor_says_that_float64_is_the_references(capsys):

@@ -90,6 +90,9 @@ def backend_table() -> Table:
     return table
 
 
+_KERNELS = {"cpu": "native library", "cuda": "its CUDA kernels", "triton": "Triton kernels"}
+
+
 def _why(backend: str, device: str, dtype: torch.dtype) -> str:
     reason = _why_backend(backend, device, dtype)
     return reason + (", once there is a GPU" if _is_absent(device) else "")
@@ -103,11 +106,11 @@ def _why_backend(backend: str, device: str, dtype: torch.dtype) -> str:
     forced = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
     if dtype is torch.float64:
         return "float64 is served by the reference"
-    if forced != "auto":
+    if forced == backend:
         return f"PEFT_KERNELS_BACKEND={forced} is set"
     if backend == "reference":
         return _why_reference(device)
-    return "native library" if backend == "cpu" else "Triton kernels"
+    return _KERNELS[backend]
 
 
 def _why_reference(device: str) -> str:
