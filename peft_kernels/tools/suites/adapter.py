@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peft_kernels.tools import bert_layers
+from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Implementation
 
 SHAPE = "preset, bottleneck, tokens, hidden x layers"
@@ -24,7 +25,7 @@ DROPOUT_P = 0.1
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """x [batch, seq, hidden] through frozen BERT layers with a preset's adapters."""
 
     preset: str
@@ -40,12 +41,6 @@ class Case:
     def shape(self) -> str:
         tokens, hosts = f"{self.batch}x{self.seq}", f"{self.hidden}x{self.layers}"
         return f"{self.preset}, {self.size}, {tokens}, {hosts}"
-
-    @property
-    def group(self) -> str:
-        """What a table of cases shares, e.g. ``"float32 forward"``."""
-        direction = "forward+backward" if self.backward else "forward"
-        return f"{str(self.dtype).removeprefix('torch.')} {direction}"
 
     @property
     def target(self) -> float | None:

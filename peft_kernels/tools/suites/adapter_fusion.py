@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peft_kernels.tools import bert_layers
+from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Implementation
 
 SHAPE = "adapters, bottleneck, tokens, hidden x layers"
@@ -24,7 +25,7 @@ DROPOUT_P = 0.0  # of scores: with it every implementation computes directly
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """x [batch, seq, hidden] through frozen BERT layers with fusions of ``adapters`` adapters."""
 
     adapters: int
@@ -41,12 +42,6 @@ class Case:
     def shape(self) -> str:
         tokens, hosts = f"{self.batch}x{self.seq}", f"{self.hidden}x{self.layers}"
         return f"{self.adapters}, {self.size}, {tokens}, {hosts}"
-
-    @property
-    def group(self) -> str:
-        """What a table of cases shares, e.g. ``"float32 forward"``."""
-        direction = "forward+backward" if self.backward else "forward"
-        return f"{str(self.dtype).removeprefix('torch.')} {direction}{self.title}"
 
     @property
     def target(self) -> float | None:

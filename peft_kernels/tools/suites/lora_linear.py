@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_kernels import _library
 from peft_kernels.ops.lora_linear import example_inputs, lora_linear
+from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Implementation, copy_values, from_module
 
 SHAPE = "m x n x k"
@@ -29,7 +30,7 @@ DROPOUT_P = 0.1
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """``x [m, k]`` through a frozen ``weight [n, k]`` and a rank-r adapter."""
 
     m: int
@@ -42,12 +43,6 @@ class Case:
     @property
     def shape(self) -> str:
         return f"{self.m}x{self.n}x{self.k}"
-
-    @property
-    def group(self) -> str:
-        """What a table of cases shares, e.g. ``"bfloat16 forward+backward"``."""
-        direction = "forward+backward" if self.backward else "forward"
-        return f"{str(self.dtype).removeprefix('torch.')} {direction}"
 
     @property
     def target(self) -> float | None:

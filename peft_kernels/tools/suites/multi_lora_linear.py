@@ -26,6 +26,7 @@ from peft_kernels.ops.multi_lora_linear import (
     example_trained,
     multi_lora_linear,
 )
+from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Implementation, copy_values, from_module
 
 SHAPE = "rows x seq, k = n, adapters"
@@ -36,7 +37,7 @@ DROPOUT_P = 0.1
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """x [rows, seq, k], each row with one of ``adapters`` adapters, out of ``pool`` that are there.
 
     ``ranks`` are dealt out to the pool in turn.
@@ -59,12 +60,6 @@ class Case:
         pool = f" of {self.pool}" if self.pool != self.adapters else ""
         ranks = "" if self.ranks == (16,) else ", rank " + ", ".join(map(str, self.ranks))
         return f"{self.rows}x{self.seq}, {width}, {self.adapters}{pool}{ranks}"
-
-    @property
-    def group(self) -> str:
-        """What a table of cases shares, e.g. ``"float32 forward"``."""
-        direction = "forward+backward" if self.backward else "forward"
-        return f"{str(self.dtype).removeprefix('torch.')} {direction}{self.title}"
 
     @property
     def target(self) -> float | None:

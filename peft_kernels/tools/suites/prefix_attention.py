@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops.prefix_attention import example_inputs, prefix_attention
+from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Forward, Implementation
 
 SHAPE = "batch, queries over keys, heads/KV x dim, prefix"
@@ -28,7 +29,7 @@ MASKED = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """Causal attention of ``seq`` queries over ``keys`` keys, or ``seq``, and ``length`` more."""
 
     batch: int
@@ -45,12 +46,6 @@ class Case:
     def shape(self) -> str:
         tokens = f"{self.seq} over {self.keys or self.seq}"
         return f"{self.batch}, {tokens}, {self.heads}/{self.kv_heads}x{self.dim}, {self.length}"
-
-    @property
-    def group(self) -> str:
-        """What a table of cases shares, e.g. ``"float32 forward"``."""
-        direction = "forward+backward" if self.backward else "forward"
-        return f"{str(self.dtype).removeprefix('torch.')} {direction}"
 
     @property
     def target(self) -> float | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops.prompt_lookup import IGNORED, example_inputs, prompt_lookup
+from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Forward, Implementation
 
 SHAPE = "batch x text x hidden, prompt"
@@ -27,7 +28,7 @@ DROPOUT_P = 0.0  # there is none
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """A float32 prompt of ``length`` before embeddings [batch, seq, hidden], masks and labels."""
 
     batch: int
@@ -40,12 +41,6 @@ class Case:
     @property
     def shape(self) -> str:
         return f"{self.batch}x{self.seq}x{self.hidden}, {self.length}"
-
-    @property
-    def group(self) -> str:
-        """What a table of cases shares, e.g. ``"float32 forward"``."""
-        direction = "forward+backward" if self.backward else "forward"
-        return f"{str(self.dtype).removeprefix('torch.')} {direction}"
 
     @property
     def target(self) -> float | None:
