@@ -6,6 +6,7 @@
 namespace peft_kernels::PK_ISA {
 
 typedef int32_t IntVec __attribute__((vector_size(V * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(V * 4)));
 
 constexpr float LEAKY_SLOPE = 0.01f;
 constexpr float SQRT_HALF = 0.70710678118654752f;

@@ -25,7 +25,8 @@ PK_INLINE Vec exp2(Vec x) {
                              1.0f};
   const Vec rounded = x + ROUND;
   const Vec power = polynomial(x - (rounded - ROUND), TERMS);
-  const Vec result = (Vec)((IntVec)power + ((IntVec)rounded << 23));
+  // Unsigned, as what is far below LOW overflows before it is thrown away.
+  const Vec result = (Vec)((UintVec)power + ((UintVec)rounded << 23));
   return x < LOW ? Vec{} : result;
 }
 

@@ -43,7 +43,9 @@ void put_soft_token(const PromptForward& f, char* to, int64_t task, int64_t slot
   });
 }
 
+// Memory of no elements may be null, and nothing is copied to it.
 void forward(const PromptForward& f, const Parallel& parallel) {
+  if (f.d == 0) return;
   const int64_t bytes = f.d * size_of(f.dtype);
   by_units(f.places, tokens_per_unit(f.d, f.dtype), parallel,
            [&](int64_t b, int64_t begin, int64_t end) {
@@ -77,6 +79,7 @@ void sum_soft_token(const PromptBackward& f, int64_t task, int64_t slot) {
 }
 
 void backward(const PromptBackward& f, const Parallel& parallel) {
+  if (f.d == 0) return;
   const int64_t bytes = f.d * size_of(f.dtype);
   if (f.d_embeddings.data)
     by_units(f.places, tokens_per_unit(f.d, f.dtype), parallel,
