@@ -21,6 +21,7 @@ def stems(folder: str, prefix: str) -> set[str]:
 
 def test_every_op_is_public():
     assert set(OPS) <= set(peft_kernels.ops.__all__)
+    assert all(callable(getattr(peft_kernels.ops, op)) for op in OPS)
     assert sorted(_library.OPS) == OPS
 
 

@@ -3,6 +3,7 @@
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank, Routing, Trained, route
 from peft_kernels.ops.adapter import adapter
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
+from peft_kernels.ops.lora_linear import lora_linear
 from peft_kernels.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from peft_kernels.ops.prefix_attention import prefix_attention
 from peft_kernels.ops.prompt_lookup import PromptedInputs, prompt_lookup
