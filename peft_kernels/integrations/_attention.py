@@ -112,6 +112,7 @@ def attend(
     v: Tensor,
     mask: Tensor | None = None,
     *,
+    prefix_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -120,9 +121,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale * q [prefix_k; k]^T + mask) [prefix_v; v]`` with the module's prefix.
 
-    The probabilities' dropout, a head mask and the weights themselves have no place in the kernel:
-    where one is asked for, the keys and values are concatenated and the model's own formula is
-    computed.
+    The probabilities' dropout, a head mask, what is added to the prefix' scores and the weights
+    themselves have no place in the kernel: where one is asked for, the keys and values are
+    concatenated and the model's own formula is computed.
 
     Args:
         module: the attention module, by which the prefix is known.
@@ -130,6 +131,7 @@ def attend(
         k, v: ``[B, Hkv, T, D]``.
         mask: over the text's keys: ``[B, T]``, the real ones, or what broadcasts to
             ``[B, Hq, S, T]``, bool (True: attend) or additive.
+        prefix_mask: additive, over the prefix' keys, ``[B or 1, Hq, S, L]``.
         is_causal: query i sees the text's keys up to T - S + i.
         scale: 1/sqrt(D) by default.
         dropout: of the probabilities.
@@ -153,12 +155,13 @@ def attend(
         ids = None if pair is None else prefixes.ids
     if pair is None:
         none = k.new_empty(k.shape[1], 0, k.shape[3])
-        pair = (none, none)
+        pair, prefix_mask = (none, none), None
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, :]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if dropout > 0 or head_mask is not None or need_weights:
-        return _direct(q, k, v, pair, ids, mask, is_causal, scale, dropout, head_mask, need_weights)
+    if dropout > 0 or prefix_mask is not None or head_mask is not None or need_weights:
+        bias = _bias(q, k.shape[2], pair[0].shape[-2], ids, mask, prefix_mask, is_causal)
+        return _direct(q, k, v, pair, ids, bias, scale, dropout, head_mask, need_weights)
     out = prefix_attention(
         q, k, v, *pair, is_causal=is_causal, attn_mask=mask, scale=scale, prefix_ids=ids
     )
@@ -174,8 +177,7 @@ def _direct(
     v: Tensor,
     pair: Pair,
     ids: Tensor | None,
-    mask: Tensor | None,
-    is_causal: bool,
+    bias: Tensor,
     scale: float,
     dropout: float,
     head_mask: Tensor | None,
@@ -186,7 +188,6 @@ def _direct(
     rows = [_of_rows(x.to(k.dtype), ids, batch) for x in pair]
     k = torch.cat([rows[0], k], 2).repeat_interleave(groups, 1)
     v = torch.cat([rows[1], v], 2).repeat_interleave(groups, 1)
-    bias = _bias(q, k.shape[2] - rows[0].shape[2], rows[0].shape[2], ids, mask, is_causal)
     if head_mask is None and not need_weights:
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
         return out.transpose(1, 2), None
@@ -206,7 +207,13 @@ def _of_rows(x: Tensor, ids: Tensor | None, batch: int) -> Tensor:
 
 
 def _bias(
-    q: Tensor, text: int, length: int, ids: Tensor | None, mask: Tensor | None, is_causal: bool
+    q: Tensor,
+    text: int,
+    length: int,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    prefix_mask: Tensor | None,
+    is_causal: bool,
 ) -> Tensor:
     """What is added to the scores of prefix and text, ``[B or 1, H or 1, S, L + T]``."""
     batch, _, queries, _ = q.shape
@@ -216,10 +223,10 @@ def _bias(
     if is_causal:
         seen = torch.ones(queries, text, dtype=torch.bool, device=q.device).tril(text - queries)
         added = added + _where_not(seen, q)
-    prefix = q.new_zeros(1, 1, 1, length)
+    prefix = q.new_zeros(1, 1, 1, length) if prefix_mask is None else prefix_mask
     if ids is not None:
-        prefix = _where_not((ids >= 0).view(batch, 1, 1, 1), q).expand(-1, -1, -1, length)
-    rows, heads = max(added.shape[0], prefix.shape[0]), added.shape[1]
+        prefix = prefix + _where_not((ids >= 0).view(batch, 1, 1, 1), q)
+    rows, heads = (max(added.shape[i], prefix.shape[i]) for i in (0, 1))
     return torch.cat(
         [prefix.expand(rows, heads, queries, length), added.expand(rows, heads, queries, text)], -1
     )

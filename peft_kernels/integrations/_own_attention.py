@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.integrations._attention import attend
+from peft_kernels.integrations._attention import Recording, attend, current_state
 
 _T5 = ("T5Attention", "MT5Attention")
 _BERT = tuple(
@@ -85,7 +86,11 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 class _T5Attention(_Own):
-    """T5's attention: no scale, and a bias by relative position, which the prefix doesn't get."""
+    """T5's attention: no scale, and a bias by relative position.
+
+    ``_before``, an attribute of the module, says how many places the prefix takes before the text
+    as the bias counts them; without it the prefix' scores have no bias.
+    """
 
     def forward(
         self: Any,
@@ -114,13 +119,16 @@ class _T5Attention(_Own):
         dropout = self.dropout if self.training else 0.0
         # Reentrant checkpointing marks the bias as requiring a gradient though nothing behind it
         # does; where the bias' weights do train, the module's own formula is what has a gradient.
-        bias, trains = position_bias, self.__dict__["_bias_weight"].requires_grad
+        trains = self.__dict__["_bias_weight"].requires_grad
+        bias = position_bias if trains else position_bias.detach()
+        before = bias.shape[-1] - k.shape[2]
         out, weights = attend(
             self,
             q,
             k,
             v,
-            bias if trains else bias.detach(),
+            bias[..., before:],
+            prefix_mask=bias[..., :before] if before else None,
             scale=1.0,
             dropout=dropout,
             head_mask=layer_head_mask,
@@ -132,15 +140,24 @@ class _T5Attention(_Own):
     def _position_bias(
         self: Any, q: Tensor, k: Tensor, mask: Tensor | None, query_length: Any, positions: Any
     ) -> Tensor:
-        """By relative position in the first layer, and the mask: ``[B or 1, H, S, T]``."""
+        """By relative position in the first layer, and the mask: ``[B or 1, H, S, T]``.
+
+        With a prefix before the text it is ``[..., L + T]``.
+        """
         queries, keys = q.shape[2], k.shape[2]
+        before = 0 if isinstance(current_state(), Recording) else self.__dict__.get("_before", 0)
         if self.has_relative_attention_bias:
             length = query_length if query_length is not None else positions[-1] + 1
-            bias = self.compute_bias(length, keys, device=q.device, cache_position=positions)
+            bias = self.compute_bias(
+                before + length,
+                before + keys,
+                device=q.device,
+                cache_position=None if positions is None else before + positions,
+            )
             bias = bias[:, :, -queries:]
         else:
-            bias = q.new_zeros(1, self.n_heads, queries, keys)
-        return bias if mask is None else bias + mask[..., :keys]
+            bias = q.new_zeros(1, self.n_heads, queries, before + keys)
+        return bias if mask is None else bias + F.pad(mask[..., :keys], (before, 0))
 
 
 class _BertAttention(_Own):

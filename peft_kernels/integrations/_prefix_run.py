@@ -94,9 +94,8 @@ def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift:
         stack = model.get_submodule(path)
         stack.__dict__["_prefix_stack"] = (attached, path)
         _hook(stack, _begin, _end)
-        if shift and (owner := position_owner(model, path)) is not None:
-            owner.__dict__["_prefix_shift"] = attached
-            _hook(owner, _shift_positions, None)
+    if shift:
+        _shift(model, attached, places)
 
 
 def take_over(places: Sequence[Place]) -> None:
@@ -118,6 +117,27 @@ def detach(model: nn.Module) -> None:
         _own_attention.give_back(module)
         stop_carrying(module)
     model.__dict__.pop("generate", None)
+
+
+def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> None:
+    """Has the text's positions start behind the prefix, in the stack that attends to itself."""
+    own = [place for place in places if place.site == "self"]
+    for place in own:
+        if _own_attention.is_t5(place.module):
+            place.module.__dict__["_before"] = attached.length
+    for stack in {place.stack for place in own}:
+        if (owner := position_owner(model, stack)) is not None:
+            owner.__dict__["_prefix_shift"] = attached
+            _hook(owner, _shift_positions, None)
+        elif (table := position_table(model, stack)) is not None:
+            table.__dict__["_prefix_shift"] = attached
+            _hook(table, _shift_table, None)
+
+
+def position_table(model: nn.Module, stack: str) -> nn.Module | None:
+    """A stack's learned positions, as of BART's decoder, which the stack itself looks up."""
+    table = getattr(model.get_submodule(stack), "embed_positions", None)
+    return table if table is not None and takes_positions(table) else None
 
 
 def position_owner(model: nn.Module, stack: str) -> nn.Module | None:
@@ -217,6 +237,23 @@ def _shift_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
     return (), kwargs | {"position_ids": positions}
 
 
+def _shift_table(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The positions ``[S]`` of all rows, which must have a prefix each."""
+    if isinstance(current_state(), Recording):
+        return args, kwargs
+    attached = module.__dict__["_prefix_shift"]
+    ids = attached.row_ids.given
+    if ids is not None and bool((ids < 0).any()):
+        raise ValueError(
+            "prefix_ids must not be -1 where this model's positions are shifted: it has the same "
+            "ones in all rows"
+        )
+    positions = kwargs["position_ids"] + attached.length
+    room = module.weight.shape[0] - getattr(module, "offset", 0)
+    _check_last(positions, room)
+    return args, kwargs | {"position_ids": positions}
+
+
 def _positions(kwargs: Mapping[str, Any], text: Tensor) -> Tensor:
     """Counted over the real tokens where a mask says which they are: ``[B or 1, S]``."""
     past, queries = past_length(kwargs.get("past_key_values")), text.shape[1]
@@ -233,12 +270,17 @@ def _check_room(module: Any, positions: Tensor, longest: int) -> None:
     """Learned position embeddings end somewhere; a lookup past it is an index error, or worse."""
     room = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     learned = any(hasattr(module, name) for name in ("wpe", "embed_positions", "embeddings"))
-    if learned and room is not None and longest > room and int(positions.max()) >= room:
+    if learned and room is not None and longest > room:
+        _check_last(positions, room)
+
+
+def _check_last(positions: Tensor, room: int) -> None:
+    if (last := int(positions.max())) >= room:
         raise ValueError(
-            f"the text's positions reach {int(positions.max())} after the prefix; the model has "
-            f"{room}: shorten the text, or add the prefix with shift_positions=False"
+            f"the text's positions reach {last} after the prefix; the model has {room}: shorten "
+            "the text, or add the prefix with shift_positions=False"
         )
 
 
-_MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight")
-_HOOKS = (_take_ids, _drop_ids, _begin, _end, _shift_positions)
+_MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight", "_before")
+_HOOKS = (_take_ids, _drop_ids, _begin, _end, _shift_positions, _shift_table)

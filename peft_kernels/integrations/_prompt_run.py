@@ -157,6 +157,12 @@ def _no_forward() -> None:
 def _generate(model: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
     """The model's generate; a row's copies (beams, several sequences) have its prompt."""
     run = model.__dict__[PROMPT_HOOK]
+    cache = kwargs.get("past_key_values")
+    if past_length(cache) and holds_prompt(cache):
+        raise ValueError(
+            "past_key_values must be empty in generate where the prompt stands in the rows, which "
+            f"would take its {run.length} places for the text's; as a prefix it has none"
+        )
     outer, run.kept = run.kept, {}
     try:
         with run.row_ids.generating(task_ids):

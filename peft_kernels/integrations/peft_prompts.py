@@ -62,7 +62,6 @@ from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
 
-_NOT_THEIRS = "in PEFT it moves the text's positions, and in integrations.prefix it doesn't"
 _EMBEDDINGS, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 Contents = tuple[str, dict[str, Tensor], dict[str, Any]]  # method, tensors, fields of the config
 
@@ -180,7 +179,10 @@ def _encoder(module: PTuning) -> dict[str, Any]:
 
 def _prefix_contents(module: PrefixTuning, task: int | None, task_type: str) -> Contents:
     if task_type == SEQ_2_SEQ:
-        raise ValueError(f"module must be no prefix of an encoder-decoder: {_NOT_THEIRS}")
+        raise ValueError(
+            "module must be no prefix of an encoder-decoder: PEFT's has the same keys and values "
+            "in two layers each"
+        )
     if list(module.layers) != ["self"]:
         raise ValueError(
             "module must be a prefix of self-attention alone, as PEFT's; it has "
@@ -220,8 +222,11 @@ def load_prompt(
     prefix as a flat one. Trained further they are what they then are, and not the module that was
     saved; see :func:`save_prompt`.
 
-    In BERT's family, too, PEFT's prefix moves the text's positions: ``add_prefix(model,
-    load_prompt(folder), shift_positions=True)`` computes the same.
+    In BERT's family, in T5 and in BART, too, PEFT's prefix moves the text's positions:
+    ``add_prefix(model, load_prompt(folder), shift_positions=True)`` computes the same. Of an
+    encoder-decoder's it's the decoder's self-attention that has it, with what PEFT reads: layer i
+    the keys and values 4 i and 4 i + 1 of the 2 for each layer, counted round; the others are never
+    read, nor trained.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``, or
@@ -243,8 +248,7 @@ def load_prompt(
         ValueError: a file can't be read; it is of another method, or its tensors aren't of the
             sizes that the config says; the model is of others; it has modules of the model, and
             there is no model, or without them; a multitask prompt with a part for the decoder; a
-            prefix of an encoder-decoder; a template with other slots, or an argument of another
-            method.
+            template with other slots, or an argument of another method.
         TypeError: a tensor has integers.
         The model is unchanged when one is raised.
     """
@@ -343,9 +347,21 @@ def _multitask_of(
 
 def _prefix_of(config: Mapping[str, Any], table: Tensor, factory: dict[str, Any]) -> PrefixTuning:
     layers, heads = config["num_layers"], config["num_attention_heads"]
-    if config["num_transformer_submodules"] == 2 or config["task_type"] == SEQ_2_SEQ:
-        raise ValueError(f"folder must hold no prefix of an encoder-decoder: {_NOT_THEIRS}")
+    if config["num_transformer_submodules"] == 2:
+        table = _of_decoder(table, layers)
     shape = (heads, config["token_dim"] // heads)
     module = PrefixTuning(config["num_virtual_tokens"], [shape] * layers, **factory)
     module.fit(module.from_table(table))
     return module
+
+
+def _of_decoder(table: Tensor, layers: int) -> Tensor:
+    """The table ``[L, layers * 2 * Hkv * D]`` as PEFT deals it out to a decoder's self-attention.
+
+    It puts the table behind itself and gives each layer four, two of them for the cross-attention,
+    which never reads its own.
+    """
+    slots = table.unflatten(1, (2 * layers, -1))
+    first = 4 * torch.arange(layers, device=table.device)
+    read = torch.stack((first, first + 1), 1).flatten() % (2 * layers)
+    return slots[:, read].flatten(1)

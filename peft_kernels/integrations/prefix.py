@@ -35,6 +35,7 @@ from peft_kernels.integrations._prefix_run import (
     attach,
     detach,
     position_owner,
+    position_table,
     take_over,
 )
 from peft_kernels.nn.prefix_tuning import PrefixTuning
@@ -93,8 +94,7 @@ def add_prefix(
     ``with prefix_ids(model, ids):``; -1 is a row without a prefix. ``generate`` repeats the ids for
     beams and several sequences a row.
 
-    All queries see the whole prefix, those of a sliding window too. T5's relative position bias is
-    the text's alone: the prefix' scores have none.
+    All queries see the whole prefix, those of a sliding window too.
 
     Args:
         model: a model of transformers' (:func:`attention_places` says which).
@@ -103,7 +103,9 @@ def add_prefix(
             before the text: what Li & Liang's and PEFT's prefix in the cache does. By default where
             a single decoder takes position ids (GPT-2, OPT, Llama, ...). Ids that aren't given are
             then counted over the attention mask's tokens, so that padding doesn't move the text.
-            False leaves the model's positions alone.
+            False leaves the model's positions alone. True for PEFT's prefixes of T5 and BART, whose
+            decoders' positions they shift: T5's relative ones then count the prefix, whose scores
+            otherwise have no bias, and its keys are concatenated with the text's for that.
 
     Raises:
         ValueError: a prefix whose sites, layers or heads aren't the model's, a model that has one
@@ -282,14 +284,20 @@ def check_fits(layers: Any, places: Sequence[Place]) -> None:
 def shifts_positions(model: Any, places: Sequence[Place], asked: bool | None) -> bool:
     """Whether positions are to be shifted; the default is for single decoders."""
     stacks = sorted({place.stack for place in places})
-    owners = [position_owner(model, stack) for stack in stacks]
-    relative = all(_own_attention.is_t5(place.module) for place in places)
     if asked is None:
         encodes = any(_own_attention.is_bert(place.module) for place in places)
-        return len(stacks) == 1 and owners[0] is not None and not encodes
-    if asked and not relative and any(owner is None for owner in owners):
+        owner = position_owner(model, stacks[0])
+        return len(stacks) == 1 and owner is not None and not encodes
+    if asked and not all(_can_shift(model, place) for place in places if place.site == "self"):
         raise ValueError(
             f"shift_positions must be False or None for {type(model).__name__}, which takes no "
             "position ids that count from 0"
         )
-    return bool(asked) and not relative
+    return asked
+
+
+def _can_shift(model: nn.Module, place: Place) -> bool:
+    if _own_attention.is_t5(place.module):
+        return True
+    shifted = position_owner(model, place.stack) or position_table(model, place.stack)
+    return shifted is not None

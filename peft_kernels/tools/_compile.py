@@ -63,6 +63,8 @@ TARGETS = {
         GPUTarget("cuda", 80, 32), "other", 48 * 1024, r"\bHMMA\b", r"\bHMMA\b"
     ),
 }
+# Kernels whose products have keys for rows.
+PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")
 # Kernels that multiply no tiles: sums, and few rows against an adapter each.
 ELEMENTWISE_KERNELS = (
     "sum_partials", "sum_parts", "decode_shrink", "adapter_fold", "adapter_down",
@@ -367,7 +369,8 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
             tile=" ".join(tile),
             multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
             narrow=stem == "decode_tile"
-            or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64),
+            or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64)
+            or (stem in PRODUCTS_OF_KEYS and bound["BLOCK_N"] < 64),
             signature=signature,
             constexprs=constexprs,
             attrs=attrs,

@@ -55,12 +55,16 @@ class PrefixCase:
             )
 
 
-# The shapes of current models: heads of 64 and 128, of which four share their keys.
+# The shapes of current models: heads of 64 to 256, of which four share their keys. Those of 80 are
+# padded to 128.
 PREFIX_CASES = (
     # decoding, in parts of the keys
     PrefixCase(1, 16384, 32, 128, "bfloat16", "bfloat16", False, backward=False),
+    PrefixCase(1, 16384, 32, 256, "bfloat16", "bfloat16", False, backward=False),
     # training
     PrefixCase(2048, 2048, 32, 128, "bfloat16", "bfloat16", False),
     PrefixCase(2048, 2048, 32, 64, "float16", "float32", True),
+    PrefixCase(2048, 2048, 32, 80, "bfloat16", "bfloat16", False),
+    PrefixCase(2048, 2048, 32, 256, "bfloat16", "bfloat16", False),
     PrefixCase(512, 512, 32, 64, "float32", "float32", False),
 )

@@ -23,6 +23,7 @@ from rich.table import Table
 from peft_kernels._library import backend_of
 from peft_kernels.tools import UserError
 from peft_kernels.tools.measure import Budget, Timing, interleaved
+from peft_kernels.tools.peak import peak_bytes, return_freed
 
 LEGEND = (
     "A ratio is the median over rounds of this time / what the title names, in the same round. "
@@ -53,11 +54,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """One case, measured: for each implementation its timing and what it saves for the backward."""
+    """One case, measured: for each implementation its timing, what it saves for the backward, and
+    its peak above what was there before."""
 
     case: Any
     timings: dict[str, Timing]
     saved: dict[str, int]
+    peak: dict[str, int | None] = dataclasses.field(default_factory=dict)
 
     def verdict(self, fused: str) -> str:
         """The target and whether ``fused`` reaches it, or nothing where no target is set."""
@@ -83,6 +86,9 @@ def bench(console: Console, request: Request) -> list[Row]:
         measure(suite, case, request)
         for case in track(cases, description="measuring", console=console, transient=True)
     ]
+    return_freed()
+    weighing = track(rows, description="weighing", console=console, transient=True)
+    rows = [weigh(suite, row, request) for row in weighing]
     for title, header, body in tables(suite, rows):
         console.print(to_rich(title, header, body))
     console.print(LEGEND, style="dim")
@@ -125,6 +131,13 @@ def measure(suite: ModuleType, case: Any, request: Request) -> Row:
     return Row(case, timings, {name: one.saved_bytes() for name, one in dropping.items()})
 
 
+def weigh(suite: ModuleType, row: Row, request: Request) -> Row:
+    """The row with each implementation's peak memory, when all the timing is done."""
+    found = suite.implementations(row.case, device=request.device, compiled=request.compiled)
+    calls = {name: one.call(row.case.backward) for name, one in found.items()}
+    return dataclasses.replace(row, peak={name: peak_bytes(call) for name, call in calls.items()})
+
+
 # ---- output ----------------------------------------------------------------------------------
 
 
@@ -146,7 +159,9 @@ def tables(suite: ModuleType, rows: list[Row]) -> Iterator[Cells]:
     """Title, header and body of each table, for the terminal and for markdown alike."""
     for group in grouped(rows):
         yield _time_table(suite, group)
-    yield _memory_table(suite, rows)
+    yield _saved_table(suite, rows)
+    if any(peak is not None for row in rows for peak in row.peak.values()):
+        yield _peak_table(suite, rows)
 
 
 def _time_table(suite: ModuleType, rows: list[Row]) -> Cells:
@@ -160,7 +175,7 @@ def _time_table(suite: ModuleType, rows: list[Row]) -> Cells:
     return f"{rows[0].case.group}, ratio to the {suite.BARE}", header, body
 
 
-def _memory_table(suite: ModuleType, rows: list[Row]) -> Cells:
+def _saved_table(suite: ModuleType, rows: list[Row]) -> Cells:
     """Once a shape and dtype: the direction that was timed makes no difference."""
     rivals = _names(suite, (row.saved for row in rows))
     distinct = {(row.case.shape, row.case.dtype): row for row in rows}
@@ -170,6 +185,16 @@ def _memory_table(suite: ModuleType, rows: list[Row]) -> Cells:
         body.append([shape, str(dtype).removeprefix("torch."), *saved])
     title = f"saved for the backward, kB, dropout {suite.DROPOUT_P}"
     return title, [suite.SHAPE, "dtype", *rivals], body
+
+
+def _peak_table(suite: ModuleType, rows: list[Row]) -> Cells:
+    names = [suite.BARE, *_names(suite, (row.peak for row in rows))]
+    body = []
+    for row in rows:
+        found = [row.peak.get(name) for name in names]
+        peaks = [NONE if peak is None else f"{peak / 1e6:.1f}" for peak in found]
+        body.append([row.case.shape, row.case.group, *peaks])
+    return "peak above the inputs and parameters, MB", [suite.SHAPE, "pass", *names], body
 
 
 def _names(suite: ModuleType, found: Iterable[Iterable[str]]) -> list[str]:
@@ -206,6 +231,7 @@ def to_record(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "target": row.case.target,
             "timings": {name: dataclasses.asdict(t) for name, t in row.timings.items()},
             "saved_bytes": row.saved,
+            "peak_bytes": row.peak,
         }
         for row in rows
     ]

@@ -26,7 +26,7 @@ from peft_kernels.triton._plans import Tile
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_80": {
         "few": {64: Tile(16, 64, 0, 4, 3), 256: Tile(16, 32, 0, 4, 3)},
-        "fwd": {64: Tile(64, 64, 0, 4, 3), 128: Tile(128, 64, 0, 8, 2), 256: Tile(64, 32, 0, 8, 2)},
+        "fwd": {64: Tile(64, 64, 0, 4, 3), 128: Tile(128, 64, 0, 8, 3), 256: Tile(64, 32, 0, 8, 2)},
         "query_grad": {64: Tile(64, 32, 0, 4, 2), 128: Tile(64, 32, 0, 8, 2)},
         "text_grad": {64: Tile(32, 64, 0, 8, 2)},
         "prefix_grad": {64: Tile(32, 64, 0, 8, 1)},
@@ -34,40 +34,68 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {
         "few": {64: Tile(16, 64, 0, 4, 3)},
         "fwd": {64: Tile(128, 64, 0, 8, 3), 256: Tile(128, 64, 0, 8, 2)},
-        "query_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
-        "text_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
-        "prefix_grad": {64: Tile(64, 64, 0, 8, 2), 128: Tile(16, 64, 0, 8, 2)},
+        "query_grad": {
+            64: Tile(64, 64, 0, 4, 2),
+            128: Tile(64, 64, 0, 8, 2),
+            256: Tile(64, 32, 0, 8, 2),
+        },
+        "text_grad": {
+            64: Tile(64, 64, 0, 4, 2),
+            128: Tile(64, 64, 0, 8, 2),
+            256: Tile(64, 32, 0, 8, 2),
+        },
+        "prefix_grad": {
+            64: Tile(64, 64, 0, 8, 2),
+            128: Tile(16, 64, 0, 8, 2),
+            256: Tile(64, 32, 0, 8, 1),
+        },
     },
     "sm_100": {
         "few": {64: Tile(16, 64, 0, 4, 3)},
-        "fwd": {64: Tile(128, 64, 0, 8, 3)},
+        "fwd": {64: Tile(128, 64, 0, 8, 3), 256: Tile(128, 32, 0, 8, 2)},
         "query_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
-        "text_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
-        "prefix_grad": {64: Tile(64, 64, 0, 8, 2), 128: Tile(64, 64, 0, 8, 1)},
+        "text_grad": {
+            64: Tile(64, 64, 0, 4, 2),
+            128: Tile(64, 64, 0, 8, 2),
+            256: Tile(64, 64, 0, 8, 1),
+        },
+        "prefix_grad": {
+            64: Tile(64, 64, 0, 8, 2),
+            128: Tile(64, 64, 0, 8, 1),
+            256: Tile(64, 32, 0, 8, 1),
+        },
     },
     "gfx942": {
         "few": {64: Tile(16, 64, 0, 4, 1)},
         "fwd": {64: Tile(128, 32, 0, 8, 1)},
         "query_grad": {64: Tile(64, 64, 0, 8, 1), 128: Tile(64, 32, 0, 4, 1)},
         "text_grad": {64: Tile(32, 64, 0, 4, 1)},
-        "prefix_grad": {64: Tile(32, 64, 0, 4, 1)},
+        "prefix_grad": {64: Tile(32, 64, 0, 4, 1), 256: Tile(32, 32, 0, 4, 1)},
     },
     # Any other GPU: within 48 KB of shared memory.
     "other": {
         "few": {64: Tile(16, 32, 0, 4, 1)},
         "fwd": {64: Tile(32, 32, 0, 4, 1)},
-        "query_grad": {64: Tile(32, 32, 0, 4, 1)},
-        "text_grad": {64: Tile(32, 32, 0, 4, 1), 128: Tile(16, 32, 0, 4, 1)},
-        "prefix_grad": {64: Tile(32, 32, 0, 4, 1), 128: Tile(16, 32, 0, 4, 1)},
+        "query_grad": {64: Tile(32, 32, 0, 4, 1), 256: Tile(16, 32, 0, 4, 1)},
+        "text_grad": {
+            64: Tile(32, 32, 0, 4, 1),
+            128: Tile(16, 32, 0, 4, 1),
+            256: Tile(16, 16, 0, 4, 1),
+        },
+        "prefix_grad": {
+            64: Tile(32, 32, 0, 4, 1),
+            128: Tile(16, 32, 0, 4, 1),
+            256: Tile(16, 16, 0, 4, 1),
+        },
     },
 }
-# float32 q, on any GPU.
+# float32 q, on any GPU. Heads of 256 need 65 KB of shared memory in the backward, and spill in dq.
 _FLOAT32 = {
-    "few": {64: Tile(16, 32, 0, 4, 1)},
-    "fwd": {64: Tile(32, 32, 0, 4, 1)},
-    "query_grad": {64: Tile(16, 32, 0, 4, 1)},
-    "text_grad": {64: Tile(16, 32, 0, 4, 1)},
-    "prefix_grad": {64: Tile(16, 32, 0, 4, 1)},
+    "few": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
+    "fwd": {64: Tile(32, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
+    "query_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
+    "text_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
+    "prefix_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
 }
 FEW_ROWS = 16
 # A part of the keys has so many per row of its tile, so that storing its out in float32, and

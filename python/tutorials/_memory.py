@@ -8,12 +8,9 @@ process, and would be free of charge for the next.
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
-from pathlib import Path
-
-import torch
+from peft_kernels.tools.peak import peak, reset_peak
 
 STEPS = 4
 
@@ -32,34 +29,10 @@ def measure(variant: str, seed: int) -> int | None:
     train, _ = _docstrings.load(seed)
     trainee = Trainee(variant, STEPS, seed)
     batches = list(Batches().of_training(train, STEPS, seed))
-    before = _reset_peak()
+    before = reset_peak()
     for tokens, labels in batches:
         trainee.step(tokens, labels)
-    return None if before is None else _peak() - before
-
-
-def _reset_peak() -> int | None:
-    """Sets the peak to the memory in use now, and returns that; None where it can't be set."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
-
-
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match, f"/proc/self/status has no {field}"
-    return int(match[1]) * 1024
+    return None if before is None else peak() - before
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def make_qwen3():
     return transformers.Qwen3ForCausalLM(config)
 
 
-def make_t5(d_kv=8):
+def make_t5(d_kv=8, layers=2):
     config = transformers.T5Config(
         vocab_size=32,
         d_model=16,
         d_kv=d_kv,
         d_ff=24,
-        num_layers=2,
+        num_layers=layers,
         num_heads=4,
         dropout_rate=0.0,
         decoder_start_token_id=0,
@@ -50,13 +50,13 @@ def make_t5(d_kv=8):
     return transformers.T5ForConditionalGeneration(config)
 
 
-def make_bart():
+def make_bart(heads=2, layers=2):
     config = transformers.BartConfig(
         vocab_size=32,
         d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
         decoder_attention_heads=4,
         encoder_ffn_dim=24,
         decoder_ffn_dim=24,

@@ -201,10 +201,3 @@ def test_a_multitask_prompt_of_a_decoder_too(tmp_path):
     config = peft.MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=L)
     peft.get_peft_model(base(make_t5), config).save_pretrained(tmp_path)
     assert_refused(ValueError, "num_transformer_submodules must be 1", tmp_path)
-
-
-def test_a_prefix_of_an_encoder_decoder(tmp_path):
-    """Their T5 has relative positions before the text, which a prefix here hasn't."""
-    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=L)
-    peft.get_peft_model(base(make_t5), config).save_pretrained(tmp_path)
-    assert_refused(ValueError, "no prefix of an encoder-decoder", tmp_path)

@@ -7,10 +7,13 @@ from prefix_models import L, assert_close, hidden, inputs_of, make, tokens, tran
 from peft_kernels.integrations.prefix import (
     add_prefix,
     attention_places,
+    init_from_text,
     prefix_for,
     prefix_shapes,
     remove_prefix,
+    text_values,
 )
+from peft_kernels.nn import PrefixTuning
 
 BERT_LIKE = {
     "vocab_size": 32,
@@ -78,8 +81,40 @@ def test_a_t5_encoder_by_itself():
     )
     model = transformers.T5EncoderModel(config).eval()
     assert prefix_shapes(model) == {"self": [(4, 8)] * 2}
-    add_prefix(model, prefix_for(model, L), shift_positions=True)  # relative: nothing to shift
+    add_prefix(model, prefix_for(model, L))
     assert hidden(model(tokens(2, 4))).shape == (2, 4, 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[0, 1], [1]])
+def test_a_t5_prefix_of_real_text_before_the_text(layers):
+    """With the relative positions counting it, a text's keys and values are the text itself."""
+    model = transformers.T5EncoderModel(make("t5").config).double().eval()
+    ids, rest = tokens(1, L), tokens(2, 4)
+    shape = prefix_shapes(model)["self"]
+    prefix = PrefixTuning(L, [s if i in layers else None for i, s in enumerate(shape)]).double()
+    init_from_text(model, prefix, ids)
+    kept = text_values(model, input_ids=ids)["self"]
+    add_prefix(model, prefix, shift_positions=True)
+    found = hidden(model(rest))
+    assert_close(hidden(model(torch.cat([rest, rest]), prefix_ids=[0, 0, -1, -1]))[:2], found)
+    remove_prefix(model)
+    # By hand: the first layer's keys and values are those of the whole text wherever it begins.
+    attention = [block.layer[0].SelfAttention for block in model.encoder.block]
+    bias = attention[0].compute_bias(L + 4, L + 4)[:, :, L:]
+    x = model.shared(rest)
+    for index, block in enumerate(model.encoder.block):
+        module, h = attention[index], block.layer[0].layer_norm(x)
+        q, k, v = (
+            linear(h).unflatten(-1, (4, 8)).transpose(1, 2)
+            for linear in (module.q, module.k, module.v)
+        )
+        own = bias if index in layers else bias[..., L:]
+        if index in layers:
+            k, v = (torch.cat([p.expand(2, -1, -1, -1), t], 2) for p, t in zip(kept[index], (k, v)))
+        out = torch.softmax(q @ k.mT + own, -1) @ v
+        x = block.layer[1](x + module.o(out.transpose(1, 2).flatten(2)))
+    assert_close(found, model.encoder.final_layer_norm(x))
 
 
 def test_a_trained_relative_position_bias_keeps_its_gradient():
@@ -93,6 +128,23 @@ def test_a_trained_relative_position_bias_keeps_its_gradient():
     assert_close(out, plain, 1e-6)
     out.square().sum().backward()
     assert all(weight.grad.abs().max() > 0 for weight in biases)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled(name):
+    torch._dynamo.reset()
+    model, ids = make(name), tokens(2, 6)
+    add_prefix(model, prefix_for(model, L, std=1.0))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    made = []
+    for m in (model, torch.compile(model, backend="aot_eager")):
+        out = m(ids, attention_mask=mask).logits
+        made.append(
+            (out, *torch.autograd.grad(out.square().mean(), model.prefix_tuning.parameters()))
+        )
+    for a, b in zip(*made, strict=True):
+        assert_close(a, b)
 
 
 def test_in_a_peft_model_beside_lora():

@@ -6,6 +6,7 @@ from prefix_models import (
     DECODERS,
     ENCODER_DECODERS,
     GREEDY,
+    SIZES,
     L,
     assert_close,
     each_decoder,
@@ -104,8 +105,21 @@ def test_text_beyond_the_models_positions():
     model(tokens(1, 13))
     with pytest.raises(ValueError, match="positions reach 16 after the prefix; the model has 16"):
         model(tokens(1, 14))
-    with pytest.raises(ValueError, match="shift_positions must be False or None for Bart"):
-        with_prefix("bart", shift_positions=True)
+    model = with_prefix("bart", shift_positions=True)
+    model(tokens(1, 13), decoder_input_ids=tokens(1, 21))
+    with pytest.raises(ValueError, match="positions reach 24 after the prefix; the model has 24"):
+        model(tokens(1, 13), decoder_input_ids=tokens(1, 22))
+    with pytest.raises(ValueError, match="shift_positions must be False or None for Roberta"):
+        config = transformers.RobertaConfig(intermediate_size=24, **SIZES)
+        roberta = transformers.RobertaModel(config)
+        add_prefix(roberta, prefix_for(roberta, L), shift_positions=True)
+
+
+def test_bart_has_the_same_positions_in_all_rows():
+    model, ids = with_prefix("bart", shift_positions=True), tokens(2, 4)
+    model(ids, decoder_input_ids=ids, prefix_ids=[0, 0])
+    with pytest.raises(ValueError, match="prefix_ids must not be -1 where this model's positions"):
+        model(ids, decoder_input_ids=ids, prefix_ids=[0, -1])
 
 
 def test_packed_rows_stay_apart():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from prefix_models import L, assert_close, gradients, hidden, inputs_of, make, tokens, transformers
 
+from peft_kernels.integrations.peft_prompts import load_prompt
 from peft_kernels.integrations.prefix import add_prefix, prefix_for
 
 peft = pytest.importorskip("peft")
@@ -109,6 +110,38 @@ def test_same_for_bert_with_shifted_positions():
     inputs = {"input_ids": tokens(2, 6), "attention_mask": mask}
     expected = hidden(theirs(**inputs))
     assert_close(hidden(model(**inputs))[mask.bool()], expected[mask.bool()], 1e-12)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("name,options", [("t5", {"d_kv": 4}), ("bart", {"heads": 4})])
+def test_same_for_an_encoder_decoder_with_shifted_positions(
+    name, options, layers, tmp_path, monkeypatch
+):
+    # T5 rounds its scores to float32, whatever the model is in.
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    model, inputs = make(name, layers=layers, **options), inputs_of(name)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, 4:] = 0
+    bare = copy.deepcopy(model)
+    theirs = peft_model(copy.deepcopy(model), task="SEQ_2_SEQ_LM")
+    theirs.save_pretrained(tmp_path)
+    prefix = load_prompt(tmp_path, model=model)
+    add_prefix(model, prefix, shift_positions=True)
+    made = []
+    for m in (model, theirs):
+        logits = m(**inputs).logits
+        logits.square().mean().backward()
+        made.append(logits)
+    assert_close(made[0], made[1], 1e-12)
+    assert (made[0] - bare(**inputs).logits).abs().max() > 1e-3
+    slots = encoder_of(theirs).embedding.weight.grad.unflatten(1, (2 * layers, -1))
+    expected = torch.zeros_like(slots)
+    for index, values in enumerate(prefix.sites["self"].values.values()):
+        for which in range(2):
+            expected[:, (4 * index + which) % (2 * layers)] += (
+                values.grad[0, which].transpose(0, 1).flatten(1)
+            )
+    assert_close(slots, expected, 1e-12)
 
 
 # ---- where PEFT differs --------------------------------------------------------------------------

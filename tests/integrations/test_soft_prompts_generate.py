@@ -121,6 +121,25 @@ def test_a_cache_of_the_users(name, as_prefix, position):
         assert_close(rest.logits, whole[:, 3:])
 
 
+@torch.no_grad()
+def test_generate_goes_on_from_a_cache():
+    """As a prefix; a cache whose rows have the prompt is refused, as generate counts its places."""
+    model, ids = make("llama"), tokens(2, S)
+    prompt = make_prompt(model, tasks=1)
+    options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+    add_prompt(model, prompt)
+    wanted = model.generate(ids, **options)
+    cache = model(ids[:, :3], use_cache=True).past_key_values
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), wanted)
+    remove_prompt(model)
+    add_prompt(model, prompt, as_prefix=False)
+    cache = model(ids[:, :3], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values must be empty in generate"):
+        model.generate(ids, past_key_values=cache, **options)
+    empty = transformers.DynamicCache()
+    assert torch.equal(model.generate(ids, past_key_values=empty, **options), wanted)
+
+
 @each_way
 def test_an_empty_cache_with_labels_is_filled(as_prefix):
     model = make("llama")

@@ -229,6 +229,15 @@ def test_shipped_tiles(arch):
         )
 
 
+@pytest.mark.parametrize("size", [80, 256])
+@pytest.mark.parametrize(
+    ("arch", "dtypes"), [*((arch, "bf16") for arch in (*_plans.ARCHS, "other")), ("other", "f32")]
+)
+def test_shipped_tiles_of_wide_heads(arch, dtypes, size):
+    with patch.object(_plans, "arch_name", lambda device: arch):
+        check(inputs_of(b=1, s=35, t=70, length=35, d=size, dtypes=dtypes))
+
+
 @pytest.mark.parametrize("kernel", ["few", "fwd", "query_grad", "text_grad", "prefix_grad"])
 def test_every_head_size_has_a_tile(kernel):
     for tiles in (*launchers._TILES.values(), launchers._FLOAT32):

@@ -3,6 +3,9 @@
 Every ratio is to what PEFT does for the same results: it looks the prompt's tokens up for each row
 of the batch, converts them, and concatenates embeddings, masks and labels, four tensors made and
 copied. With a backward, the prompt is what is trained, and the embeddings are frozen.
+
+The last table is a whole training step of GPT-2's blocks, whose prompt runs as a prefix, once and
+not for each row: "peft_kernels" is that, "in the rows" the prompt looked up for each row.
 """
 
 from __future__ import annotations
@@ -17,19 +20,23 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops.prompt_lookup import IGNORED, example_inputs, prompt_lookup
+from peft_kernels.tools import gpt2_step
 from peft_kernels.tools.case import BaseCase
 from peft_kernels.tools.implementation import Forward, Implementation
 
 SHAPE = "batch x text x hidden, prompt"
 BARE = "composition in PEFT"
 FUSED = "peft_kernels"
-RIVALS = ("reference", "expand + cat")
+RIVALS = ("reference", "expand + cat", "in the rows", "peft")
 DROPOUT_P = 0.0  # there is none
 
 
 @dataclass(frozen=True)
 class Case(BaseCase):
-    """A float32 prompt of ``length`` before embeddings [batch, seq, hidden], masks and labels."""
+    """A float32 prompt of ``length`` before embeddings [batch, seq, hidden], masks and labels.
+
+    With ``layers``: a training step of as many blocks of GPT-2 with it.
+    """
 
     batch: int
     seq: int
@@ -37,10 +44,13 @@ class Case(BaseCase):
     length: int
     dtype: torch.dtype = torch.float32
     backward: bool = False
+    layers: int = 0
+    title: str = ""
 
     @property
     def shape(self) -> str:
-        return f"{self.batch}x{self.seq}x{self.hidden}, {self.length}"
+        layers = f" x {self.layers} layers" if self.layers else ""
+        return f"{self.batch}x{self.seq}x{self.hidden}{layers}, {self.length}"
 
     @property
     def target(self) -> float | None:
@@ -55,11 +65,18 @@ _LIMITS = {
     (8, 256, 2048, 100): 1.0,
     (16, 128, 1024, 100): 1.0,
 }
+_STEPS = {20: None, 100: 1 / 1.5, 200: None}  # by the prompt's length
 TARGETS: dict[Case, float | None] = {
-    Case(*shape, dtype, backward): limit
-    for dtype in (torch.float32, torch.bfloat16)
-    for backward in (False, True)
-    for shape, limit in _LIMITS.items()
+    **{
+        Case(*shape, dtype, backward): limit
+        for dtype in (torch.float32, torch.bfloat16)
+        for backward in (False, True)
+        for shape, limit in _LIMITS.items()
+    },
+    **{
+        Case(16, 128, 768, length, backward=True, layers=4, title=", a training step"): limit
+        for length, limit in _STEPS.items()
+    },
 }
 CASES = tuple(TARGETS)
 
@@ -85,6 +102,8 @@ def implementations(
 ) -> dict[str, Implementation]:
     """PEFT's way, ours and the rivals, on the same values; x is the prompt, and no dropout."""
     torch.manual_seed(0)
+    if case.layers:
+        return _step(case, device)
     inputs = example_inputs(
         case.batch, case.seq, case.hidden, case.length,
         dtype=case.dtype, prompt_dtype=torch.float32, device=device,
@@ -111,6 +130,20 @@ def implementations(
         name: Implementation(forward, prompt, (), (*frozen, tokens))
         for name, forward in forwards.items()
     }
+
+
+def _step(case: Case, device: torch.device | str) -> dict[str, Implementation]:
+    base = gpt2_step.gpt2(case.hidden, case.layers, case.length + case.seq).to(device)
+    batch = gpt2_step.a_batch(case.batch, case.seq, device)
+    prompt = torch.randn(case.length, case.hidden, device=device)
+    found = {
+        BARE: gpt2_step.by_hand(base, batch, prompt),
+        FUSED: gpt2_step.ours(base, batch, prompt, as_prefix=True),
+        "in the rows": gpt2_step.ours(base, batch, prompt, as_prefix=False),
+    }
+    if gpt2_step.has_peft():
+        found["peft"] = gpt2_step.theirs(base, batch, prompt)
+    return found
 
 
 def _ours(inputs: dict[str, Tensor], prompt: Tensor, backend: str) -> Tensor:
