@@ -23,7 +23,7 @@ from rich.table import Table
 from peft_kernels._library import backend_of
 from peft_kernels.tools import UserError
 from peft_kernels.tools.measure import Budget, Timing, interleaved
-from peft_kernels.tools.peak import peak_bytes, return_freed
+from peft_kernels.tools.peak import peak_bytes
 
 LEGEND = (
     "A ratio is the median over rounds of this time / what the title names, in the same round. "
@@ -86,7 +86,6 @@ def bench(console: Console, request: Request) -> list[Row]:
         measure(suite, case, request)
         for case in track(cases, description="measuring", console=console, transient=True)
     ]
-    return_freed()
     weighing = track(rows, description="weighing", console=console, transient=True)
     rows = [weigh(suite, row, request) for row in weighing]
     for title, header, body in tables(suite, rows):

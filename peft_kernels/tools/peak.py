@@ -1,8 +1,7 @@
 """Peak memory of a call.
 
 On the CPU it is that of the whole process, as the system tells it, so memory that was freed before
-must have gone back to the system: :func:`return_freed` has the allocator do that, at some cost in
-time for whatever runs later.
+must go back to the system first, or it would be free of charge.
 """
 
 from __future__ import annotations
@@ -15,21 +14,12 @@ from pathlib import Path
 import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_M_MMAP_THRESHOLD = -3  # glibc's name for it in mallopt
-_MAPPED_BYTES = 64 * 1024
-
-
-def return_freed() -> None:
-    """Gives freed memory back, and has blocks of 64 KB or more go back when they are freed."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-        libc.malloc_trim(0)
 
 
 def peak_bytes(call: Callable[[], object]) -> int | None:
     """What ``call``'s second run adds to the memory in use; None where the system can't tell."""
     call()
+    _return_freed()
     before = reset_peak()
     if before is None:
         return None
@@ -37,6 +27,13 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
     added = peak() - before
     del held
     return added
+
+
+def _return_freed() -> None:
+    """Gives the memory that the C library keeps for later back to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def reset_peak() -> int | None:

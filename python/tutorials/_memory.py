@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+
 from peft_kernels.tools.peak import peak, reset_peak
 
 STEPS = 4

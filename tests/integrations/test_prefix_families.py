@@ -111,7 +111,10 @@ def test_a_t5_prefix_of_real_text_before_the_text(layers):
         )
         own = bias if index in layers else bias[..., L:]
         if index in layers:
-            k, v = (torch.cat([p.expand(2, -1, -1, -1), t], 2) for p, t in zip(kept[index], (k, v)))
+            k, v = (
+                torch.cat([p.expand(2, -1, -1, -1), t], 2)
+                for p, t in zip(kept[index], (k, v), strict=False)
+            )
         out = torch.softmax(q @ k.mT + own, -1) @ v
         x = block.layer[1](x + module.o(out.transpose(1, 2).flatten(2)))
     assert_close(found, model.encoder.final_layer_norm(x))
