@@ -132,6 +132,8 @@ def saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> in
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         held.append(forward())
+    # The graph's hooks hold the list, and the list the graph: a cycle that no collector sees.
+    held.clear()
     return sum(kept.values())
 
 
