@@ -13,7 +13,7 @@
 
 namespace peft_kernels::PK_ISA {
 
-constexpr int64_t FUSION_BLOCK = 128 * 1024;  // floats of a block's panels: half of a 1 MB L2
+constexpr int64_t FUSION_BLOCK = 208 * 1024;  // floats of a block's panels: most of a 1 MB L2
 constexpr int64_t LEAST_PANELS = 2, MOST_PANELS = 8;
 constexpr int64_t DEPTH_RUN = 256;  // of a product, as in BLAS: runs of 768 have twice its error
 constexpr int64_t SUM_RUN = 16;   // products of a bottleneck that are summed one after the other
@@ -59,8 +59,22 @@ inline void fill(const Matrix& row, Panels to, int64_t count) {
   }
 }
 
-// Rows [row, row + lanes) of m from a panel.
-inline void unpack_panel(const float* panel, int64_t row, int64_t lanes, const Matrix& m) {
+// values[j] += m(row, col + j)
+inline void add_row(const Matrix& m, int64_t row, int64_t col, int64_t count, float* values) {
+  alignas(64) float buffer[UNPACKED];
+  const float* terms = float_rows(m, row, 1, col, count, buffer).data;
+  if (m.dtype == DType::f32 && m.col_stride != 1) {
+    for (int64_t j = 0; j < count; j++) values[j] += terms[j * m.col_stride];
+    return;
+  }
+  int64_t j = 0;
+  for (; j + V <= count; j += V) store(values + j, load(values + j) + load(terms + j));
+  for (; j < count; j++) values[j] += terms[j];
+}
+
+// Rows [row, row + lanes) of m from a panel, plus those of added, if it isn't null.
+inline void unpack_panel(const float* panel, int64_t row, int64_t lanes, const Matrix& m,
+                         const Matrix* added = nullptr) {
   alignas(64) float rows[LANES][UNPACKED];
   for (int64_t col = 0; col < m.cols; col += UNPACKED) {
     const int64_t count = std::min(UNPACKED, m.cols - col);
@@ -72,13 +86,17 @@ inline void unpack_panel(const float* panel, int64_t row, int64_t lanes, const M
         transpose(block);
         for (int r = 0; r < B; r++) std::memcpy(&rows[i + r][j], &block[r], sizeof(Block));
       }
-    for (int64_t i = 0; i < lanes; i++) store_row(m, row + i, col, rows[i], count);
+    for (int64_t i = 0; i < lanes; i++) {
+      if (added) add_row(*added, row + i, col, count, rows[i]);
+      store_row(m, row + i, col, rows[i], count);
+    }
   }
 }
 
-inline void unpack_rows(Panels from, int64_t row, int64_t rows, const Matrix& m) {
+inline void unpack_rows(Panels from, int64_t row, int64_t rows, const Matrix& m,
+                        const Matrix* added = nullptr) {
   for (int64_t i = 0; i < rows; i += LANES)
-    unpack_panel(from[i / LANES], row + i, std::min<int64_t>(LANES, rows - i), m);
+    unpack_panel(from[i / LANES], row + i, std::min<int64_t>(LANES, rows - i), m, added);
 }
 
 template <int R>
@@ -230,13 +248,10 @@ inline void fusion_forward(const AdapterFusionForward& f, const Parallel& parall
     unpack_rows(z, row, rows, f.z), unpack_rows(w, row, rows, f.w);
     fuse(in, count, z, w);
     unpack_rows(w, row, rows, f.p);
-    if (f.residual)
-      pack_rows(*f.residual, row, rows, y);
-    else
-      clear(y, count, n);
+    clear(y, count, n);
     add_product(in.mix_weight, z, y, count, inner);
     add_product(mix_bias, w, y, count, inner);
-    unpack_rows(y, row, rows, f.y);
+    unpack_rows(y, row, rows, f.y, f.residual);
   });
 }
 
