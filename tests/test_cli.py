@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import peft_kernels
 from peft_kernels._library import OPS
 from peft_kernels.cli import main
 from peft_kernels.tools import measure
+from peft_kernels.tools.peak import peak_bytes, reset_peak
 from peft_kernels.tools.suites import lora_linear as suite
 
 TINY = ["--shapes", "5x7x9", "--rounds", "2", "--seconds", "0"]
@@ -75,6 +77,7 @@ def test_bench_writes_numbers_chart_and_tables(capsys, tmp_path, flags):
     assert "5x7x9" in out
     (row,) = json.loads((tmp_path / "bench.json").read_text())
     assert row["timings"][suite.BARE]["ratio"] == 1.0
+    assert row["peak_bytes"].keys() == row["timings"].keys()
     assert {suite.BARE, suite.FUSED, "reference", "mm + addmm_"} <= row["timings"].keys()
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "| 5x7x9 |" in markdown.read_text()
@@ -161,6 +164,30 @@ def test_saved_bytes_counts_a_storage_once_and_leaves_parameters_out():
     assert measure.saved_bytes(lambda: x @ weight, (x, weight)) == 0
     assert measure.saved_bytes(lambda: (x @ weight).exp(), (x, weight)) == 4 * 8 * 4
     assert measure.saved_bytes(forward, (x, weight)) >= 2 * 4 * 8 * 4
+
+
+def test_saved_bytes_lets_go_of_the_graph():
+    x, seen = torch.randn(4, 8, requires_grad=True), []
+
+    def forward():
+        y = x.exp()
+        seen.append(weakref.ref(y))
+        return y.exp()
+
+    measure.saved_bytes(forward, (x,))
+    assert seen[0]() is None
+
+
+@pytest.mark.skipif(reset_peak() is None, reason="the system can't tell the peak")
+def test_peak_sees_memory_that_is_free_again():
+    size = 40_000_000
+
+    def call():
+        torch.zeros(size, dtype=torch.uint8)
+        torch.zeros(size, dtype=torch.uint8)
+
+    assert 0.9 * size < peak_bytes(call) < 1.5 * size
+    assert peak_bytes(lambda: None) < 0.1 * size
 
 
 def test_interleaved_compares_within_rounds_and_drops_what_is_spent():

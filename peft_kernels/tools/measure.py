@@ -124,6 +124,8 @@ def saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> in
     held: list[object] = []
 
     def pack(tensor: Tensor) -> Tensor:
+        # Detached: an operation that saves its own result would hold itself, and never be freed.
+        tensor = tensor.detach()
         # Held until the end, so that no address is given to a second storage meanwhile.
         held.append(tensor)
         if _address(tensor) not in known:
@@ -132,8 +134,6 @@ def saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> in
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         held.append(forward())
-    # The graph's hooks hold the list, and the list the graph: a cycle that no collector sees.
-    held.clear()
     return sum(kept.values())
 
 

@@ -10,6 +10,7 @@ from prompt_models import TOLERANCE, L, S, make, padded, relative
 from peft_kernels.integrations.soft_prompts import add_prompt
 from peft_kernels.nn import PromptTuning, PTuning, Template
 from peft_kernels.nn._template import Input, Slots
+from peft_kernels.tools.suites import prompt_lookup as suite
 
 peft = pytest.importorskip("peft")
 
@@ -164,3 +165,17 @@ def test_t5_is_the_same():
     add_prompt(ours, prompt)
     inputs = padded("right") | {"labels": tokens(3, 4)}
     assert relative(ours(**inputs).logits, theirs(**inputs).logits) < 1e-12
+
+
+def test_the_benchmarks_step_is_the_same_everywhere():
+    case = suite.Case(2, 8, 64, L, backward=True, layers=2)
+    made = {}
+    for name, implementation in suite.implementations(case).items():
+        x = implementation.x.detach().requires_grad_()
+        loss = implementation.forward(x)
+        made[name] = loss.detach(), *torch.autograd.grad(loss, x)
+    assert made.keys() == {suite.BARE, suite.FUSED, "in the rows", "peft"}
+    expected = made.pop(suite.BARE)
+    for name, found in made.items():
+        for a, b in zip(found, expected, strict=True):
+            assert (a.view_as(b) - b).norm() <= 1e-5 * b.norm(), name
