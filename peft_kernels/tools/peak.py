@@ -1,7 +1,8 @@
 """Peak memory of a call.
 
 On the CPU it is that of the whole process, as the system tells it, so memory that was freed before
-must go back to the system first, or it would be free of charge.
+must go back to the system first, or it would be free of charge. What a call frees itself counts
+once where the next block takes its place, which in a process with a fragmented heap it may not.
 """
 
 from __future__ import annotations
