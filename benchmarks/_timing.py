@@ -22,7 +22,7 @@ def time_one(benchmark, suite, case, name):
     """Times one implementation of a case, and notes its target and what it saves."""
     implementations = suite.implementations(case)
     if name not in implementations:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} has no part in this case, or is not installed")
     implementation = implementations[name]
     call = implementation.call(case.backward)
     benchmark.group = f"{case.group} {case.shape}"

@@ -248,10 +248,14 @@ def _shift_table(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             "prefix_ids must not be -1 where this model's positions are shifted: it has the same "
             "ones in all rows"
         )
+    kwargs = {**dict(zip(parameters(module.__class__), args, strict=False)), **kwargs}
     positions = kwargs["position_ids"] + attached.length
     room = module.weight.shape[0] - getattr(module, "offset", 0)
-    _check_last(positions, room)
-    return args, kwargs | {"position_ids": positions}
+    # Looked at only where they may be too far: a GPU would be waited for.
+    past = kwargs.get("past_key_values_length", 0)
+    if attached.length + past + positions.shape[-1] > room:
+        _check_last(positions, room)
+    return (), kwargs | {"position_ids": positions}
 
 
 def _positions(kwargs: Mapping[str, Any], text: Tensor) -> Tensor:

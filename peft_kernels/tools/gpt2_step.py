@@ -8,7 +8,6 @@ prompt its x.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,10 +70,6 @@ def ours(base: Any, batch: Batch, prompt: Tensor, as_prefix: bool) -> Implementa
     add_prompt(model, module, as_prefix=as_prefix)
     name = f"{CHILD}.prompt"
     return _step(model, batch, name, prompt.view(module.prompt.shape))
-
-
-def has_peft() -> bool:
-    return importlib.util.find_spec("peft") is not None
 
 
 def theirs(base: Any, batch: Batch, prompt: Tensor) -> Implementation:

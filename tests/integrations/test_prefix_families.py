@@ -99,7 +99,7 @@ def test_a_t5_prefix_of_real_text_before_the_text(layers):
     found = hidden(model(rest))
     assert_close(hidden(model(torch.cat([rest, rest]), prefix_ids=[0, 0, -1, -1]))[:2], found)
     remove_prefix(model)
-    # By hand: the first layer's keys and values are those of the whole text wherever it begins.
+    # By hand, with the keys and values that were kept before those of the text.
     attention = [block.layer[0].SelfAttention for block in model.encoder.block]
     bias = attention[0].compute_bias(L + 4, L + 4)[:, :, L:]
     x = model.shared(rest)
@@ -113,7 +113,7 @@ def test_a_t5_prefix_of_real_text_before_the_text(layers):
         if index in layers:
             k, v = (
                 torch.cat([p.expand(2, -1, -1, -1), t], 2)
-                for p, t in zip(kept[index], (k, v), strict=False)
+                for p, t in zip(kept[index], (k, v), strict=True)
             )
         out = torch.softmax(q @ k.mT + own, -1) @ v
         x = block.layer[1](x + module.o(out.transpose(1, 2).flatten(2)))

@@ -10,6 +10,7 @@ not for each row: "peft_kernels" is that, "in the rows" the prompt looked up for
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -141,7 +142,7 @@ def _step(case: Case, device: torch.device | str) -> dict[str, Implementation]:
         FUSED: gpt2_step.ours(base, batch, prompt, as_prefix=True),
         "in the rows": gpt2_step.ours(base, batch, prompt, as_prefix=False),
     }
-    if gpt2_step.has_peft():
+    if importlib.util.find_spec("peft"):
         found["peft"] = gpt2_step.theirs(base, batch, prompt)
     return found
 
