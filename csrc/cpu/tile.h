@@ -115,20 +115,33 @@ PK_INLINE void transpose(Block (&v)[B]) {
 }
 #endif
 
+// B x B elements of a panel, of which so many columns are filled: panel[p * LANES + j] = from(p, j).
+template <class T>
+PK_INLINE void pack_block(const T* from, int64_t col_stride, int64_t filled, float* panel) {
+  Block block[B]{};
+  for (int64_t j = 0; j < filled; j++) block[j] = load_block(from + j * col_stride);
+  transpose(block);
+  for (int p = 0; p < B; p++) std::memcpy(panel + p * LANES, &block[p], B * 4);
+}
+
 // One panel: panel[p * LANES + j] = from(p, j) for count <= LANES columns whose depth is contiguous.
+// Cache lines are used up one after the other: columns a power of 2 apart evict each other from L1.
 template <class T>
 PK_INLINE void pack_transposed(const T* from, int64_t col_stride, int64_t depth, int64_t count,
                                float* panel) {
-  int64_t p = 0;
-  for (; p + B <= depth; p += B)
-    for (int64_t j = 0; j < count; j += B) {
-      Block block[B]{};
-      const int64_t filled = std::min<int64_t>(B, count - j);
-      for (int64_t i = 0; i < filled; i++) block[i] = load_block(from + (j + i) * col_stride + p);
-      transpose(block);
-      for (int i = 0; i < B; i++) std::memcpy(panel + (p + i) * LANES + j, &block[i], B * 4);
-    }
-  for (; p < depth; p++)
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const int64_t whole = depth / B * B;
+  for (int64_t line = 0; line < whole; line += LINE)
+    for (int64_t j = 0; j < count; j += B)
+      for (int64_t p = line; p < std::min(line + LINE, whole); p += B) {
+        const T* block = from + j * col_stride + p;
+        float* to = panel + p * LANES + j;
+        if (count - j >= B)
+          pack_block(block, col_stride, B, to);
+        else
+          pack_block(block, col_stride, count - j, to);
+      }
+  for (int64_t p = whole; p < depth; p++)
     for (int64_t j = 0; j < count; j++) panel[p * LANES + j] = widen(from[p + j * col_stride]);
 }
 
