@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from peft_kernels.triton._activations import activation, activation_derivative
-from peft_kernels.triton._adapter_kernels import _masked_load, _product, _vector
+from peft_kernels.triton._adapter_kernels import masked_load, product, vector
 from peft_kernels.triton._blocks import pointers, rounded, step, wide_dot
 
 # ---- products of rows --------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def _linear(
         x_ptrs += step(BLOCK_K, sx_k)
         w_ptrs += step(BLOCK_K, sw_k)
     if HAS_BIAS:
-        acc += _vector(bias, cols, n)[None, :]
+        acc += vector(bias, cols, n)[None, :]
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), acc, mask=mask)
 
@@ -89,10 +89,10 @@ def _low_rank(
     """acc + P Q of one tile; P is [m, r] float32 with columns side by side."""
     for first in range(0, r, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
-        p_tile = _masked_load(p, rows, ranks, m, r, sp_m, 1)
-        q_tile = _masked_load(q, ranks, cols, r, n, sq_r, sq_n)
+        p_tile = masked_load(p, rows, ranks, m, r, sp_m, 1)
+        q_tile = masked_load(q, ranks, cols, r, n, sq_r, sq_n)
         wide: tl.constexpr = q_tile.dtype == tl.float32
-        acc = _product(p_tile, q_tile, acc, dtype, wide, PRECISION)
+        acc = product(p_tile, q_tile, acc, dtype, wide, PRECISION)
     return acc
 
 
@@ -122,7 +122,7 @@ def adapter_fusion_mix_kernel(
             acc, p2, q2, rows, cols, m, n, r2, sp2_m, sq2_r, sq2_n, dtype, PRECISION, BLOCK_R2
         )
     if HAS_RESIDUAL:
-        acc += _masked_load(residual, rows, cols, m, n, sr_m, sr_n).to(tl.float32)
+        acc += masked_load(residual, rows, cols, m, n, sr_m, sr_n).to(tl.float32)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
@@ -149,13 +149,13 @@ def adapter_fusion_weights_kernel(
     columns = ranks + adapters
 
     # 1. the scores
-    scores = _masked_load(w + ranks, rows, which, m, adapters, columns, 1)
+    scores = masked_load(w + ranks, rows, which, m, adapters, columns, 1)
     for i in range(0, adapters):
         last = tl.load(starts + i + 1)
         total = tl.zeros((BLOCK_M,), tl.float32)
         for first in range(tl.load(starts + i), last, BLOCK_R):
-            z_tile = _masked_load(z, rows, first + within, m, last, ranks, 1)
-            w_tile = _masked_load(w, rows, first + within, m, last, columns, 1)
+            z_tile = masked_load(z, rows, first + within, m, last, ranks, 1)
+            w_tile = masked_load(w, rows, first + within, m, last, columns, 1)
             total += tl.sum(activation(z_tile, ACTIVATION) * w_tile, 1)
         scores += tl.where(which[None, :] == i, total[:, None], 0.0)
 
@@ -172,7 +172,7 @@ def adapter_fusion_weights_kernel(
         own_p = _of_adapter(p_tile, which, i)
         for first in range(tl.load(starts + i), last, BLOCK_R):
             cols = first + within
-            z_tile = _masked_load(z, rows, cols, m, last, ranks, 1)
+            z_tile = masked_load(z, rows, cols, m, last, ranks, 1)
             mask = (rows < m)[:, None] & (cols < last)[None, :]
             mixed_tile = own_p[:, None] * activation(z_tile, ACTIVATION)
             tl.store(pointers(mixed, rows, cols, ranks, 1), mixed_tile, mask=mask)
@@ -192,18 +192,18 @@ def adapter_fusion_weights_bwd_kernel(
     which = tl.arange(0, ADAPTERS)
     within = tl.arange(0, BLOCK_R)
     columns = ranks + adapters
-    p_tile = _masked_load(p, rows, which, m, adapters, adapters, 1)
+    p_tile = masked_load(p, rows, which, m, adapters, adapters, 1)
     dp = p_tile
 
     # 1. tau, and dp
     if NEEDS_ROWS:
-        tau = _masked_load(from_v, rows, which, m, adapters, adapters, 1)
+        tau = masked_load(from_v, rows, which, m, adapters, adapters, 1)
         for i in range(0, adapters):
             last = tl.load(starts + i + 1)
             total = tl.zeros((BLOCK_M,), tl.float32)
             for first in range(tl.load(starts + i), last, BLOCK_R):
-                z_tile = _masked_load(z, rows, first + within, m, last, ranks, 1)
-                t_tile = _masked_load(t, rows, first + within, m, last, ranks, 1)
+                z_tile = masked_load(z, rows, first + within, m, last, ranks, 1)
+                t_tile = masked_load(t, rows, first + within, m, last, ranks, 1)
                 total += tl.sum(activation(z_tile, ACTIVATION) * t_tile, 1)
             tau += tl.where(which[None, :] == i, total[:, None], 0.0)
         dp = p_tile * (tau - tl.sum(p_tile * tau, 1)[:, None])
@@ -218,13 +218,13 @@ def adapter_fusion_weights_bwd_kernel(
         for first in range(tl.load(starts + i), last, BLOCK_R):
             cols = first + within
             mask = (rows < m)[:, None] & (cols < last)[None, :]
-            z_tile = _masked_load(z, rows, cols, m, last, ranks, 1)
+            z_tile = masked_load(z, rows, cols, m, last, ranks, 1)
             a = activation(z_tile, ACTIVATION)
             if NEEDS_MIX:
                 tl.store(pointers(mixed, rows, cols, ranks, 1), own_p * a, mask=mask)
             if NEEDS_ROWS:
-                t_tile = _masked_load(t, rows, cols, m, last, ranks, 1)
-                w_tile = _masked_load(w, rows, cols, m, last, columns, 1)
+                t_tile = masked_load(t, rows, cols, m, last, ranks, 1)
+                w_tile = masked_load(w, rows, cols, m, last, columns, 1)
                 slope = activation_derivative(z_tile, ACTIVATION)
                 dpre_tile = slope * (own_p * t_tile + own_dp * w_tile)
                 tl.store(pointers(dpre, rows, cols, ranks, 1), dpre_tile, mask=mask)

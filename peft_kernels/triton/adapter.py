@@ -1,8 +1,8 @@
 """Launchers of the Triton kernels of ``adapter``: which kernel, on which grid, in which order.
 
 The maths and the schemas are in ``peft_kernels/ops/adapter.py``, the kernels in
-``_adapter_kernels.py``. A program owns a block of rows from x to y, and from dy to dx; only the
-sums over rows (G, dD) are kernels of their own, split over the rows.
+``_adapter_kernels.py`` and ``_adapter_bwd_kernels.py``. A program owns a block of rows from x to y,
+and from dy to dx; only the sums over rows (G, dD) are kernels of their own, split over the rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from peft_kernels.ops._dropout import threshold
+from peft_kernels.triton import _adapter_bwd_kernels as bwd_kernels
 from peft_kernels.triton import _adapter_kernels as kernels
 from peft_kernels.triton import _lora_linear_kernels as lora_kernels
 from peft_kernels.triton import _plans
@@ -189,7 +190,7 @@ def _norm(
     d_residual = x.new_empty(call.m, call.n) if stores_residual else dt
     sums = z.new_empty(blocks, 2, call.n if needs_norm else 0)
     launch(
-        kernels.adapter_norm_bwd_kernel,
+        bwd_kernels.adapter_norm_bwd_kernel,
         (blocks,),
         dy, x, call.residual, call.up_weight, call.up_bias, call.scale, call.norm_weight, z,
         statistics, dt, d_residual, sums, *call.dropout, call.m, call.n, call.r,
@@ -212,7 +213,7 @@ def _rows(
     dx = x.new_empty(x.shape if needs_x else (0,))
     dz, dz_sums = z.new_empty(call.m, call.r), z.new_empty(blocks, 2, call.r)
     launch(
-        kernels.adapter_bwd_kernel,
+        bwd_kernels.adapter_bwd_kernel,
         (blocks,),
         g, x, call.down_weight, call.up_weight, call.scale, call.pre_norm_weight, call.fold(), z,
         statistics, dz, dx, dz_sums, *call.dropout, call.m, call.k, call.r, call.n,
@@ -233,7 +234,7 @@ def _up(call: _Call, g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     chunk, splits = call.chunks(call.m, tile.m, programs)
     parts, sums = z.new_empty(splits, call.n, call.r), z.new_empty(splits, call.n)
     launch(
-        kernels.adapter_up_kernel,
+        bwd_kernels.adapter_up_kernel,
         (programs, splits),
         g, z, parts, sums, *call.dropout, call.m, call.n, call.r, chunk, *g.stride(),
         **call.named("TERMS"), **call.block(tile),
@@ -263,7 +264,7 @@ def _down(
     if call.pre_norm_weight is None:
         return sum_partials(parts, d_down, 1.0), dz_sums[0], d_pre_norm
     launch(
-        kernels.adapter_down_kernel,
+        bwd_kernels.adapter_down_kernel,
         (triton.cdiv(call.k, DOWN_GRAD_BLOCK_K),),
         parts, dz_sums, call.down_weight, call.pre_norm_weight, call.pre_norm_bias, d_down,
         d_pre_norm, splits, call.k, call.r, *call.down_weight.stride(),
