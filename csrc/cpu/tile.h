@@ -136,6 +136,7 @@ PK_INLINE void pack_transposed(const T* from, int64_t col_stride, int64_t depth,
       for (int64_t p = line; p < std::min(line + LINE, whole); p += B) {
         const T* block = from + j * col_stride + p;
         float* to = panel + p * LANES + j;
+        // A count known to the compiler takes 0.6 of the time.
         if (count - j >= B)
           pack_block(block, col_stride, B, to);
         else
