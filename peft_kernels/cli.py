@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+import peft_kernels
 from peft_kernels._library import HAS_TRITON
 from peft_kernels.tools import UserError
+from peft_kernels.tools.printing import console_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,58 +28,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        return args.run(args, Console())
+        return args.run(args, console_for(stderr=args.json))
     except UserError as error:
         print(f"peft-kernels {args.command}: {error}", file=sys.stderr)
         return 2
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> int:
-    from peft_kernels.tools.doctor import doctor
+    from peft_kernels.tools import doctor
 
-    doctor(console)
+    if args.json:
+        _print_json(doctor.facts())
+    else:
+        doctor.doctor(console)
     return 0
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int:
-    from peft_kernels.tools.bench import Request, bench
+    from peft_kernels.tools.bench import Request, bench, to_document
 
     if args.all and (args.shapes or args.dtype or args.backward):
         raise UserError("--all measures every case; it takes no --shapes, --dtype or --backward")
-    bench(
-        console,
-        Request(
-            op=args.op,
-            shapes=args.shapes,
-            dtype=args.dtype or torch.float32,
-            backward=args.backward,
-            everything=args.all,
-            compiled=args.compile,
-            device=args.device,
-            rounds=args.rounds,
-            seconds=args.seconds,
-            out=args.out,
-            markdown=args.markdown,
-        ),
+    request = Request(
+        op=args.op,
+        shapes=args.shapes,
+        dtype=args.dtype or torch.float32,
+        backward=args.backward,
+        everything=args.all,
+        compiled=args.compile,
+        device=args.device,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        out=args.out,
+        markdown=args.markdown,
     )
+    rows = bench(console, request)
+    if args.json:
+        _print_json(to_document(request, rows))
     return 0
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:
     if not HAS_TRITON:
         raise UserError("report compiles Triton kernels, and triton is not installed")
-    from peft_kernels.tools.report import report
+    from peft_kernels.tools.report import find, print_tables
 
-    return 0 if report(console) else 1
+    found = find(console)
+    if args.json:
+        _print_json(found.to_document())
+    else:
+        print_tables(console, found)
+    return 1 if found.outside() else 0
 
 
 def _tune(args: argparse.Namespace, console: Console) -> int:
     if not HAS_TRITON:
         raise UserError("tune measures Triton kernels on a GPU, and triton is not installed")
-    from peft_kernels.tools.tune import tune
+    from peft_kernels.tools import tune
 
-    tune(console=console)
+    if args.list:
+        cached = tune.cached()
+        if args.json:
+            _print_json(cached)
+        else:
+            tune.print_cached(console, cached)
+        return 0
+    measurements = tune.tune(console=console)
+    if args.json:
+        _print_json(tune.to_document(measurements))
     return 0
+
+
+def _print_json(document: object) -> None:
+    console_for().print_json(data=document)
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -85,6 +108,8 @@ def _tune(args: argparse.Namespace, console: Console) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-kernels", description=__doc__.splitlines()[0])
+    version = f"%(prog)s {peft_kernels.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
         ("doctor", _doctor, "what is installed here; which backend serves each op, and why"),
@@ -94,8 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+        text = "print JSON; what is said to people goes to standard error"
+        command.add_argument("--json", action="store_true", help=text)
         if name == "bench":
             _add_bench_arguments(command)
+        if name == "tune":
+            command.add_argument("--list", action="store_true", help="show what is cached")
     return parser
 
 

@@ -23,13 +23,16 @@ from rich.table import Table
 from peft_kernels._library import backend_of
 from peft_kernels.tools import UserError
 from peft_kernels.tools.measure import Budget, Timing, interleaved
+from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.peak import peak_bytes
+from peft_kernels.tools.printing import show
 
 LEGEND = (
     "A ratio is the median over rounds of this time / what the title names, in the same round. "
     "What is saved for the backward is counted beyond x and the parameters."
 )
 MISSED = "missed"
+RECORD, CHART = "bench.json", "bench.png"
 NONE = "-"
 
 Cells = tuple[str, list[str], list[list[str]]]
@@ -74,25 +77,30 @@ def bench(console: Console, request: Request) -> list[Row]:
     """Measures, prints a table a group of cases, and writes ``bench.json`` and ``bench.png``.
 
     Raises:
-        UserError: no such op, or no such device.
+        UserError: no such op, or no such device, or outputs that can't be written, which is found
+            before anything is measured.
     """
     suite = find_suite(request.op)
     _check_device(request.device)
     if request.rounds < 1:
         raise UserError(f"--rounds must be at least 1; got {request.rounds}")
     cases = select_cases(suite, request)
+    for name, path in outputs(request):
+        check_file(name, path)
     _print_conditions(console, request, cases)
-    rows = [
-        measure(suite, case, request)
-        for case in track(cases, description="measuring", console=console, transient=True)
-    ]
-    weighing = track(rows, description="weighing", console=console, transient=True)
-    rows = [weigh(suite, row, request) for row in weighing]
+    rows = [measure(suite, case, request) for case in _tracked(console, cases, "measuring")]
+    rows = [weigh(suite, row, request) for row in _tracked(console, rows, "weighing")]
     for title, header, body in tables(suite, rows):
-        console.print(to_rich(title, header, body))
+        show(console, to_rich(title, header, body))
     console.print(LEGEND, style="dim")
     write(console, suite, request, rows)
     return rows
+
+
+def _tracked(console: Console, items: list[Any], what: str) -> Iterable[Any]:
+    """The items, with a bar of how far it is where there is a terminal to see it."""
+    hidden = not console.is_terminal
+    return track(items, description=what, console=console, transient=True, disable=hidden)
 
 
 def find_suite(op: str) -> ModuleType:
@@ -236,19 +244,46 @@ def to_record(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def to_document(request: Request, rows: Iterable[Row]) -> dict[str, Any]:
+    """What ``--json`` prints: the rows, and what they were measured with."""
+    return {
+        "op": request.op,
+        "device": request.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": to_record(rows),
+    }
+
+
+def outputs(request: Request) -> Iterator[tuple[str, Path]]:
+    """The option, and the path, of every file that will be written."""
+    yield "--out", request.out / RECORD
+    yield "--out", request.out / CHART
+    if request.markdown:
+        yield "--markdown", request.markdown
+
+
 def write(console: Console, suite: ModuleType, request: Request, rows: list[Row]) -> None:
-    request.out.mkdir(parents=True, exist_ok=True)
-    record = request.out / "bench.json"
-    record.write_text(json.dumps(to_record(rows), indent=2))
+    record, chart = request.out / RECORD, request.out / CHART
+    _write_text("--out", record, json.dumps(to_record(rows), indent=2))
     console.print(f"numbers: {record}")
     if request.markdown:
-        request.markdown.write_text(to_markdown(suite, rows))
+        _write_text("--markdown", request.markdown, to_markdown(suite, rows))
         console.print(f"tables:  {request.markdown}")
     if importlib.util.find_spec("matplotlib") is None:
         console.print("chart:   none, for matplotlib is not installed")
         return
     from peft_kernels.tools.bench_chart import save_chart
 
-    chart = request.out / "bench.png"
-    save_chart(chart, suite, list(grouped(rows)))
+    try:
+        save_chart(chart, suite, list(grouped(rows)))
+    except OSError as error:
+        raise unwritable("--out", chart, error) from error
     console.print(f"chart:   {chart}")
+
+
+def _write_text(name: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise unwritable(name, path, error) from error

@@ -13,6 +13,7 @@ from rich.table import Table
 
 import peft_kernels
 from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of
+from peft_kernels.tools.printing import show
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "loralib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,10 +21,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def doctor(console: Console) -> None:
     """Prints both tables."""
-    facts = Table(title="This machine", title_justify="left", show_header=False)
+    table = Table("what", "found", title="This machine", title_justify="left", show_header=False)
     for name, value in machine():
-        facts.add_row(name, value)
-    console.print(facts, backend_table())
+        table.add_row(name, value)
+    show(console, table)
+    show(console, backend_table())
+
+
+def facts() -> dict[str, object]:
+    """What :func:`doctor` prints, as JSON can hold it."""
+    columns = ("op", "device", "dtype", "backend", "why")
+    rows = [dict(zip(columns, row, strict=True)) for op in OPS for row in backends(op)]
+    return {"machine": dict(machine()), "backends": rows}
 
 
 def machine() -> Iterator[tuple[str, str]]:
@@ -81,13 +90,19 @@ def backend_table() -> Table:
     for column in ("op", "device", "dtype", "backend", "why"):
         table.add_column(column)
     for op in OPS:
-        for device in ("cpu", "cuda"):
-            for dtype in DTYPES:
-                name = str(dtype).removeprefix("torch.")
-                backend = backend_of(op, device, dtype)
-                table.add_row(op, device, name, backend, _why(backend, device, dtype))
+        for row in backends(op):
+            table.add_row(*row)
         table.add_section()
     return table
+
+
+def backends(op: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """What runs on each device and dtype, as (op, device, dtype, backend, why)."""
+    for device in ("cpu", "cuda"):
+        for dtype in DTYPES:
+            backend = backend_of(op, device, dtype)
+            why = _why(backend, device, dtype)
+            yield op, device, str(dtype).removeprefix("torch."), backend, why
 
 
 _KERNELS = {"cpu": "native library", "cuda": "its CUDA kernels", "triton": "Triton kernels"}

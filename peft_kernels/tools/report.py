@@ -15,12 +15,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import triton
 from rich.console import Console
 from rich.table import Table
 
 from peft_kernels.tools import _cuda_objects
+from peft_kernels.tools.outputs import check_folder
+from peft_kernels.tools.printing import show
 
 if TYPE_CHECKING:
     from peft_kernels.tools._compile import CompiledRow
@@ -77,31 +82,75 @@ def _run(module: str, arguments: list[str], *, interpret: bool) -> list[dict[str
     return json.loads(done.stdout)
 
 
+@dataclass(frozen=True)
+class Found:
+    """The rows of all tables."""
+
+    traffic: list[TrafficRow]
+    compiled: list[CompiledRow]
+    objects: list[_cuda_objects.CudaObjectRow]
+
+    def verdicts(self) -> list[bool]:
+        """For each kernel, whether it is within its budget."""
+        kernels: list[CompiledRow | _cuda_objects.CudaObjectRow] = [*self.compiled, *self.objects]
+        return [kernel.within_budget() for kernel in kernels]
+
+    def outside(self) -> int:
+        """How many kernels are outside their budget."""
+        return self.verdicts().count(False)
+
+    def to_document(self) -> dict[str, Any]:
+        """The rows as JSON can hold them."""
+        return {
+            "traffic": [asdict(row) for row in self.traffic],
+            "compiled": [asdict(r) | {"within_budget": r.within_budget()} for r in self.compiled],
+            "objects": [asdict(r) | {"within_budget": r.within_budget()} for r in self.objects],
+            "outside": self.outside(),
+        }
+
+
+def find(console: Console, targets: tuple[str, ...] = TARGETS) -> Found:
+    """Counts the traffic and compiles for ``targets``: minutes.
+
+    Raises:
+        UserError: Triton's cache can't be written.
+    """
+    check_folder("Triton's cache (TRITON_CACHE_DIR)", Path(triton.knobs.cache.dir))
+    with console.status("counting loads and stores in the interpreter"):
+        traffic = traffic_table(*TRAFFIC_SIZES)
+    with console.status("compiling for " + ", ".join(targets)):
+        compiled = compile_table(targets)
+    return Found(traffic, compiled, _cuda_objects.rows())
+
+
 # ---- printing --------------------------------------------------------------------------------
 
 
 def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -> bool:
     """Prints the tables; True if every kernel is within its budget."""
     console = console or Console()
-    with console.status("counting loads and stores in the interpreter"):
-        traffic = traffic_table(*TRAFFIC_SIZES)
-    console.print(_traffic_view([row for row in traffic if row.op == "lora_linear"]))
-    console.print(_multi_traffic_view([row for row in traffic if row.op == "multi_lora_linear"]))
-    console.print(_adapter_traffic_view([row for row in traffic if row.op == "adapter"]))
-    console.print(_fusion_traffic_view([row for row in traffic if row.op == "adapter_fusion"]))
-    console.print(_prefix_traffic_view([row for row in traffic if row.op == "prefix_attention"]))
-    with console.status("compiling for " + ", ".join(targets)):
-        compiled = compile_table(targets)
-    console.print(_compile_view(compiled))
-    objects = _cuda_objects.rows()
-    console.print(_cuda_objects.table(objects))
-    verdicts = [row.within_budget() for row in compiled] + [row.within_budget() for row in objects]
-    outside = verdicts.count(False)
+    found = find(console, targets)
+    print_tables(console, found)
+    return not found.outside()
+
+
+def print_tables(console: Console, found: Found) -> None:
+    """Every table, and how many kernels are outside their budget."""
+    for op, view in (
+        ("lora_linear", _traffic_view),
+        ("multi_lora_linear", _multi_traffic_view),
+        ("adapter", _adapter_traffic_view),
+        ("adapter_fusion", _fusion_traffic_view),
+        ("prefix_attention", _prefix_traffic_view),
+    ):
+        show(console, view([row for row in found.traffic if row.op == op]))
+    show(console, _compile_view(found.compiled))
+    show(console, _cuda_objects.table(found.objects))
     console.print(
-        f"{len(verdicts)} kernels compiled, {outside} outside the budget (no spills, shared"
-        " memory within the chip, 16-bit products on the tensor cores). Nothing was run on a GPU."
+        f"{len(found.verdicts())} kernels compiled, {found.outside()} outside the budget (no"
+        " spills, shared memory within the chip, 16-bit products on the tensor cores). Nothing was"
+        " run on a GPU."
     )
-    return not outside
 
 
 def _traffic_view(rows: list[TrafficRow]) -> Table:

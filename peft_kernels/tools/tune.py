@@ -10,6 +10,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from peft_kernels.tools import UserError
+from peft_kernels.tools.outputs import check_file
+from peft_kernels.tools.printing import show
 from peft_kernels.triton import _plans
 from peft_kernels.triton import lora_linear as launchers
 
@@ -68,10 +71,12 @@ def tune(
 
     Raises:
         NoGPUError: a RuntimeError; there is no GPU, and no ``timer`` was given.
+        UserError: the cache can't be written, which is found before anything is measured.
     """
     if timer is None:
         timer, device = _gpu_timer, device or _require_gpu()
     device = torch.device(device or "cpu")
+    check_file("the tune cache (PEFT_KERNELS_CACHE)", _plans.cache_file())
     measurements = [
         measurement
         for dtype, adapter_dtype in dtypes
@@ -81,7 +86,7 @@ def tune(
     measured = {m.problem.bucket(): m.best for m in measurements}
     path = _plans.save_cache({_plans.device_key(device): measured})
     console = console or Console()
-    console.print(_table(measurements, device))
+    show(console, _table(measurements, device))
     console.print(f"{len(measured)} buckets written to {path}")
     return measurements
 
@@ -175,7 +180,32 @@ def _time_plans(plans: list[str], call: Callable[[], object], timer: Timer) -> d
     return {plan: statistics.median(rounds) for plan, rounds in times.items()}
 
 
-# ---- the table -------------------------------------------------------------------------------
+# ---- what is cached, and the tables ------------------------------------------------------------
+
+
+def to_document(measurements: Iterable[Measurement]) -> dict[str, Any]:
+    """The measurements as JSON can hold them."""
+    rows = [
+        {"bucket": m.problem.bucket(), "milliseconds": m.milliseconds, "best": m.best}
+        for m in measurements
+    ]
+    return {"cache": str(_plans.cache_file()), "measurements": rows}
+
+
+def cached() -> dict[str, Any]:
+    """The tune cache: its file, and the plan of each bucket by device and versions."""
+    return {"cache": str(_plans.cache_file()), "plans": _plans.load_cache()}
+
+
+def print_cached(console: Console, found: dict[str, Any]) -> None:
+    """Prints what :func:`cached` found."""
+    for device, buckets in found["plans"].items():
+        table = Table("bucket", "plan", title=device, title_justify="left")
+        for bucket, plan in sorted(buckets.items()):
+            table.add_row(bucket, plan)
+        show(console, table)
+    count = sum(map(len, found["plans"].values()))
+    console.print(f"{count} buckets in {found['cache']}; other plans are chosen by arithmetic")
 
 
 def _table(measurements: list[Measurement], device: torch.device) -> Table:
