@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from peft_kernels.ops.prefix_attention import prefix_attention
 
@@ -290,35 +290,50 @@ def _scale(module: Any, head_dim: int) -> float:
 
 def attention_mask(
     batch_size: int,
-    cache_position: Tensor,
     kv_length: int,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    **kwargs: Any,
+    **queries: Any,
 ) -> Tensor | None:
     """The mask that transformers' models make for :func:`attention`.
 
     A causal mask isn't made: nothing is returned, or, with padding, the real keys ``[B, T]``.
+
+    Args:
+        queries: where the queries stand, ``cache_position`` or ``q_length`` and ``q_offset``, and
+            whatever else the host's own mask functions take; handed on to them.
     """
     in_window = local_size is not None and kv_length <= local_size
     plain = mask_function is causal_mask_function or in_window
-    if plain and allow_is_causal_skip and kv_offset == 0:
-        real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        if real is None or (not torch.compiler.is_compiling() and bool(real.all())):
+    if plain and allow_is_causal_skip and kv_offset == 0 and _end_with_keys(kv_length, queries):
+        if attention_mask is None:
             return None
-        return real
+        # Keys that the mask doesn't reach are places of a cache that nothing has filled.
+        real = F.pad(attention_mask, (0, kv_length - attention_mask.shape[1])).bool()
+        return None if not torch.compiler.is_compiling() and bool(real.all()) else real
     return sdpa_mask(
         batch_size=batch_size,
-        cache_position=cache_position,
         kv_length=kv_length,
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
+        **queries,
     )
+
+
+def _end_with_keys(kv_length: int, queries: Mapping[str, Any]) -> bool:
+    """Whether the last query stands at the last key, as :func:`attend`'s causal mask has it.
+
+    A cache of a fixed size has keys beyond, and says where the queries stand in a tensor.
+    """
+    if "q_length" not in queries:
+        return True  # a host that gives cache_position allows no skip over such a cache
+    offset = queries.get("q_offset", 0)
+    return isinstance(offset, int) and offset + queries["q_length"] == kv_length
 
 
 AttentionInterface.register(NAME, attention)

@@ -1,9 +1,12 @@
 """What a model's attention layers call: the direct form against the op, masks, recording."""
 
+import inspect
+
 import pytest
 import torch
 from prefix_models import L, assert_close, make, tokens
 from torch import nn
+from transformers.masking_utils import sdpa_mask
 
 from peft_kernels.integrations._attention import (
     Prefixes,
@@ -81,13 +84,31 @@ def test_head_mask_silences_a_head():
     assert_close(out[:, :, 2], plain[:, :, 2])
 
 
+def sizes(queries, keys, past=0):
+    """What a model of the transformers that is installed hands to a mask function."""
+    if "cache_position" in inspect.signature(sdpa_mask).parameters:
+        where = {"cache_position": torch.arange(past, past + queries)}
+    else:
+        where = {"q_length": queries, "q_offset": past}
+    return {"batch_size": 2, "kv_length": keys} | where
+
+
 def test_no_square_mask_is_made_for_padding():
-    where = {"batch_size": 2, "cache_position": torch.arange(4), "kv_length": 4}
+    where = sizes(4, 4)
     assert attention_mask(**where) is None
     assert attention_mask(**where, attention_mask=torch.ones(2, 4, dtype=torch.bool)) is None
     padding = torch.tensor([[True] * 4, [True, True, False, False]])
     assert torch.equal(attention_mask(**where, attention_mask=padding), padding)
     assert attention_mask(**where, allow_is_causal_skip=False).shape == (2, 1, 4, 4)
+
+
+def test_queries_before_the_end_of_the_keys_have_a_square_mask():
+    """As over a cache of a fixed size, whose last places nothing has filled."""
+    where = sizes(2, 6, past=1) | {"allow_is_causal_skip": "q_length" in sizes(1, 1)}
+    assert (
+        attention_mask(**where).int().tolist() == [[[[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]]] * 2
+    )
+    assert attention_mask(**sizes(2, 6, past=4)) is None
 
 
 def test_scores_with_more_than_a_product_are_refused():
