@@ -9,14 +9,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+NOTE = "peft_kernels/_no_native.txt"  # read by peft_kernels/_library.py
 
 
 def missing() -> str | None:
     """Why the native library can't be built here, or None."""
     if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
-        return "PEFT_KERNELS_NATIVE=0 is set"
+        return "PEFT_KERNELS_NATIVE=0 was set"
     compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     for tool in (compiler.split()[0], "cmake", "ninja"):
         if shutil.which(tool) is None:
@@ -26,6 +28,17 @@ def missing() -> str | None:
     except ImportError:
         return "torch is not importable in the build environment"
     return None
+
+
+class BuildWithNote(build_py):
+    """Leaves word in the package of why it has no native library: pip shows no build's output."""
+
+    def run(self) -> None:
+        super().run()
+        note = (ROOT if self.editable_mode else Path(self.build_lib)) / NOTE
+        note.unlink(missing_ok=True)
+        if reason:
+            note.write_text(f"{reason}\n")
 
 
 class CMakeBuild(build_ext):
@@ -54,5 +67,5 @@ if reason:
     print(f"peft_kernels: installing without native kernels, because {reason}.", file=sys.stderr)
 setup(
     ext_modules=[] if reason else [Extension("peft_kernels._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithNote},
 )

@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ NAMESPACE = "peft_kernels"
 BACKENDS = ("auto", "reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
+_NO_NATIVE = Path(__file__).with_name("_no_native.txt")  # why it was not built, left by setup.py
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 OPS: list[str] = []  # the public names of the ops defined so far
@@ -87,15 +89,49 @@ def load_native() -> None:
     """Loads the C++ library, if it was built; its kernels register themselves.
 
     It lies beside this file. ``PEFT_KERNELS_NATIVE`` is ``0`` for none, or another one's path.
+    Where there is none, and neither this variable nor the one who installed the package says that
+    this is meant, a RuntimeWarning says so.
 
     Raises:
-        OSError: ``PEFT_KERNELS_NATIVE`` names a file that can't be loaded.
+        OSError: the library, or the file that ``PEFT_KERNELS_NATIVE`` names, can't be loaded.
     """
     setting = os.environ.get("PEFT_KERNELS_NATIVE", "1")
-    if setting not in ("0", "1"):
-        torch.ops.load_library(setting)
-    elif setting == "1" and NATIVE_LIBRARY.exists():
-        torch.ops.load_library(str(NATIVE_LIBRARY))
+    if setting == "0":
+        return
+    library = str(NATIVE_LIBRARY) if setting == "1" else setting
+    if setting == "1" and not NATIVE_LIBRARY.exists():
+        _warn_of_no_native()
+        return
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise OSError(
+            f"peft_kernels' native library can't be loaded: {error}. Build it again (it needs"
+            " torch >= 2.13), or set PEFT_KERNELS_NATIVE=0 to run on PyTorch alone"
+        ) from error
+
+
+def why_no_native() -> str:
+    """Why the native library isn't there, where it isn't."""
+    if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
+        return "PEFT_KERNELS_NATIVE=0 is set"
+    if _NO_NATIVE.exists():
+        return f"it was not built, because {_NO_NATIVE.read_text().strip()}"
+    return "it was not built"
+
+
+def _warn_of_no_native() -> None:
+    reason = why_no_native()
+    if "PEFT_KERNELS_NATIVE=0" in reason or _forced == "reference":
+        return
+    warnings.warn(
+        f"peft_kernels has no native library: {reason}. On a CPU every op runs on the reference,"
+        " which is plain PyTorch and slower. Install the package again where there are a C++"
+        " compiler, CMake and ninja, or set PEFT_KERNELS_NATIVE=0 to be without it and this"
+        " warning.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _checked_backend(name: str) -> str:

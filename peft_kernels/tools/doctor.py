@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peft_kernels
-from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of
+from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of, why_no_native
 from peft_kernels.tools.printing import show
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "loralib")
@@ -74,11 +74,12 @@ def _native() -> str:
 
 
 def _why_no_native() -> str:
-    if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
-        return "PEFT_KERNELS_NATIVE=0 is set"
-    if not NATIVE_LIBRARY.exists():
-        return "it was not built (it needs CMake and a C++ compiler)"
-    return "it has no native_info; build it again"
+    if NATIVE_LIBRARY.exists() and os.environ.get("PEFT_KERNELS_NATIVE", "1") != "0":
+        return "it has no native_info; build it again"
+    reason = why_no_native()
+    if "PEFT_KERNELS_NATIVE=0" in reason:
+        return reason
+    return f"{reason}; that needs CMake, ninja and a C++ compiler"
 
 
 # ---- backends --------------------------------------------------------------------------------

@@ -1,0 +1,159 @@
+"""What is packed, and what a package without native kernels says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILT_FROM = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "pyproject.toml",
+    "setup.py",
+)
+WITHOUT_COMPILER = {"CXX": "no-such-compiler"}
+NO_NATIVE = "peft_kernels/_no_native.txt"
+SAYS = "peft_kernels has no native library"
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PEFT_KERNELS", "PYTHON"))
+    }
+    env = inherited | environment
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def build(kind: str, source: Path, out: Path, **environment: str) -> Path:
+    """Builds an ``sdist`` or a ``wheel`` with what is installed here, as ``pip`` asks for it."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    run([sys.executable, "-c", code], source, **environment)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def tracked() -> set[str]:
+    """The repository's files."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is not a git checkout")
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = run(listing, ROOT).stdout.splitlines()
+    return {name for name in names if (ROOT / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def unpacked(tracked, tmp_path_factory) -> Path:
+    """The sdist of the repository's files, unpacked: what ``pip install`` of it builds from."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in tracked:
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "source" / name)
+    (folder / "dist").mkdir()
+    with tarfile.open(build("sdist", folder / "source", folder / "dist")) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (top,) = (folder / "unpacked").iterdir()
+    return top
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def install(source: Path, folder: Path, **environment: str) -> Path:
+    """A folder to import the package from, as a wheel of ``source`` fills it."""
+    copy, out = folder / "copy", folder / "dist"
+    shutil.copytree(source, copy)
+    out.mkdir()
+    with zipfile.ZipFile(build("wheel", copy, out, **environment)) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def without_compiler(unpacked, tmp_path_factory) -> Path:
+    return install(unpacked, tmp_path_factory.mktemp("without"), **WITHOUT_COMPILER)
+
+
+@pytest.fixture(scope="module")
+def pure(unpacked, tmp_path_factory) -> Path:
+    asked = {"PEFT_KERNELS_NATIVE": "0"}
+    return install(unpacked, tmp_path_factory.mktemp("pure"), **WITHOUT_COMPILER, **asked)
+
+
+def import_from(site: Path, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"import peft_kernels\n{code}"]
+    return run(command, site, PYTHONPATH=str(site), **environment)
+
+
+# ---- what is packed --------------------------------------------------------------------------
+
+
+def test_the_sdist_holds_all_that_a_build_needs_and_no_more(tracked, unpacked):
+    needed = {n for n in tracked if n.startswith(("csrc/", "peft_kernels/")) or n in BUILT_FROM}
+    assert {"csrc/cpu/tile.h", "csrc/common.h", "peft_kernels/py.typed", *BUILT_FROM} <= needed
+    packed = files_of(unpacked)
+    assert needed - packed == set()
+    of_the_format = {n for n in packed if n in ("PKG-INFO", "setup.cfg") or ".egg-info/" in n}
+    assert packed - needed - of_the_format == {"MANIFEST.in"}
+
+
+def test_a_wheel_holds_the_package_and_its_license(tracked, without_compiler):
+    package = {name for name in tracked if name.startswith("peft_kernels/")}
+    packed = files_of(without_compiler)
+    of_the_format = {name for name in packed if ".dist-info/" in name}
+    assert packed - of_the_format == package | {NO_NATIVE}
+    assert any(name.endswith("/LICENSE") for name in of_the_format)
+
+
+# ---- without native kernels ------------------------------------------------------------------
+
+
+def test_a_build_without_a_compiler_says_so_once_at_import(without_compiler):
+    err = import_from(without_compiler, "import peft_kernels.nn, peft_kernels.pool").stderr
+    assert err.count(SAYS) == 1
+    assert "RuntimeWarning" in err
+    assert "it was not built, because no-such-compiler was not found" in err
+    assert "PEFT_KERNELS_NATIVE=0" in err
+
+
+@pytest.mark.parametrize(
+    "setting", [{"PEFT_KERNELS_NATIVE": "0"}, {"PEFT_KERNELS_BACKEND": "reference"}]
+)
+def test_who_asks_for_pure_python_at_run_time_is_not_warned(without_compiler, setting):
+    assert import_from(without_compiler, **setting).stderr == ""
+
+
+def test_who_installed_pure_python_is_not_warned(pure):
+    assert import_from(pure).stderr == ""
+
+
+def test_doctor_gives_the_same_reason(without_compiler, pure):
+    code = "from peft_kernels.cli import main; main(['doctor'])"
+    out = import_from(without_compiler, code).stdout
+    assert "not loaded: it was not built, because no-such-compiler was not found" in out
+    assert "needs CMake, ninja and a C++ compiler" in out
+    assert "because PEFT_KERNELS_NATIVE=0 was set" in import_from(pure, code).stdout
+
+
+def test_a_library_that_cant_be_loaded_is_one_clear_error(tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    command = [sys.executable, "-c", "import peft_kernels"]
+    env = os.environ | {"PEFT_KERNELS_NATIVE": str(broken), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("OSError: peft_kernels' native library can't be loaded")
+    assert str(broken) in last and "PEFT_KERNELS_NATIVE=0" in last
