@@ -27,7 +27,8 @@ from peft_kernels._folder import (
     whole,
     write_files,
 )
-from peft_kernels.nn.lora import LoRALinear, alpha_of, check_base, check_settings, scaling
+from peft_kernels.nn._bases import check_bases
+from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
 
 KEY_PREFIX = "base_model.model."
@@ -223,8 +224,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     swaps = not layers
     if swaps:
         layers = targets_of(plain, config)
-        for name, module in layers.items():
-            check_base(module, name)
+        check_bases(plain, layers, takes_values=True)
     _check_fit(layers, adapters, config)
     if swaps:
         swap_targets(

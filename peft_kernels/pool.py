@@ -15,7 +15,8 @@ from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Ids, Router, Selection, flat_names
 from peft_kernels._store import PoolMemory, Store
 from peft_kernels._versions import Source, Version, new_version, read_version
-from peft_kernels.nn.lora import check_base, init_adapter_
+from peft_kernels.nn._bases import check_bases
+from peft_kernels.nn.lora import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
 from peft_kernels.swap import find_targets, keep_off_fast_paths, replace_modules, require_matches
@@ -105,8 +106,7 @@ class AdapterPool:
             task_type=task_type,
         )
         require_matches(target_modules, targets)
-        for name, module in targets.items():
-            check_base(module, name)
+        check_bases(model, targets, takes_values=True)
         pages = _pages_for("capacity", capacity)
         max_pages = min(_pages_for("max_rank", max_rank), pages)
         slots = pages if max_adapters is None else _positive("max_adapters", max_adapters)

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from peft_kernels.nn.lora import LoRALinear, check_base, check_settings, is_conv1d
+from peft_kernels.nn._bases import check_bases, is_conv1d
+from peft_kernels.nn.lora import LoRALinear, check_settings
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -202,8 +203,7 @@ def swap_targets(
 ) -> Model:
     """:func:`swap_linear` for layers that :func:`find_targets` has found."""
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
-    for name, module in targets.items():
-        check_base(module, name)
+    check_bases(model, targets)
     check_settings(r, alpha, dropout, init)
     _warn_unused("rank_pattern", rank_pattern, targets)
     _warn_unused("alpha_pattern", alpha_pattern, targets)
