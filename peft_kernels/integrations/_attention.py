@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from peft_kernels.integrations._pinned import NAME, asked_implementation
 from peft_kernels.ops.prefix_attention import prefix_attention
 
-NAME = "peft_kernels_prefix"
 SOURCE = "_prefix_source"
 Pair = tuple[Tensor, Tensor]
 
@@ -49,10 +49,16 @@ class Prefixes:
         need_weights: bool = False,
     ) -> None:
         self.pairs, self.ids, self.need_weights = pairs, ids, need_weights
+        self.asked: dict[nn.Module, bool] = {}
         self.leaves: Prefixes | None = None  # of a checkpointed run; see _checkpointing.py
 
     def of(self, module: nn.Module) -> Pair | None:
+        self.asked[module] = True
         return self.pairs.get(module)
+
+    def was_asked(self, module: nn.Module) -> bool:
+        """Whether the module looked for its prefix; True for one that has none."""
+        return module in self.asked or module not in self.pairs
 
 
 class Recording:
@@ -60,6 +66,10 @@ class Recording:
 
     def __init__(self) -> None:
         self.pairs: dict[nn.Module, Pair] = {}
+
+    def was_asked(self, module: nn.Module) -> bool:
+        """Whether the module's keys and values were kept."""
+        return module in self.pairs
 
 
 State = Prefixes | Recording
@@ -282,8 +292,11 @@ def attention(
 
 
 def _scale(module: Any, head_dim: int) -> float:
-    """1/sqrt(D), and GPT-2's options of it."""
-    scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    """1/sqrt(D), and GPT-2's options of it, which its own eager attention alone has."""
+    scale = head_dim**-0.5
+    if asked_implementation(module) != "eager":
+        return scale
+    scale = scale if getattr(module, "scale_attn_weights", True) else 1.0
     inverse = getattr(module, "scale_attn_by_inverse_layer_idx", False)
     return scale / (module.layer_idx + 1) if inverse else scale
 

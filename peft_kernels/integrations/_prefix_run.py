@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.integrations import _own_attention
+from peft_kernels.integrations import _guard, _own_attention
 from peft_kernels.integrations._attention import (
     SOURCE,
     Pair,
@@ -55,8 +55,11 @@ class Attached:
         self.row_ids = RowIds("prefix_ids", tasks)
         self.modules = {(p.site, p.layer): p.module for p in places}
         self.by_stack: dict[str, list[tuple[str, int]]] = {}
+        self.paths: dict[str, list[tuple[str, nn.Module]]] = {}  # in a stack
         for place in places:
             self.by_stack.setdefault(place.stack, []).append((place.site, place.layer))
+            path = place.path.removeprefix(f"{place.stack}.")
+            self.paths.setdefault(place.stack, []).append((path, place.module))
 
     def prefixes(self, stack: str | None = None, ids: Tensor | None = None) -> Prefixes:
         """The prefixes of a stack's attention modules, of all if no stack is named."""
@@ -89,6 +92,7 @@ def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift:
         model.__dict__["generate"] = partial(_generate, model)
     for place in places:
         place.module.__dict__[SOURCE] = attached.prefixes
+        _guard.watch(place.module, place.path)
     take_over(places)
     for path in attached.by_stack:
         stack = model.get_submodule(path)
@@ -111,7 +115,8 @@ def take_over(places: Sequence[Place]) -> None:
 def detach(model: nn.Module) -> None:
     """Takes out what :func:`attach` and :func:`take_over` put in."""
     for module in model.modules():
-        remove_hooks(module, _HOOKS)
+        remove_hooks(module, (*_HOOKS, *_guard.HOOKS))
+        _guard.unwatch(module)
         for name in (SOURCE, PREFIX_HOOK, "_prefix_outer", *_MARKS):
             module.__dict__.pop(name, None)
         _own_attention.give_back(module)
@@ -191,6 +196,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if isinstance(current_state(), Recording):
         return
     attached, path = module.__dict__["_prefix_stack"]
+    _guard.check_in_place(module, attached.paths[path])
     carry(module)
     for child in module.children():
         for layer in child.children() if isinstance(child, nn.ModuleList) else ():

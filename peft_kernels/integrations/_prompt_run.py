@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.integrations import _guard
 from peft_kernels.integrations._attention import (
     SOURCE,
     Prefixes,
@@ -33,6 +34,7 @@ from peft_kernels.integrations._hooks import (
     past_length,
     remove_hooks,
 )
+from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import (
     carry_state,
     decoder_of,
@@ -77,7 +79,7 @@ class PromptRun:
         self.position: str = getattr(prompt, "position", "front")
         self.length: int = prompt.length
         self.row_ids = RowIds("task_ids", getattr(prompt, "tasks", 1))
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.model = model
         self.decoder: nn.Module | None = None  # that runs the prompt where it is a prefix
         self.first_position, self.room = _learned_positions(model)
         self.in_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -86,6 +88,17 @@ class PromptRun:
         self.obstacle: str | None = "as_prefix is False"
         self.kept: dict[Any, Any] | None = None  # within generate: the prompt's keys and values
         self.frames: list[Frame] = []
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The model's, which may be set to another one at any time."""
+        embedding = self.model.get_input_embeddings()
+        width = getattr(embedding, "embedding_dim", self.prompt.dim)
+        if width != self.prompt.dim:
+            raise ValueError(
+                f"prompt has {self.prompt.dim} features, and the model's embeddings {width}"
+            )
+        return embedding
 
     def prompts(self) -> Tensor:
         """``[P, L, d]``"""
@@ -132,15 +145,16 @@ def attach(model: Any, run: PromptRun) -> None:
             stack.register_forward_pre_hook(hook, with_kwargs=True)
     elif run.obstacle is None:
         run.decoder = decoder_of(model)
-        for module in model.modules():
-            if type(module).__name__.endswith("Attention"):
-                module.__dict__[SOURCE] = _no_forward
+        for place in attention_places(model):
+            place.module.__dict__[SOURCE] = _no_forward
+            _guard.watch(place.module, place.path)
 
 
 def detach(model: nn.Module) -> None:
     """Takes out what :func:`attach` put in."""
     for module in model.modules():
-        remove_hooks(module, _HOOKS)
+        remove_hooks(module, (*_HOOKS, *_guard.HOOKS))
+        _guard.unwatch(module)
         for name in (PROMPT_HOOK, _STACK):
             module.__dict__.pop(name, None)
     model.__dict__.pop("generate", None)
