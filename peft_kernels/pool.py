@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import checkpoint
+from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Ids, Router, Selection, flat_names
 from peft_kernels._store import PoolMemory, Store
@@ -94,7 +95,7 @@ class AdapterPool:
             TypeError: a target that isn't a plain linear layer, or a value of the wrong type.
             Nothing is changed when one is raised.
         """
-        model = checkpoint.unwrapped(model)
+        model = unwrapped(model)
         if not isinstance(target_modules, str):
             target_modules = list(target_modules)
         targets = find_targets(
@@ -117,7 +118,7 @@ class AdapterPool:
         self._model, self._max_rank = model, max_pages * PAGE
         self._router, self._slots = Router(), slots
         self._thawed = [p for p in model.parameters() if p.requires_grad]
-        self._originals = {checkpoint.plain_name(name): module for name, module in targets.items()}
+        self._originals = targets
         try:
             layers = {
                 name: MultiLoRALinear.from_linear(
