@@ -11,24 +11,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without DistributedDataParallel and torch.compile."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
-
-
-def plain_name(name: str) -> str:
-    """A module's name without the parts that torch.compile and checkpoint wrappers add."""
-    wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def whole(tensor: Tensor) -> Tensor:

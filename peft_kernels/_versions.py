@@ -57,8 +57,8 @@ def read_version(
             f"an adapter's layers must be layers of the pool; {name!r} has {unknown or 'none'}"
         )
     if config.get("target_modules"):
-        targets = map(checkpoint.plain_name, checkpoint.targets_of(model, config))
-        missing = sorted(layers.keys() & set(targets) - adapters.keys())
+        targets = checkpoint.targets_of(model, config).keys()
+        missing = sorted(layers.keys() & targets - adapters.keys())
         if missing:
             raise ValueError(f"{name!r} lacks layers that its target_modules select: {missing}")
     settings = {}

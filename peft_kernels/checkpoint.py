@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from peft_kernels._folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    plain_name,
     read_config,
     read_tensors,
-    unwrapped,
     whole,
     write_files,
 )
-from peft_kernels.nn.lora import LoRALinear, alpha_of, check_base, check_settings, scaling
+from peft_kernels._names import plain_modules, unwrapped
+from peft_kernels.nn._bases import check_bases
+from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
 
 KEY_PREFIX = "base_model.model."
@@ -95,8 +95,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     each file is replaced whole or, when anything fails, not at all.
 
     Args:
-        model: a model with LoRALinear layers below it, merged or not; may be wrapped in
-            DistributedDataParallel or torch.compile.
+        model: a model with LoRALinear layers below it, merged or not. It and its modules may be
+            wrapped, in any order: by DistributedDataParallel, DataParallel, FSDP, torch.compile,
+            activation checkpointing, AveragedModel, whose average is written. The names are those
+            of the model without wrappers.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
 
     Raises:
@@ -134,8 +136,8 @@ def write_adapter(
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {
-        plain_name(name): module
-        for name, module in model.named_modules()
+        name: module
+        for name, module in plain_modules(model).items()
         if isinstance(module, LoRALinear)
     }
 
@@ -184,7 +186,7 @@ def _exact(name: str) -> str:
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> str | list[str]:
     """What selects just ``layers``: last parts of names, or full names, or a regular expression."""
     chosen = set(layers)
-    names = [plain_name(name) for name, _ in model.named_modules() if name]
+    names = [name for name in plain_modules(model) if name]
     for endings in ({name.rpartition(".")[2] for name in chosen}, chosen):
         if {name for name in names if matches(name, endings)} == chosen:
             return sorted(endings)
@@ -203,7 +205,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     ``adapter_model.bin``, which is unpickled with ``weights_only=True``.
 
     Args:
-        model: a plain model, or one with LoRALinear layers, unmerged.
+        model: a plain model, or one with LoRALinear layers, unmerged; wrapped or not.
         folder: holds ``adapter_config.json`` and the weights.
 
     Returns:
@@ -223,8 +225,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     swaps = not layers
     if swaps:
         layers = targets_of(plain, config)
-        for name, module in layers.items():
-            check_base(module, name)
+        check_bases(plain, layers, takes_values=True)
     _check_fit(layers, adapters, config)
     if swaps:
         swap_targets(

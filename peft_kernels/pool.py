@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import checkpoint
+from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Ids, Router, Selection, flat_names
 from peft_kernels._store import PoolMemory, Store
 from peft_kernels._versions import Source, Version, new_version, read_version
-from peft_kernels.nn.lora import check_base, init_adapter_
+from peft_kernels.nn._bases import check_bases
+from peft_kernels.nn.lora import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
 from peft_kernels.swap import find_targets, keep_off_fast_paths, replace_modules, require_matches
@@ -93,7 +95,7 @@ class AdapterPool:
             TypeError: a target that isn't a plain linear layer, or a value of the wrong type.
             Nothing is changed when one is raised.
         """
-        model = checkpoint.unwrapped(model)
+        model = unwrapped(model)
         if not isinstance(target_modules, str):
             target_modules = list(target_modules)
         targets = find_targets(
@@ -105,8 +107,7 @@ class AdapterPool:
             task_type=task_type,
         )
         require_matches(target_modules, targets)
-        for name, module in targets.items():
-            check_base(module, name)
+        check_bases(model, targets, takes_values=True)
         pages = _pages_for("capacity", capacity)
         max_pages = min(_pages_for("max_rank", max_rank), pages)
         slots = pages if max_adapters is None else _positive("max_adapters", max_adapters)
@@ -117,7 +118,7 @@ class AdapterPool:
         self._model, self._max_rank = model, max_pages * PAGE
         self._router, self._slots = Router(), slots
         self._thawed = [p for p in model.parameters() if p.requires_grad]
-        self._originals = {checkpoint.plain_name(name): module for name, module in targets.items()}
+        self._originals = targets
         try:
             layers = {
                 name: MultiLoRALinear.from_linear(

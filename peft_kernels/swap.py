@@ -10,7 +10,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from peft_kernels.nn.lora import LoRALinear, check_base, check_settings, is_conv1d
+from peft_kernels._names import plain_modules, replace_child, unwrapped
+from peft_kernels.nn._bases import check_bases, is_conv1d
+from peft_kernels.nn.lora import LoRALinear, check_settings
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -45,7 +47,8 @@ def swap_linear(
     gradients, those of earlier swaps included; unfreeze a newly initialised head yourself.
 
     Args:
-        model: any module; the layers to replace are below it.
+        model: any module; the layers to replace are below it. Names are those that it has without
+            wrappers (DistributedDataParallel, torch.compile, activation checkpointing and others).
         target_modules: which layers. A list holds full names, or endings of names that begin at a
             dot. A str is a regular expression that must match the full name, or ``"all-linear"``:
             every nn.Linear and Conv1D except the output embeddings.
@@ -105,7 +108,10 @@ def find_targets(
     layers_pattern: str | Sequence[str] | None = None,
     task_type: str | None = None,
 ) -> dict[str, nn.Module]:
-    """The modules that :func:`swap_linear`'s arguments of the same names select, by name."""
+    """The modules that :func:`swap_linear`'s arguments of the same names select, by name.
+
+    The names are those of the model without wrappers (:mod:`peft_kernels._names`).
+    """
     if layers_pattern and layers_to_transform is None:
         raise ValueError("layers_pattern needs layers_to_transform, which is None")
     if isinstance(target_modules, str) and layers_to_transform is not None:
@@ -117,7 +123,7 @@ def find_targets(
     indices = {layers_to_transform} if isinstance(layers_to_transform, int) else layers_to_transform
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model).items()
         if name
         and matches(name, target_modules)
         and not (exclude_modules and matches(name, exclude_modules))
@@ -141,10 +147,10 @@ def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> V
 
 
 def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
-    head = _head(model, task_type)
+    head = _head(unwrapped(model), task_type)
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model).items()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
 
@@ -202,8 +208,7 @@ def swap_targets(
 ) -> Model:
     """:func:`swap_linear` for layers that :func:`find_targets` has found."""
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
-    for name, module in targets.items():
-        check_base(module, name)
+    check_bases(model, targets)
     check_settings(r, alpha, dropout, init)
     _warn_unused("rank_pattern", rank_pattern, targets)
     _warn_unused("alpha_pattern", alpha_pattern, targets)
@@ -244,9 +249,9 @@ def _warn_unused(argument: str, patterns: Mapping[str, float], names: Iterable[s
 def replace_modules(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> None:
     """Puts the values of ``swapped`` where its keys are, under every name they have."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        for name, child in list(parent._modules.items()):
             if child is not None and child in swapped:
-                setattr(parent, name, swapped[child])
+                replace_child(parent, name, swapped[child])
 
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peft_kernels._folder import unwrapped
+from peft_kernels._names import submodule, unwrapped
 from peft_kernels.integrations.transformers import (
     _HOOKS,
+    _PRE_NORM,
     AdaptedOutput,
     _places,
     _put,
@@ -62,7 +63,7 @@ def host_of(model: nn.Module) -> Any:
 
 def embeddings_of(host: Any) -> nn.Module:
     base = host.base_model
-    return base.embeddings if hasattr(base, "embeddings") else base.embed_tokens
+    return unwrapped(base.embeddings if hasattr(base, "embeddings") else base.embed_tokens)
 
 
 def adapt_embeddings(module: Any, args: tuple, output: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def adapters_by_place(host: Any, kind: type[nn.Module]) -> list[tuple[Place, Any
     if not found:
         raise ValueError(f"model must have a {kind.__name__} in it; it has none")
     paths = {path.rpartition(".")[0]: module for path, module in found.items()}
-    return [(place_of(host, p, host.get_submodule(p), ""), module) for p, module in paths.items()]
+    return [(place_of(host, p, submodule(host, p), ""), module) for p, module in paths.items()]
 
 
 def preset_at(place: Place) -> str:
@@ -101,7 +102,7 @@ def preset_at(place: Place) -> str:
         return place.module.style.partition(" ")[0]
     if _HOOKS["parallel"] in place.module._forward_hooks.values():
         return "parallel"
-    return "houlsby" if place.path.endswith((".mlp", ".self_attn")) else "pfeiffer"
+    return "pfeiffer" if set(place.module._modules) >= _PRE_NORM else "houlsby"
 
 
 def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) -> None:
@@ -118,7 +119,7 @@ def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) ->
 
 
 def _has_adapter(host: Any, path: str) -> bool:
-    return "adapter" in host.get_submodule(path)._modules
+    return "adapter" in submodule(host, path)._modules
 
 
 # ---- tensors by key ----------------------------------------------------------------------------

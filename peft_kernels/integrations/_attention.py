@@ -5,8 +5,8 @@ A layer's prefix is looked up in one place, the state of the running forward:
     Prefixes    attention module -> (prefix_k, prefix_v), and which row takes which of a bank
     Recording   no prefix; keeps every layer's keys and values, with their gradients
 
-``with using(state):`` sets it, for the running call. Without a state a module that was given a
-source (``module.__dict__[SOURCE]``) asks it, and any other module attends to its text alone.
+``with using(state):`` sets it, for this thread. Without a state a module that was given a source
+(``module.__dict__[SOURCE]``) asks it, and any other module attends to its text alone.
 
 Models of transformers' that read ``config._attn_implementation`` reach :func:`attend` through the
 two functions registered under :data:`NAME`; other modules call it themselves.
@@ -15,7 +15,8 @@ two functions registered under :data:`NAME`; other modules call it themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from peft_kernels._calls import Carried
+from peft_kernels.integrations._pinned import NAME, asked_implementation
 from peft_kernels.ops.prefix_attention import prefix_attention
 
-NAME = "peft_kernels_prefix"
 SOURCE = "_prefix_source"
 Pair = tuple[Tensor, Tensor]
 
@@ -49,10 +49,16 @@ class Prefixes:
         need_weights: bool = False,
     ) -> None:
         self.pairs, self.ids, self.need_weights = pairs, ids, need_weights
+        self.asked: dict[nn.Module, bool] = {}
         self.leaves: Prefixes | None = None  # of a checkpointed run; see _checkpointing.py
 
     def of(self, module: nn.Module) -> Pair | None:
+        self.asked[module] = True
         return self.pairs.get(module)
+
+    def was_asked(self, module: nn.Module) -> bool:
+        """Whether the module looked for its prefix; True for one that has none."""
+        return module in self.asked or module not in self.pairs
 
 
 class Recording:
@@ -61,9 +67,13 @@ class Recording:
     def __init__(self) -> None:
         self.pairs: dict[nn.Module, Pair] = {}
 
+    def was_asked(self, module: nn.Module) -> bool:
+        """Whether the module's keys and values were kept."""
+        return module in self.pairs
+
 
 State = Prefixes | Recording
-_STATE: Carried[State | None] = Carried("the forward with a prefix")
+_STATE: ContextVar[State | None] = ContextVar("peft_kernels_prefix_state", default=None)
 
 
 def current_state() -> State | None:
@@ -72,13 +82,18 @@ def current_state() -> State | None:
 
 
 def set_state(state: State | None) -> None:
-    """Sets the state of the running call, with which it ends; :func:`using` is for a block."""
-    _STATE.push(state)
+    """Sets the state until it's set again; :func:`using` is for what has an end in sight."""
+    _STATE.set(state)
 
 
-def using(state: State | None) -> AbstractContextManager[None]:
+@contextmanager
+def using(state: State | None) -> Iterator[None]:
     """Sets the state within the block."""
-    return _STATE.within(state)
+    token = _STATE.set(state)
+    try:
+        yield
+    finally:
+        _STATE.reset(token)
 
 
 @contextmanager
@@ -277,8 +292,11 @@ def attention(
 
 
 def _scale(module: Any, head_dim: int) -> float:
-    """1/sqrt(D), and GPT-2's options of it."""
-    scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    """1/sqrt(D), and GPT-2's options of it, which its own eager attention alone has."""
+    scale = head_dim**-0.5
+    if asked_implementation(module) != "eager":
+        return scale
+    scale = scale if getattr(module, "scale_attn_weights", True) else 1.0
     inverse = getattr(module, "scale_attn_by_inverse_layer_idx", False)
     return scale / (module.layer_idx + 1) if inverse else scale
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from peft_kernels._folder import plain_name
+from peft_kernels._names import plain_modules, plain_name
 from peft_kernels.integrations._peft_prompt_config import SEQ_2_SEQ
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations.prefix import check_fits
@@ -82,7 +82,7 @@ def module_tensors(
         return {}
     if model is None:
         raise ValueError(f"model must be given: the folder is to have its {', '.join(names)}")
-    paths = [plain_name(path) for path, _ in model.named_modules()]
+    paths = list(plain_modules(model))
     for name in asked:
         if not any(path.endswith(name) for path in paths):
             raise ValueError(f"modules_to_save must be modules of the model; it has no {name!r}")
@@ -95,7 +95,7 @@ def module_tensors(
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {plain_name(key): tensor for key, tensor in model.state_dict().items()}
+    return {plain_name(model, key): tensor for key, tensor in model.state_dict().items()}
 
 
 def check_model(module: Prompt, model: Any) -> None:

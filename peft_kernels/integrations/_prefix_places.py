@@ -66,14 +66,14 @@ def _sizes(module: Any) -> tuple[int, int] | None:
         return module.n_heads, module.key_value_proj_dim
     if _own_attention.is_bert(module):
         return module.num_attention_heads, module.attention_head_size
-    if not _calls_the_interface(module):
+    if not calls_the_interface(module):
         return None
     if hasattr(module, "k_proj"):
         return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
     return module.num_heads, module.head_dim
 
 
-def _calls_the_interface(module: Any) -> bool:
+def calls_the_interface(module: Any) -> bool:
     """Whether its forward takes its attention function from the table under the config's name."""
     if not type(module).__name__.endswith("Attention") or not hasattr(module, "head_dim"):
         return False

@@ -9,13 +9,13 @@ encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._calls import keep_apart, stop_keeping_apart, unwrap, wrap
-from peft_kernels.integrations import _own_attention
+from peft_kernels.integrations import _guard, _own_attention
 from peft_kernels.integrations._attention import (
     SOURCE,
     Pair,
@@ -31,7 +31,6 @@ from peft_kernels.integrations._hooks import (
     parameters,
     past_length,
     remove_hooks,
-    rows_of,
     takes_positions,
 )
 from peft_kernels.integrations._prefix_places import Place, parent_path
@@ -56,8 +55,11 @@ class Attached:
         self.row_ids = RowIds("prefix_ids", tasks)
         self.modules = {(p.site, p.layer): p.module for p in places}
         self.by_stack: dict[str, list[tuple[str, int]]] = {}
+        self.paths: dict[str, list[tuple[str, nn.Module]]] = {}  # in a stack
         for place in places:
             self.by_stack.setdefault(place.stack, []).append((place.site, place.layer))
+            path = place.path.removeprefix(f"{place.stack}.")
+            self.paths.setdefault(place.stack, []).append((path, place.module))
 
     def prefixes(self, stack: str | None = None, ids: Tensor | None = None) -> Prefixes:
         """The prefixes of a stack's attention modules, of all if no stack is named."""
@@ -85,18 +87,17 @@ class Attached:
 def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift: bool) -> None:
     """Puts the hooks into the model."""
     model.__dict__[PREFIX_HOOK] = attached
-    keep_apart(model)
-    _hook(model, _take_ids)
+    _hook(model, _take_ids, _drop_ids)
     if callable(getattr(model, "generate", None)):
-        wrap(model, "generate", _generate)
+        model.__dict__["generate"] = partial(_generate, model)
     for place in places:
         place.module.__dict__[SOURCE] = attached.prefixes
+        _guard.watch(place.module, place.path)
     take_over(places)
     for path in attached.by_stack:
         stack = model.get_submodule(path)
         stack.__dict__["_prefix_stack"] = (attached, path)
-        keep_apart(stack)
-        _hook(stack, _begin)
+        _hook(stack, _begin, _end)
     if shift:
         _shift(model, attached, places)
 
@@ -114,15 +115,13 @@ def take_over(places: Sequence[Place]) -> None:
 def detach(model: nn.Module) -> None:
     """Takes out what :func:`attach` and :func:`take_over` put in."""
     for module in model.modules():
-        remove_hooks(module, _HOOKS)
-        for name in (PREFIX_HOOK, "_prefix_stack"):
-            if name in module.__dict__:
-                stop_keeping_apart(module)
-        for name in (SOURCE, PREFIX_HOOK, *_MARKS):
+        remove_hooks(module, (*_HOOKS, *_guard.HOOKS))
+        _guard.unwatch(module)
+        for name in (SOURCE, PREFIX_HOOK, "_prefix_outer", *_MARKS):
             module.__dict__.pop(name, None)
         _own_attention.give_back(module)
         stop_carrying(module)
-    unwrap(model, "generate", _generate)
+    model.__dict__.pop("generate", None)
 
 
 def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> None:
@@ -134,10 +133,10 @@ def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> Non
     for stack in {place.stack for place in own}:
         if (owner := position_owner(model, stack)) is not None:
             owner.__dict__["_prefix_shift"] = attached
-            _hook(owner, _shift_positions)
+            _hook(owner, _shift_positions, None)
         elif (table := position_table(model, stack)) is not None:
             table.__dict__["_prefix_shift"] = attached
-            _hook(table, _shift_table)
+            _hook(table, _shift_table, None)
 
 
 def position_table(model: nn.Module, stack: str) -> nn.Module | None:
@@ -159,27 +158,45 @@ def position_owner(model: nn.Module, stack: str) -> nn.Module | None:
         path = parent_path(path)
 
 
-def _hook(module: nn.Module, before: Callable) -> None:
+def _hook(module: nn.Module, before: Callable, after: Callable | None) -> None:
     module.register_forward_pre_hook(before, with_kwargs=True)
+    if after is not None:
+        module.register_forward_hook(after, always_call=True)
 
 
 def _take_ids(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    module.__dict__[PREFIX_HOOK].row_ids.begin_call(kwargs.pop("prefix_ids", None))
+    ids = module.__dict__[PREFIX_HOOK].row_ids
+    module.__dict__.setdefault("_prefix_outer", []).append(ids.given)
+    if (given := kwargs.pop("prefix_ids", None)) is not None:
+        ids.given = ids.checked(given)
     return args, kwargs
 
 
-def _generate(
-    model: Any, proceed: Callable, *args: Any, prefix_ids: Any = None, **kwargs: Any
-) -> Any:
-    """Around the model's generate: a row's copies have its prefix."""
-    with model.__dict__[PREFIX_HOOK].row_ids.generating(prefix_ids, rows_of(args, kwargs)):
-        return proceed(*args, **kwargs)
+def _drop_ids(module: Any, args: tuple, output: Any) -> None:
+    module.__dict__[PREFIX_HOOK].row_ids.given = module.__dict__["_prefix_outer"].pop()
+
+
+def _generate(model: Any, *args: Any, prefix_ids: Any = None, **kwargs: Any) -> Any:
+    """The model's generate; a row's copies have its prefix."""
+    with model.__dict__[PREFIX_HOOK].row_ids.generating(prefix_ids):
+        return type(model).generate(model, *args, **kwargs)
+
+
+class _Run(Prefixes):
+    """A stack's prefixes while its forward runs, and the state that it found."""
+
+    def __init__(
+        self, prefixes: Prefixes, need_weights: bool, stack: nn.Module, outer: Any
+    ) -> None:
+        super().__init__(prefixes.pairs, prefixes.ids, need_weights)
+        self.stack, self.outer = stack, outer
 
 
 def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if isinstance(current_state(), Recording):
         return
     attached, path = module.__dict__["_prefix_stack"]
+    _guard.check_in_place(module, attached.paths[path])
     carry(module)
     for child in module.children():
         for layer in child.children() if isinstance(child, nn.ModuleList) else ():
@@ -187,9 +204,13 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
     first = _first_input(args, kwargs)
     ids = attached.row_ids.of_batch(first.shape[0], first.device)
     asked = bool(kwargs.get("output_attentions"))
-    prefixes = attached.prefixes(path, ids)
-    prefixes.need_weights = asked
-    set_state(prefixes)
+    set_state(_Run(attached.prefixes(path, ids), asked, module, current_state()))
+
+
+def _end(module: nn.Module, args: tuple, output: Any) -> None:
+    state = current_state()
+    if isinstance(state, _Run) and state.stack is module:
+        set_state(state.outer)
 
 
 def _first_input(args: tuple, kwargs: dict) -> Tensor:
@@ -272,4 +293,4 @@ def _check_last(positions: Tensor, room: int) -> None:
 
 
 _MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight", "_before")
-_HOOKS = (_take_ids, _begin, _shift_positions, _shift_table)
+_HOOKS = (_take_ids, _drop_ids, _begin, _end, _shift_positions, _shift_table)

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations import _own_attention
-from peft_kernels.integrations._attention import NAME, Prefixes, recording, set_state
+from peft_kernels.integrations._attention import Prefixes, recording, set_state
 from peft_kernels.integrations._checkpointing import carry
-from peft_kernels.integrations._hooks import PREFIX_HOOK, past_length
-from peft_kernels.integrations._prefix_places import Place, attention_places
+from peft_kernels.integrations._hooks import past_length
+from peft_kernels.integrations._prefix_places import (
+    Place,
+    attention_places,
+    calls_the_interface,
+)
 from peft_kernels.integrations._prefix_run import position_owner
 from peft_kernels.integrations._prompt_rows import (
     Layout,
@@ -85,7 +89,7 @@ def _of_places(model: Any, config: Any, places: list[Place]) -> str | None:
             return "its attention isn't causal"
         if hasattr(module, "sinks") or getattr(module, "sliding_window", None) is not None:
             return "its attention has sinks or a window"
-    if not model._can_set_attn_implementation():
+    if not all(calls_the_interface(place.module) for place in places):
         return "its attention can't be told to take a prefix"
     if position_owner(model, stacks.pop()) is None:
         return "it takes no position_ids"
@@ -102,8 +106,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def why_not_now(model: Any, inputs: dict[str, Any], shares_dropout: bool) -> str | None:
     """Why this forward can't take the prompt as a prefix, or None."""
     config = model.config
-    if PREFIX_HOOK in model.__dict__ or config._attn_implementation != NAME:
-        return "its attention has been told something else"
     for name in ("output_attentions", "output_router_logits"):
         asked = inputs.get(name)
         if getattr(config, name, False) if asked is None else asked:
@@ -181,11 +183,10 @@ def _pairs(run: Any, module: nn.Module, prompts: Tensor, used: Tensor | None, le
     """Each layer's keys and values of the first soft tokens, ``[P, Hkv, length, D]``."""
     if length == 0 or (used is not None and not used.numel()):
         return {}
-    kept_before = None if torch.is_grad_enabled() else run.kept.get()
-    keeps = kept_before is not None
+    keeps = run.kept is not None and not torch.is_grad_enabled()
     key = (length, None if used is None else tuple(used.tolist())) if keeps else None
-    if kept_before is not None and key in kept_before:
-        return kept_before[key]
+    if keeps and key in run.kept:
+        return run.kept[key]
     chosen = prompts if used is None or used.numel() == prompts.shape[0] else prompts[used]
     weight = getattr(run.embedding, "weight", prompts)
     chosen = chosen[:, :length].to(weight.dtype)
@@ -197,8 +198,8 @@ def _pairs(run: Any, module: nn.Module, prompts: Tensor, used: Tensor | None, le
             attention_mask=positions.new_ones(chosen.shape[:2]),
             use_cache=False,
         )
-    if kept_before is not None:
-        kept_before[key] = kept.pairs
+    if keeps:
+        run.kept[key] = kept.pairs
     return kept.pairs
 
 

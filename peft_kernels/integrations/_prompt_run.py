@@ -11,18 +11,19 @@ encoder's places is lengthened, so that ``generate`` may call the encoder by its
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._calls import Carried, keep_apart, stop_keeping_apart, unwrap, wrap
+from peft_kernels.integrations import _guard
 from peft_kernels.integrations._attention import (
     SOURCE,
     Prefixes,
     Recording,
+    State,
     current_state,
     set_state,
 )
@@ -32,8 +33,8 @@ from peft_kernels.integrations._hooks import (
     parameters,
     past_length,
     remove_hooks,
-    rows_of,
 )
+from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import (
     carry_state,
     decoder_of,
@@ -54,8 +55,11 @@ _STACK = "_prompt_stack_of"
 
 @dataclass
 class Frame:
-    """What a running forward has to do to its outputs."""
+    """What a running forward has to put back, and to do to its outputs."""
 
+    ids: Tensor | None
+    outer: State | None = None
+    has_state: bool = False
     trim: Trim | None = None
     marks: bool = False  # whether its cache holds the prompt
     as_tuple: bool = False
@@ -75,16 +79,26 @@ class PromptRun:
         self.position: str = getattr(prompt, "position", "front")
         self.length: int = prompt.length
         self.row_ids = RowIds("task_ids", getattr(prompt, "tasks", 1))
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.model = model
         self.decoder: nn.Module | None = None  # that runs the prompt where it is a prefix
         self.first_position, self.room = _learned_positions(model)
         self.in_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         # A causal head's labels are shifted, so a soft token answers for the text's first.
         self.is_shifted = not self.in_encoder and bool(model.can_generate())
         self.obstacle: str | None = "as_prefix is False"
-        # Within generate, the prompt's keys and values.
-        self.kept: Carried[dict[Any, Any]] = Carried("the generation with a prompt")
-        self.frames: Carried[Frame] = Carried("the forward with a prompt")
+        self.kept: dict[Any, Any] | None = None  # within generate: the prompt's keys and values
+        self.frames: list[Frame] = []
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The model's, which may be set to another one at any time."""
+        embedding = self.model.get_input_embeddings()
+        width = getattr(embedding, "embedding_dim", self.prompt.dim)
+        if width != self.prompt.dim:
+            raise ValueError(
+                f"prompt has {self.prompt.dim} features, and the model's embeddings {width}"
+            )
+        return embedding
 
     def prompts(self) -> Tensor:
         """``[P, L, d]``"""
@@ -121,10 +135,9 @@ def attach(model: Any, run: PromptRun) -> None:
     model.__dict__[PROMPT_HOOK] = run
     before = _before_both if run.in_encoder else _before
     model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(_after)
-    keep_apart(model)
+    model.register_forward_hook(_after, always_call=True)
     if callable(getattr(model, "generate", None)):
-        wrap(model, "generate", _generate)
+        model.__dict__["generate"] = partial(_generate, model)
     if run.in_encoder:
         stacks = (model.get_encoder(), _before_encoder), (model.get_decoder(), _before_decoder)
         for stack, hook in stacks:
@@ -132,19 +145,19 @@ def attach(model: Any, run: PromptRun) -> None:
             stack.register_forward_pre_hook(hook, with_kwargs=True)
     elif run.obstacle is None:
         run.decoder = decoder_of(model)
-        for module in model.modules():
-            if type(module).__name__.endswith("Attention"):
-                module.__dict__[SOURCE] = _no_forward
+        for place in attention_places(model):
+            place.module.__dict__[SOURCE] = _no_forward
+            _guard.watch(place.module, place.path)
 
 
 def detach(model: nn.Module) -> None:
     """Takes out what :func:`attach` put in."""
     for module in model.modules():
-        remove_hooks(module, _HOOKS)
+        remove_hooks(module, (*_HOOKS, *_guard.HOOKS))
+        _guard.unwatch(module)
         for name in (PROMPT_HOOK, _STACK):
             module.__dict__.pop(name, None)
-    stop_keeping_apart(model)
-    unwrap(model, "generate", _generate)
+    model.__dict__.pop("generate", None)
 
 
 def _no_forward() -> None:
@@ -155,30 +168,32 @@ def _no_forward() -> None:
     )
 
 
-def _generate(
-    model: Any, proceed: Callable, *args: Any, task_ids: Any = None, **kwargs: Any
-) -> Any:
-    """Around the model's generate: a row's copies (beams, several sequences) have its prompt."""
-    run: PromptRun = model.__dict__[PROMPT_HOOK]
+def _generate(model: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    """The model's generate; a row's copies (beams, several sequences) have its prompt."""
+    run = model.__dict__[PROMPT_HOOK]
     cache = kwargs.get("past_key_values")
     if past_length(cache) and holds_prompt(cache):
         raise ValueError(
             "past_key_values must be empty in generate where the prompt stands in the rows, which "
             f"would take its {run.length} places for the text's; as a prefix it has none"
         )
-    with run.kept.within({}), run.row_ids.generating(task_ids, rows_of(args, kwargs)):
-        return proceed(*args, **kwargs)
+    outer, run.kept = run.kept, {}
+    try:
+        with run.row_ids.generating(task_ids):
+            return type(model).generate(model, *args, **kwargs)
+    finally:
+        run.kept = outer
 
 
 def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    frame = Frame()
-    run.frames.push(frame)
+    frame = _begin(run)
     if isinstance(current_state(), Recording):
         return None
     inputs = _named(module, args, kwargs)
-    run.row_ids.begin_call(inputs.pop("task_ids", None))
-    if run.obstacle is None:
+    _take_ids(run, inputs)
+    frame.outer, frame.has_state = current_state(), run.obstacle is None
+    if frame.has_state:
         set_state(Prefixes({}))
         if torch.is_grad_enabled() and module.training:
             carry_state(module)
@@ -203,9 +218,9 @@ def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None
 def _before_both(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Of an encoder-decoder: its stacks do the rest, and need a mask to lengthen."""
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    run.frames.push(Frame())
+    _begin(run)
     inputs = _named(module, args, kwargs)
-    run.row_ids.begin_call(inputs.pop("task_ids", None))
+    _take_ids(run, inputs)
     given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
     text = next((x for x in given if x is not None), None)
     if text is not None and inputs.get("attention_mask") is None:
@@ -225,8 +240,14 @@ def _before_decoder(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 def _after(module: Any, args: tuple, output: Any) -> Any:
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    frame = run.frames.get()
-    assert frame is not None
+    if not run.frames:
+        return None
+    frame = run.frames.pop()
+    run.row_ids.given = frame.ids
+    if frame.has_state:
+        set_state(frame.outer)
+    if output is None:
+        return None
     if frame.marks and "past_key_values" in output:
         mark_cache(output.past_key_values)
     if frame.trim is not None:
@@ -235,6 +256,17 @@ def _after(module: Any, args: tuple, output: Any) -> Any:
 
 
 _HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after)
+
+
+def _begin(run: PromptRun) -> Frame:
+    frame = Frame(run.row_ids.given)
+    run.frames.append(frame)
+    return frame
+
+
+def _take_ids(run: PromptRun, inputs: dict[str, Any]) -> None:
+    if (given := inputs.pop("task_ids", None)) is not None:
+        run.row_ids.given = run.row_ids.checked(given)
 
 
 def _named(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

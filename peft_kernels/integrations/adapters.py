@@ -30,7 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._folder import unwrapped, whole, write_files
+from peft_kernels._folder import whole, write_files
+from peft_kernels._names import unwrapped
 from peft_kernels.integrations._adapters_config import (
     DEFAULTS,
     FLAGS,

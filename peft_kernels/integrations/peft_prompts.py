@@ -34,10 +34,10 @@ from peft_kernels._folder import (
     WEIGHTS_FILE,
     read_config,
     read_tensors,
-    unwrapped,
     whole,
     write_files,
 )
+from peft_kernels._names import unwrapped
 from peft_kernels.integrations._peft_prompt_config import (
     MULTITASK,
     P_TUNING,
@@ -111,7 +111,7 @@ def save_prompt(
         TypeError: another module.
         NotADirectoryError: ``folder`` is a file.
     """
-    module, model = unwrapped(module), None if model is None else unwrapped(model)  # type: ignore[assignment]
+    module, model = unwrapped(module), None if model is None else unwrapped(model)
     task_type = checked_task_type(task_type, model)
     with torch.no_grad():
         kind, tensors, fields = _contents(module, task, task_type)

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations import _own_attention
-from peft_kernels.integrations._attention import NAME, Pair, recording
+from peft_kernels.integrations._attention import Pair, recording
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
-from peft_kernels.integrations._prefix_places import Place, attention_places
+from peft_kernels.integrations._pinned import pin, unpin
+from peft_kernels.integrations._prefix_places import Place, attention_places, calls_the_interface
 from peft_kernels.integrations._prefix_run import (
     Attached,
     attach,
@@ -41,7 +42,6 @@ from peft_kernels.integrations._prefix_run import (
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 
 CHILD = "prefix_tuning"
-_FORMER = "_prefix_former_attention"
 
 
 def prefix_shapes(
@@ -119,10 +119,10 @@ def add_prefix(
     check_fits(prefix.layers, places)
     shift = shifts_positions(model, places, shift_positions)
     attached = Attached(prefix, places, prefix.tasks, prefix.length)
-    use_prefix_attention(model)
+    use_prefix_attention(model, places)
+    attach(model, attached, places, shift)
     model.requires_grad_(False)
     model.add_module(CHILD, prefix.train(model.training))
-    attach(model, attached, places, shift)
 
 
 def remove_prefix(model: nn.Module) -> PrefixTuning:
@@ -134,7 +134,7 @@ def remove_prefix(model: nn.Module) -> PrefixTuning:
     if PREFIX_HOOK not in model.__dict__:
         raise ValueError("model has no prefix")
     detach(model)
-    restore_attention(model)
+    unpin(model)
     prefix = model._modules.pop(CHILD)
     assert isinstance(prefix, PrefixTuning)
     return prefix
@@ -235,32 +235,21 @@ def _of_length(tokens: Any, prefix: PrefixTuning, device: torch.device) -> Tenso
 # ---- preparing a model ---------------------------------------------------------------------------
 
 
-def use_prefix_attention(model: Any) -> None:
-    """Has the model's attention modules call :func:`_attention.attend`, if they can be told."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "_attn_implementation") or not model._can_set_attn_implementation():
-        return
-    if config._attn_implementation != NAME:
-        model.__dict__[_FORMER] = config._attn_implementation
-        model.set_attn_implementation(NAME)
-
-
-def restore_attention(model: Any) -> None:
-    """The implementation that :func:`use_prefix_attention` found."""
-    if (former := model.__dict__.pop(_FORMER, None)) is not None:
-        model.set_attn_implementation(former)
+def use_prefix_attention(model: nn.Module, places: Sequence[Place]) -> None:
+    """Has attention modules that can be told by a config call :func:`_attention.attend`."""
+    pin(model, [place.module for place in places if calls_the_interface(place.module)])
 
 
 @contextmanager
 def _prepared(model: nn.Module, places: Sequence[Place]) -> Iterator[None]:
     """Attention modules that call :func:`_attention.attend`, for the duration of a block."""
-    use_prefix_attention(model)
+    use_prefix_attention(model, places)
     take_over(places)
     try:
         yield
     finally:
         detach(model)
-        restore_attention(model)
+        unpin(model)
 
 
 def check_fits(layers: Any, places: Sequence[Place]) -> None:

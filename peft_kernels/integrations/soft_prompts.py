@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from peft_kernels.integrations._attention import SOURCE
 from peft_kernels.integrations._checkpointing import stop_carrying
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
+from peft_kernels.integrations._pinned import unpin
+from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import obstacle
 from peft_kernels.integrations._prompt_run import PromptRun, attach, detach
-from peft_kernels.integrations.prefix import restore_attention, use_prefix_attention
+from peft_kernels.integrations.prefix import use_prefix_attention
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
 
@@ -91,18 +93,16 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
     if as_prefix not in ("auto", True, False):
         raise ValueError(f"as_prefix must be 'auto', True or False; got {as_prefix!r}")
     run = PromptRun(model, prompt, as_prefix)
-    width = getattr(run.embedding, "embedding_dim", prompt.dim)
-    if width != prompt.dim:
-        raise ValueError(f"prompt has {prompt.dim} features, and the model's embeddings {width}")
+    assert run.embedding is not None  # of the prompt's features
     if as_prefix is not False:
         run.obstacle = obstacle(model, run.position)
     if as_prefix is True and run.obstacle:
         raise ValueError(f"as_prefix can't be True for this model and prompt: {run.obstacle}")
     if run.obstacle is None:
-        use_prefix_attention(model)
+        use_prefix_attention(model, attention_places(model))
+    attach(model, run)
     model.requires_grad_(False)
     model.add_module(CHILD, prompt.train(model.training))
-    attach(model, run)
 
 
 def remove_prompt(model: nn.Module) -> Prompt:
@@ -117,7 +117,7 @@ def remove_prompt(model: nn.Module) -> Prompt:
     for module in model.modules():
         module.__dict__.pop(SOURCE, None)
         stop_carrying(module)
-    restore_attention(model)
+    unpin(model)
     prompt = model._modules.pop(CHILD)
     assert isinstance(prompt, PromptTuning | PTuning)
     return prompt

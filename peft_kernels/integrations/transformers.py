@@ -7,6 +7,9 @@ known by its parts:
                       ELECTRA, XLM-R), called with the sublayer's hidden states and its input
     pre-LayerNorm     a layer with ``self_attn``, ``mlp`` and ``post_attention_layernorm`` (Llama,
                       Mistral)
+
+Paths are those of the model without wrappers (DistributedDataParallel, torch.compile, activation
+checkpointing and others), however it is wrapped.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_kernels._names import plain_modules, plain_name, replace_module, submodule
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter
@@ -81,7 +85,7 @@ def insert_adapter(
 
     Args:
         model: the model.
-        path: the module's path in it, as of ``model.get_submodule``.
+        path: the module's path in it.
         adapter: a :class:`peft_kernels.nn.BottleneckAdapter`, or what is called like one.
         style: "residual", or "parallel", where the adapter reads the input of the layer whose
             ``mlp`` this is and adds its update to y.
@@ -91,7 +95,7 @@ def insert_adapter(
     """
     check_choice("style", style, tuple(_HOOKS))
     try:
-        module = model.get_submodule(path)
+        module = submodule(model, path)
     except AttributeError as error:
         raise ValueError(f"path must name a module of the model; got {path!r}") from error
     if "adapter" in module._modules:
@@ -99,9 +103,9 @@ def insert_adapter(
     module.add_module("adapter", adapter.train(module.training))
     module.register_forward_hook(_HOOKS[style])
     if style == "parallel":
-        layer = model.get_submodule(path.rpartition(".")[0])
-        norm = layer.get_submodule("post_attention_layernorm")
-        norm.register_forward_hook(_keep_input)
+        layer = submodule(model, plain_name(model, path).rpartition(".")[0])
+        norm = submodule(layer, "post_attention_layernorm")
+        norm.register_forward_hook(_KeepInput(module))
 
 
 def fuse_adapters(
@@ -141,7 +145,7 @@ def fuse_adapters(
         adapters: list[Any] = [modules[path] for modules in trained]
         fusion = AdapterFusion(adapters, **options)
         fusion.adapters.requires_grad_(False)
-        _replace(model, path, fusion.train(model.training))
+        replace_module(model, path, fusion.train(model.training))
     return paths
 
 
@@ -149,7 +153,7 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
     """The adapters and fusions that were inserted, by path."""
     kinds = (BottleneckAdapter, AdapterFusion)
     found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
+    for path, module in plain_modules(model).items():
         if path.rpartition(".")[2] == "adapter" and isinstance(module, kinds):
             found[path] = module
     return found
@@ -157,13 +161,13 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def remove_adapters(model: nn.Module) -> None:
     """Takes out all that was inserted; the model computes what it did before."""
-    for path, module in list(model.named_modules()):
+    for path, module in plain_modules(model).items():
         if isinstance(module, AdaptedOutput):
-            _replace(model, path, module.original())
+            replace_module(model, path, module.original())
         for key, hook in list(module._forward_hooks.items()):
             if hook in _HOOKS.values():
                 del module._forward_hooks[key], module._modules["adapter"]
-            elif hook is _keep_input:
+            elif isinstance(hook, _KeepInput):
                 del module._forward_hooks[key]
 
 
@@ -222,27 +226,19 @@ def _adapt(module: Any, args: tuple, output: Any) -> Any:
     return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
-_INPUT = "_peft_kernels_input"  # an attribute of a norm's output
-
-
 def _adapt_in_parallel(module: Any, args: tuple, output: Tensor) -> Tensor:
     """Forward hook: adds the update of the input that the layer's norm was given."""
-    kept = getattr(args[0], _INPUT, None) if args else None
-    if kept is None:
-        raise RuntimeError(
-            f"{type(module).__name__} has a parallel adapter, and must be called with what its "
-            "layer's norm returned, which holds the adapter's input; call the layer, or use the "
-            "preset 'pfeiffer'"
-        )
-    return module.adapter(kept, residual=output)
+    return module.adapter(module.__dict__.pop("adapter_input"), residual=output)
 
 
-def _keep_input(module: nn.Module, args: tuple, output: Tensor) -> None:
-    """Forward hook of a norm: its output holds its input, for the adapter beside the next module.
+class _KeepInput:
+    """Forward hook of a norm: keeps its input for the module whose adapter reads it."""
 
-    So the input belongs to the call and goes with the output, whatever other calls run meanwhile.
-    """
-    setattr(output, _INPUT, args[0])
+    def __init__(self, reader: nn.Module) -> None:
+        self.reader = reader
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.reader.__dict__["adapter_input"] = args[0]
 
 
 _HOOKS = {"residual": _adapt, "parallel": _adapt_in_parallel}
@@ -253,16 +249,16 @@ _HOOKS = {"residual": _adapt, "parallel": _adapt_in_parallel}
 
 def _places(model: nn.Module, preset: str) -> Iterator[tuple[str, nn.Module, str]]:
     """Path, module and style of each place for an adapter."""
-    for path, module in model.named_modules():
+    for path, module in plain_modules(model).items():
         names = set(module._modules)
         if names >= _PRE_NORM:
             if preset == "pfeiffer":
                 yield path, module, "residual"
             if preset == "houlsby":
-                yield f"{path}.self_attn", module.get_submodule("self_attn"), "residual"
+                yield f"{path}.self_attn", submodule(module, "self_attn"), "residual"
             if preset != "pfeiffer":
                 style = "residual" if preset == "houlsby" else "parallel"
-                yield f"{path}.mlp", module.get_submodule("mlp"), style
+                yield f"{path}.mlp", submodule(module, "mlp"), style
         elif _ends_a_sublayer(module) and (
             preset == "houlsby" or not path.endswith("attention.output")
         ):
@@ -284,10 +280,10 @@ def _adapter_for(module: nn.Module, preset: str, overrides: dict[str, Any]) -> B
 
 def _hidden_size(module: nn.Module) -> int:
     if "LayerNorm" in module._modules:
-        return next(module.get_submodule("LayerNorm").parameters()).shape[0]
+        return next(submodule(module, "LayerNorm").parameters()).shape[0]
     for name in ("mlp.down_proj", "down_proj", "o_proj"):
         try:
-            return module.get_submodule(name).out_features  # type: ignore[return-value]
+            return submodule(module, name).out_features  # type: ignore[return-value]
         except AttributeError:
             continue
     raise ValueError(f"model has a block whose hidden size can't be told: {type(module).__name__}")
@@ -295,11 +291,6 @@ def _hidden_size(module: nn.Module) -> int:
 
 def _put(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None:
     if style in _POST_STYLES:
-        _replace(model, path, AdaptedOutput(model.get_submodule(path), adapter, style))
+        replace_module(model, path, AdaptedOutput(submodule(model, path), adapter, style))
     else:
         insert_adapter(model, path, adapter, style=style)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent).add_module(name, module)

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_kernels.nn._bases import HALF_DTYPES, check_base, is_conv1d
 from peft_kernels.ops.lora_linear import lora_linear
 
 INITS = ("kaiming_uniform", "gaussian")
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-BASE_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 
 
 def scaling(alpha: float, r: int, use_rslora: bool) -> float:
@@ -26,36 +25,6 @@ def alpha_of(scale: float, r: int, use_rslora: bool) -> float:
     alpha = scale * (math.sqrt(r) if use_rslora else r)
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-14) else alpha
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is ``transformers``' Conv1D: a linear layer whose weight is stored [k, n]."""
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
-    return "transformers.pytorch_utils.Conv1D" in names
-
-
-def check_base(linear: nn.Module, name: str = "linear") -> None:
-    """Raises a TypeError unless :meth:`LoRALinear.from_linear` can take over this layer's work."""
-    kind = type(linear).__name__
-    if isinstance(linear, LoRALinear):
-        raise TypeError(f"{name} must be a plain linear layer; it is a LoRALinear already")
-    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
-        raise TypeError(f"{name} must be nn.Linear or transformers' Conv1D; got {kind}")
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{name} must be a layer that is called; nn.MultiheadAttention reads the weight of its "
-            "out_proj and never calls it, so leave it out of the targets"
-        )
-    overridden = isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward
-    if overridden or "forward" in vars(linear):
-        raise TypeError(f"{name} must use nn.Linear's own forward; {kind} has another")
-    weight = linear._parameters.get("weight")
-    if weight is None or nn.parameter.is_lazy(weight):
-        raise TypeError(f"{name}.weight must be an initialised Parameter of {name} itself")
-    if weight.dtype not in BASE_DTYPES:
-        raise TypeError(f"{name}.weight must be float32, 64, 16 or bfloat16; got {weight.dtype}")
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
-        raise TypeError(f"{name} must have no hooks, for they would be lost; remove them first")
 
 
 def check_settings(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -176,7 +145,8 @@ class LoRALinear(nn.Linear):
         Raises:
             ValueError: a value out of range.
             TypeError: ``linear`` is something else, or has another forward, hooks, or a weight that
-                isn't a floating-point Parameter.
+                isn't a whole floating-point Parameter: quantised, sharded, offloaded. The message
+                says why, and what to do.
         """
         self = cls.__new__(cls)
         self._adopt(linear, r, alpha, dropout, use_rslora, init, adapter_dtype)

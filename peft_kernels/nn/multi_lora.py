@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels._router import Router, unrouted, unrouted_routing
-from peft_kernels.nn.lora import adapter_dtype_for, check_base, is_conv1d
+from peft_kernels.nn._bases import check_base, is_conv1d
+from peft_kernels.nn.lora import adapter_dtype_for
 from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
 
 
@@ -86,7 +87,7 @@ class MultiLoRALinear(nn.Linear):
             TypeError: ``linear`` is something else, or has another forward, hooks, or a weight that
                 isn't a floating-point Parameter; or a dtype that can't be mixed.
         """
-        check_base(linear)
+        check_base(linear, takes_values=True)
         dtype = adapter_dtype_for(linear.weight.dtype, adapter_dtype or linear.weight.dtype)
         self = cls.__new__(cls)
         nn.Module.__init__(self)

@@ -176,15 +176,6 @@ def test_given_to_the_inner_model():
     assert torch.equal(hidden(model(**inputs)), bare)
 
 
-def test_two_models_of_one_configuration():
-    one, inputs = make("llama"), inputs_of("llama")
-    other = transformers.LlamaForCausalLM(one.config).double().eval()
-    bare = hidden(other(**inputs))
-    add_prefix(one, prefix_for(one, L, std=1.0))
-    assert other.config._attn_implementation == "peft_kernels_prefix"
-    assert_close(hidden(other(**inputs)), bare)
-
-
 def test_autocast():
     model, inputs = make("llama", torch.float32), inputs_of("llama")
     prefix = prefix_for(model, L)

@@ -1,0 +1,81 @@
+"""The attention implementation that a model with a prefix reads, whatever its configs are told.
+
+Transformers' attention modules and masks look up ``config._attn_implementation`` at each forward.
+A prefixed model's modules get views of their configs: a view has all that its config has, and what
+is written to either is in both, but the view's implementation is :data:`NAME`. So other
+models of the same config keep theirs, ``set_attn_implementation`` and writes to the config don't
+turn the prefix off, and what was asked for last is in force when the prefix is taken out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+NAME = "peft_kernels_prefix"
+_IMPLEMENTATION = "_attn_implementation"
+
+
+class _View:
+    """What the classes of views have in common; ``_viewed`` is the config."""
+
+    __slots__ = ("_viewed",)
+    _viewed: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A model built from a view would write what it read there to the config.
+        if not (name == f"{_IMPLEMENTATION}_internal" and value == NAME):
+            super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple:
+        return _view_of, (self._viewed,)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._viewed)
+
+
+def pin(model: nn.Module, readers: Iterable[nn.Module]) -> None:
+    """Has all of the model's modules that hold one of the readers' configs hold a view of it."""
+    views: dict[int, Any] = {}
+    for reader in readers:
+        config = reader.__dict__.get("config")
+        if hasattr(type(config), _IMPLEMENTATION) and not isinstance(config, _View):
+            views[id(config)] = _view_of(config)
+    for module in model.modules():
+        view = views.get(id(module.__dict__.get("config")))
+        if view is not None:
+            module.__dict__["config"] = view
+
+
+def unpin(model: nn.Module) -> None:
+    """Gives the modules their configs back."""
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, _View):
+            module.__dict__["config"] = config._viewed
+
+
+def asked_implementation(module: nn.Module) -> str | None:
+    """What the module's config was told, which would be in force without the view."""
+    config = module.__dict__.get("config")
+    config = config._viewed if isinstance(config, _View) else config
+    return getattr(config, _IMPLEMENTATION, None)
+
+
+def _view_of(config: Any) -> Any:
+    view: Any = object.__new__(_class_of(config.__class__))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "_viewed", config)
+    return view
+
+
+@cache
+def _class_of(kind: Any) -> Any:
+    """The class of views of a config's class. Auto classes know a config by its class' name."""
+    implementation = property(lambda view: NAME, kind._attn_implementation.fset)
+    names = {"__slots__": (), "__module__": kind.__module__, _IMPLEMENTATION: implementation}
+    return type(kind.__name__, (_View, kind), names)
