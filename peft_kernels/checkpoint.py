@@ -26,7 +26,7 @@ from peft_kernels._folder import (
     write_files,
 )
 from peft_kernels._names import plain_modules, unwrapped
-from peft_kernels.nn._bases import check_bases
+from peft_kernels.nn._bases import check_bases, check_memory
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
 
@@ -216,7 +216,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         ValueError: a file can't be read, the config asks for what isn't supported, or layers, keys,
             ranks or shapes don't fit the model.
         TypeError: the config targets a layer that isn't linear, or a tensor has integers.
-        RuntimeError: a layer is merged.
+        RuntimeError: a layer is merged, or on the meta device.
         Nothing is changed when one is raised.
     """
     config, adapters = read_adapter(folder)
@@ -355,6 +355,8 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
     else:
         n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
     r = check_adapter(name, adapter, config, n, k)
+    if isinstance(layer, LoRALinear):
+        check_memory(layer.lora_a, f"{name}.lora_a")
     if isinstance(layer, LoRALinear) and layer.merged:
         raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
     if isinstance(layer, LoRALinear) and layer.r != r:

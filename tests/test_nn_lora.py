@@ -518,3 +518,18 @@ def test_a_step_under_fsdp2(process_group):
     with pytest.raises(RuntimeError, match="sharded"):
         other.merge()
     assert not other.merged
+
+
+def test_a_sharded_layer_takes_over_whole_matrices(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer = make_layer()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    a, b = torch.randn(3, 12), torch.randn(7, 3)
+    layer.switch(a, b, scale=0.5)
+    assert torch.equal(layer.lora_a.full_tensor(), a)
+    assert torch.equal(layer.lora_b.full_tensor(), b) and layer.scale == 0.5
+    with pytest.raises(RuntimeError, match=r"lora_a is sharded .* keeps its rank, 3; got 2"):
+        layer.switch(a[:2], b[:, :2])
+    assert layer.r == 3

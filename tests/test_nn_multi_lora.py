@@ -109,7 +109,7 @@ def test_dtypes(base, adapter, expected):
     [
         (lambda: nn.LayerNorm(4), {}, "linear must be"),
         (lambda: LoRALinear(4, 4, 2, alpha=4), {}, "is a LoRALinear already"),
-        (lambda: make_layer(), {}, "MultiLoRALinear has another"),
+        (lambda: make_layer(), {}, "serves an AdapterPool already"),
         (lambda: nn.Linear(4, 4), {"adapter_dtype": torch.bfloat16}, "adapter_dtype must be"),
     ],
 )

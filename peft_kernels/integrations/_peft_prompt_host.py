@@ -13,6 +13,7 @@ from peft_kernels._names import plain_modules, plain_name
 from peft_kernels.integrations._peft_prompt_config import SEQ_2_SEQ
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations.prefix import check_fits
+from peft_kernels.nn._bases import check_memory
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
@@ -126,5 +127,6 @@ def load_modules(model: nn.Module | None, tensors: Mapping[str, Tensor]) -> None
                 f"model must have {key.removeprefix(MODULE_PREFIX)} {list(tensor.shape)}, as the "
                 f"folder; it has {has}"
             )
+        check_memory(found, key.removeprefix(MODULE_PREFIX))
     for key, tensor in tensors.items():
         state[key.removeprefix(MODULE_PREFIX)].copy_(tensor)

@@ -62,6 +62,7 @@ from peft_kernels.integrations._adapters_places import (
     preset_at,
 )
 from peft_kernels.integrations.transformers import _adapter_for, remove_adapters
+from peft_kernels.nn._bases import check_memory
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
 from peft_kernels.nn.invertible import InvertibleAdapter
@@ -428,6 +429,8 @@ def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: 
             raise ValueError(f"{key} must be {list(target.shape)}; got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{key} must be floating-point; got {tensor.dtype}")
+    for key, target in targets.items():
+        check_memory(target, key)
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(tensors[key])

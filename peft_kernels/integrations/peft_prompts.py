@@ -237,7 +237,7 @@ def load_prompt(
             PEFT's.
         template: of P-tuning, with as many slots; by default they stand before the input, in a
             causal model, as in PEFT.
-        device: of the parameters; by default the model's, or the CPU.
+        device: of the parameters; by default the model's, or the CPU beside a meta model.
         dtype: of the parameters; by default the file's.
 
     Returns:
@@ -259,8 +259,10 @@ def load_prompt(
     modules = {key: t for key, t in tensors.items() if key.startswith(MODULE_PREFIX)}
     own = {key: t for key, t in tensors.items() if key not in modules}
     _check_tensors(config, own, path / WEIGHTS_FILE)
-    if device is None and model is not None:
+    if device is None and model is not None and not next(model.parameters()).is_meta:
         device = next(model.parameters()).device
+    if torch.device(device or "cpu").type == "meta":
+        raise ValueError("device must have memory, for the folder's values; got meta")
     factory = {"device": device or "cpu", "dtype": dtype or own[_EMBEDDINGS].dtype}
     module = _module_of(config, own, position, template, factory)
     if model is not None:

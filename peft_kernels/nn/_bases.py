@@ -34,6 +34,10 @@ _QUANTISED = (
     "the kernels read weights of float32, float64, float16 or bfloat16: load the model without a "
     "quantization config, or train over the quantised one with PEFT"
 )
+_NO_MEMORY = (
+    "on the meta device, where values would be lost: give the model memory and load its weights "
+    "first (to_empty() and load_state_dict(), or from_pretrained())"
+)
 # The packages of layers that quantise their weight.
 _QUANTISERS = (
     "aqlm",
@@ -144,15 +148,12 @@ def _fault_of_state(linear: Any, takes_values: bool) -> str | None:
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     if weight is None or nn.parameter.is_lazy(weight):
         return _fault_of_no_weight(linear)
-    if reason := fault_of_parameter(weight) or _fault_of_shape(weight, linear):
+    if reason := _fault_of_weight(weight, linear):
         return f"has a weight that {reason}"
     if bias is not None and (reason := _fault_of_tensor(bias)):
         return f"has a bias that {reason}"
     if takes_values and has_no_memory(weight):
-        return (
-            "has a weight on the meta device, where values would be lost: give the model memory "
-            "and load its weights first (to_empty() and load_state_dict(), or from_pretrained())"
-        )
+        return f"has a weight {_NO_MEMORY}"
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
         return "must have no hooks, for they would be lost; remove them first"
     return None
@@ -205,17 +206,19 @@ def has_no_memory(tensor: Tensor) -> bool:
     return tensor.is_meta or FAKE_TENSOR in names_of(type(tensor))
 
 
+def check_memory(tensor: Tensor, name: str) -> None:
+    """Raises a RuntimeError unless values that are written into this tensor stay there."""
+    if has_no_memory(tensor):
+        raise RuntimeError(f"{name} is {_NO_MEMORY}")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, as fully_shard (FSDP2) and tensor parallelism leave behind."""
     return DTENSOR in names_of(type(tensor)) or hasattr(tensor, "full_tensor")
 
 
-def fault_of_parameter(parameter: Tensor) -> str | None:
-    """Why nothing that trains can stand beside this Parameter of a frozen model, or None."""
-    return _fault_of_tensor(parameter) or _fault_of_dtype(parameter)
-
-
-def _fault_of_tensor(tensor: Any) -> str | None:
+def fault_of_place(tensor: Any) -> str | None:
+    """Why no new Parameter may come to stand beside this tensor of a model, or None."""
     if is_sharded(tensor):
         return (
             "is sharded (a DTensor): adapters that come later wouldn't be sharded along, nor "
@@ -232,9 +235,19 @@ def _fault_of_tensor(tensor: Any) -> str | None:
             "is held by FullyShardedDataParallel, which wouldn't shard adapters that come later: "
             "do this before wrapping the model"
         )
+    return None
+
+
+def _fault_of_tensor(tensor: Tensor) -> str | None:
+    if reason := fault_of_place(tensor):
+        return reason
     if _computes_in_its_own_way(tensor):
         return f"is a {full_name(tensor)}, quantised or wrapped: {_QUANTISED}"
     return None
+
+
+def _fault_of_weight(weight: Tensor, linear: Any) -> str | None:
+    return _fault_of_tensor(weight) or _fault_of_dtype(weight) or _fault_of_shape(weight, linear)
 
 
 def _fault_of_shape(weight: Tensor, linear: Any) -> str | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
@@ -19,7 +20,7 @@ OFF_DIAGONAL = 1e-6  # of a value projection that starts as the identity
 PRESETS = {"dynamic": ("query", "key", "value"), "static": ("query", "key")}
 
 
-class AdapterFusion(KeepingModule):
+class AdapterFusion(Drawn, KeepingModule):
     """Attention over the outputs of N adapters, called where one adapter would be.
 
     ``y = norm(residual + sum over n of p_n V o_n)`` with ``h = pre_norm(x)``, ``o_n`` the n-th
@@ -55,6 +56,7 @@ class AdapterFusion(KeepingModule):
     attention: Tensor | None
     value: nn.Linear | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         adapters: Sequence[BottleneckAdapter],
@@ -96,6 +98,8 @@ class AdapterFusion(KeepingModule):
         if self.value is not None:
             with torch.no_grad():
                 self.value.weight.fill_(OFF_DIAGONAL).fill_diagonal_(1.0)
+
+    _draw = reset_parameters
 
     def regularization(self, weight: float = 0.01) -> Tensor:
         """``weight * ||V - I||_F^2``, which keeps the value projection near the identity."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 
@@ -74,7 +75,7 @@ def _arguments(prefix: str, norm: Any) -> dict[str, Any]:
     return {f"{prefix}_{name}": value for name, value in parts.items()}
 
 
-class BottleneckAdapter(nn.Module):
+class BottleneckAdapter(Drawn):
     """A bottleneck adapter (Houlsby et al. 2019), with the residuals and LayerNorms around it.
 
     ``y = norm(residual + scaling * dropout(act(pre_norm(x) @ down.T) @ up.T))``, biases left out,
@@ -141,6 +142,7 @@ class BottleneckAdapter(nn.Module):
     norm_after: nn.LayerNorm | None
     gate: nn.Linear | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         hidden_size: int,
@@ -225,6 +227,8 @@ class BottleneckAdapter(nn.Module):
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=0.02)
             nn.init.zeros_(self.gate.bias)
+
+    _draw = reset_parameters
 
     def forward(
         self,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn.bottleneck import INITS, init_bottleneck_, reduced
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 
 
-class InvertibleAdapter(nn.Module):
+class InvertibleAdapter(Drawn):
     """An invertible adapter of the NICE kind (Pfeiffer et al. 2020, "MAD-X").
 
     The features are split into ``x1`` (hidden_size // 2 of them) and ``x2`` (the rest), and F and G
@@ -45,6 +46,7 @@ class InvertibleAdapter(nn.Module):
         TypeError: a hidden_size that isn't an int.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         hidden_size: int,
@@ -76,6 +78,8 @@ class InvertibleAdapter(nn.Module):
         for part in (self.F, self.G):
             down, up = _linears(part)
             init_bottleneck_(down, up, self.init)
+
+    _draw = reset_parameters
 
     def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
         """x ``[..., hidden_size]``, any rank, to y of its shape and dtype, or y to x."""

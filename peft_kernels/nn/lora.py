@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._bases import HALF_DTYPES, check_base, is_conv1d
+from peft_kernels.nn._bases import (
+    HALF_DTYPES,
+    check_base,
+    check_memory,
+    is_conv1d,
+    is_sharded,
+)
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.ops.lora_linear import lora_linear
 
 INITS = ("kaiming_uniform", "gaussian")
@@ -60,7 +67,7 @@ def init_adapter_(lora_a: Tensor, lora_b: Tensor, init: str) -> None:
     nn.init.zeros_(lora_b)
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Drawn, nn.Linear):
     """A frozen linear layer with a trainable low-rank update.
 
     ``y = x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` (Hu et al. 2021, "LoRA:
@@ -104,6 +111,7 @@ class LoRALinear(nn.Linear):
     scale: float | Tensor
     unmerged_weight: nn.Parameter | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         in_features: int,
@@ -152,6 +160,7 @@ class LoRALinear(nn.Linear):
         self._adopt(linear, r, alpha, dropout, use_rslora, init, adapter_dtype)
         return self
 
+    @torch.inference_mode(False)
     def _adopt(
         self,
         linear: Any,
@@ -190,6 +199,8 @@ class LoRALinear(nn.Linear):
     def reset_adapter(self) -> None:
         """Draws A anew and sets B to zero, so that the layer computes what its base computes."""
         init_adapter_(self.lora_a, self.lora_b, self.init)
+
+    _draw = reset_adapter
 
     def reset_parameters(self) -> None:
         """Draws the base anew as ``nn.Linear`` does, and the adapter as :meth:`reset_adapter`."""
@@ -230,12 +241,13 @@ class LoRALinear(nn.Linear):
             state, call = ("unmerged", "merge") if merged else ("merged", "unmerge")
             raise RuntimeError(f"the layer is {state}; {call}() it first")
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _merged_weight(
         self, base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor, safe: bool
     ) -> Tensor:
         """``base + scale * lora_b @ lora_a``, stored as ``base``; summed wide and rounded once."""
-        if hasattr(base, "full_tensor"):
+        if is_sharded(base):
             raise RuntimeError("weight is sharded (a DTensor); merge before sharding the model")
         wide = torch.float64 if base.dtype is torch.float64 else torch.float32
         a, b = lora_a.to(base.device, wide), lora_b.to(base.device, wide)
@@ -248,6 +260,7 @@ class LoRALinear(nn.Linear):
             )
         return self._matrix(merged).contiguous()
 
+    @torch.inference_mode(False)
     def merge(self, safe: bool = True) -> None:
         """Puts ``weight + scale * lora_b @ lora_a`` in place of ``weight``; see the class.
 
@@ -275,6 +288,7 @@ class LoRALinear(nn.Linear):
         assert self.unmerged_weight is not None
         self.weight, self.unmerged_weight = self.unmerged_weight, None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def switch(
         self,
@@ -297,7 +311,8 @@ class LoRALinear(nn.Linear):
             safe: when merged, first check that the new merged weight is finite.
 
         Raises:
-            RuntimeError: the weight is merged and sharded.
+            RuntimeError: the weight is merged and sharded; the adapter is on the meta device, or is
+                sharded and of another rank.
             ValueError: shapes that don't fit, or a merged weight that isn't finite. Nothing is
                 changed.
         """
@@ -318,6 +333,11 @@ class LoRALinear(nn.Linear):
         if lora_b.shape != (n, lora_a.shape[0]):
             raise ValueError(
                 f"lora_b must be [n, r] = [{n}, {lora_a.shape[0]}]; got {list(lora_b.shape)}"
+            )
+        check_memory(self.lora_a, "lora_a")
+        if is_sharded(self.lora_a) and lora_a.shape[0] != self.r:
+            raise RuntimeError(
+                f"lora_a is sharded (a DTensor) and keeps its rank, {self.r}; got {lora_a.shape[0]}"
             )
         if isinstance(scale, Tensor) and scale.dim() != 0:
             raise ValueError(f"scale must be a float or a 0-d tensor; got {list(scale.shape)}")
@@ -346,7 +366,18 @@ class LoRALinear(nn.Linear):
 def _overwritten(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     """``parameter`` with new values: the same object where the shape is the same."""
     if parameter.shape == values.shape:
-        parameter.copy_(values)
+        parameter.copy_(_placed_as(parameter, values))
         return parameter
     fresh = parameter.new_empty(values.shape).copy_(values)
     return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+
+
+def _placed_as(parameter: Any, values: Tensor) -> Tensor:
+    """``values``, which every process has, sharded as ``parameter`` is."""
+    if not is_sharded(parameter) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.to(parameter.device, parameter.dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(values, mesh, placements, src_data_rank=None)

@@ -261,6 +261,11 @@ class MultiLoRALinear(nn.Linear):
         return one
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        if fn(self.scales[:0]).is_meta:
+            raise RuntimeError(
+                "a model in an AdapterPool can't go to the meta device, where its adapters would "
+                "be lost; detach the pool first"
+            )
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype is not torch.float32:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prompt_init import Embedding, embed
 from peft_kernels.nn._template import Template, TemplateBatch, Verbalizer
@@ -17,7 +18,7 @@ from peft_kernels.ops.prompt_lookup import PromptedInputs, prompt_lookup
 ENCODERS = ("mlp", "lstm")
 
 
-class PTuning(KeepingModule):
+class PTuning(Drawn, KeepingModule):
     """Trained slots among a template's tokens and the input's, in a masked or causal model.
 
     Liu et al. 2021, "GPT Understands, Too", sections 3.1 and 3.2. The slots' vectors h are made
@@ -74,6 +75,7 @@ class PTuning(KeepingModule):
     lstm: nn.LSTM | None
     mlp: nn.Sequential | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         template: Template,
@@ -129,6 +131,13 @@ class PTuning(KeepingModule):
                 self.slots.normal_(std=self.std)
             else:
                 self.slots.copy_(self.init)
+
+    def _draw(self) -> None:
+        encoders: list[Any] = [self.lstm, *(() if self.mlp is None else self.mlp)]
+        for encoder in encoders:
+            if isinstance(encoder, nn.LSTM | nn.Linear):
+                encoder.reset_parameters()
+        self.reset_slots()
 
     def prompts(self) -> Tensor:
         """``[1, L, dim]``: the slots' vectors as the model sees them."""

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_kernels.nn._bases import check_memory
 from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prefix_parts import FlatPrefix, MLPPrefix, Pair, Shape
 
@@ -18,7 +20,7 @@ REPARAMETRIZATIONS = ("flat", "mlp")
 Values = Mapping[str, Sequence[Pair | None]]
 
 
-class PrefixTuning(KeepingModule):
+class PrefixTuning(Drawn, KeepingModule):
     """Keys and values of ``length`` virtual tokens for each attention layer of a model.
 
     Called without arguments it returns, for each site, a list over the layers of
@@ -63,6 +65,7 @@ class PrefixTuning(KeepingModule):
         TypeError: a size that isn't an int.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         length: int,
@@ -95,7 +98,8 @@ class PrefixTuning(KeepingModule):
         self.std = std
         factory: Any = {"device": device, "dtype": dtype}
         self.sites = nn.ModuleDict({name: self._site(name, factory) for name in self.layers})
-        self.reset_parameters("normal" if not isinstance(init, str) else init)
+        self._init = init if isinstance(init, str) else "normal"
+        self.reset_parameters(self._init)
         if not isinstance(init, str):
             self.fit(init)
 
@@ -110,6 +114,9 @@ class PrefixTuning(KeepingModule):
         check_choice("init", init, ("normal", "zero"))
         for site in self._prefixes():
             site.reset_parameters(init, self.std)
+
+    def _draw(self) -> None:
+        self.reset_parameters(self._init)
 
     def forward(self, sites: Sequence[str] | None = None) -> dict[str, list[Pair | None]]:
         """Keys and values by site and layer, ``[Hkv, L, D]``, or ``[P, Hkv, L, D]`` if P > 1.
@@ -134,6 +141,7 @@ class PrefixTuning(KeepingModule):
         prefix: Any = self.sites[site]
         return self._finish(prefix.layer(index, prefix.hidden()))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fit(self, values: Values | Sequence[Pair | None]) -> float:
         """Makes the prefix equal to given keys and values, e.g. those of a real text.
@@ -152,7 +160,9 @@ class PrefixTuning(KeepingModule):
 
         Raises:
             ValueError: an unknown site, or a list or shapes that don't fit; nothing is changed.
+            RuntimeError: the prefix is on the meta device.
         """
+        check_memory(next(self.parameters()), "the prefix")
         by_site = _by_site(values, self.layers)
         checked = {name: self._checked_values(name, given) for name, given in by_site.items()}
         worst = 0.0
@@ -166,6 +176,7 @@ class PrefixTuning(KeepingModule):
                 worst = max(worst, error.item())
         return worst
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def eject(self) -> PrefixTuning:
         """Drops the reparametrisation and keeps its output as flat parameters; the same prefix.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._drawn import Drawn
 from peft_kernels.ops.prompt_lookup import POSITIONS, PromptedInputs, prompt_lookup
 
 INITS = ("uniform", "normal")
@@ -21,7 +22,7 @@ class Combined(NamedTuple):
     scores: Tensor  # [B, C]
 
 
-class PromptTuning(nn.Module):
+class PromptTuning(Drawn):
     """L trained soft tokens among a frozen model's token embeddings.
 
     ``y[b] = [prompts()[task_ids[b]]; embeddings[b]]``, Lester et al. 2021, "The Power of Scale for
@@ -68,6 +69,7 @@ class PromptTuning(nn.Module):
     task_cols: nn.Parameter | None
     task_rows: nn.Parameter | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         length: int,
@@ -130,6 +132,8 @@ class PromptTuning(nn.Module):
             for factor in (self.task_cols, self.task_rows):
                 if factor is not None:
                     factor.normal_(std=self.factor_std)
+
+    _draw = reset_parameters
 
     def prompts(self) -> Tensor:
         """``[P, length, dim]``: the prompts as the model sees them."""
