@@ -5,8 +5,8 @@ A layer's prefix is looked up in one place, the state of the running forward:
     Prefixes    attention module -> (prefix_k, prefix_v), and which row takes which of a bank
     Recording   no prefix; keeps every layer's keys and values, with their gradients
 
-``with using(state):`` sets it, for this thread. Without a state a module that was given a source
-(``module.__dict__[SOURCE]``) asks it, and any other module attends to its text alone.
+``with using(state):`` sets it, for the running call. Without a state a module that was given a
+source (``module.__dict__[SOURCE]``) asks it, and any other module attends to its text alone.
 
 Models of transformers' that read ``config._attn_implementation`` reach :func:`attend` through the
 two functions registered under :data:`NAME`; other modules call it themselves.
@@ -15,8 +15,7 @@ two functions registered under :data:`NAME`; other modules call it themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from peft_kernels._calls import Carried
 from peft_kernels.integrations._pinned import NAME, asked_implementation
 from peft_kernels.ops.prefix_attention import prefix_attention
 
@@ -73,7 +73,7 @@ class Recording:
 
 
 State = Prefixes | Recording
-_STATE: ContextVar[State | None] = ContextVar("peft_kernels_prefix_state", default=None)
+_STATE: Carried[State | None] = Carried("the forward with a prefix")
 
 
 def current_state() -> State | None:
@@ -82,18 +82,13 @@ def current_state() -> State | None:
 
 
 def set_state(state: State | None) -> None:
-    """Sets the state until it's set again; :func:`using` is for what has an end in sight."""
-    _STATE.set(state)
+    """Sets the state of the running call, with which it ends; :func:`using` is for a block."""
+    _STATE.push(state)
 
 
-@contextmanager
-def using(state: State | None) -> Iterator[None]:
+def using(state: State | None) -> AbstractContextManager[None]:
     """Sets the state within the block."""
-    token = _STATE.set(state)
-    try:
-        yield
-    finally:
-        _STATE.reset(token)
+    return _STATE.within(state)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Prefixes under gradient checkpointing: a layer that runs again in the backward finds its own.
 
 Transformers' layers call ``_gradient_checkpointing_func``; :class:`CarryingCheckpoint` stands in
-front of it and takes the running forward's state into the checkpointed function.
+front of it and takes what the running forward carries into the checkpointed function.
 
 Reentrant checkpointing differentiates each layer's second run by itself, so a prefix that all
 layers share through one graph (an MLP's output) would have that graph walked once a layer. The
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peft_kernels._calls import Frames, carried, carrying
 from peft_kernels.integrations._attention import Prefixes, State, current_state, using
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 class CarryingCheckpoint:
-    """A checkpointing function that takes the state of the running forward along."""
+    """A checkpointing function that takes along what the running forward carries."""
 
     def __init__(self, checkpoint: Callable) -> None:
         self.checkpoint = checkpoint
@@ -35,7 +36,7 @@ class CarryingCheckpoint:
         state = current_state()
         if isinstance(state, Prefixes) and torch.is_grad_enabled() and self.is_reentrant():
             state, args = _with_leaves(state, args)
-        return self.checkpoint(partial(_resume, state, function), *args, **kwargs)
+        return self.checkpoint(partial(_resume, carried(), state, function), *args, **kwargs)
 
     def is_reentrant(self) -> bool:
         return bool(getattr(self.checkpoint, "keywords", {}).get("use_reentrant", True))
@@ -55,8 +56,8 @@ def stop_carrying(module: nn.Module) -> None:
         module.__dict__[_FUNCTION] = function.checkpoint
 
 
-def _resume(state: State | None, function: Callable, *args: Any) -> Any:
-    with using(state):
+def _resume(frames: Frames, state: State | None, function: Callable, *args: Any) -> Any:
+    with carrying(frames), using(state):
         return function(*args)
 
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from peft_kernels._calls import Carried
 
 PREFIX_HOOK = "_prefix_hook_of"  # an attribute of the model that has a prefix
 PROMPT_HOOK = "_prompt_hook_of"
 
 
+class _Ids(NamedTuple):
+    """The ids that a ``with`` block, a generation or a forward has."""
+
+    of: str  # "block", "generate" or "call"
+    ids: Tensor | None
+    repeats: bool  # whether a row may be followed by its copies, as in generate's beams
+
+
 class RowIds:
     """Which of several prefixes or prompts each row of a batch has.
+
+    They belong to the call. A forward has those it is given, else those of the generation it is a
+    step of, else those of the ``with`` block around it; a forward inside another's, as a hook runs
+    one, has none of the other's.
 
     Args:
         argument: the name by which they are given, for errors.
@@ -25,8 +39,7 @@ class RowIds:
 
     def __init__(self, argument: str, count: int) -> None:
         self.argument, self.count = argument, count
-        self.given: Tensor | None = None
-        self.repeats = False  # whether a row may be followed by its copies, as in generate's beams
+        self._carried: Carried[_Ids] = Carried(f"the with block of {argument}")
 
     def checked(self, ids: Any) -> Tensor | None:
         """The user's ids as a tensor."""
@@ -48,12 +61,19 @@ class RowIds:
                 f"{self.argument} must be given: there are {self.count} tasks, and each row has one"
             )
 
+    @property
+    def given(self) -> Tensor | None:
+        """The running call's."""
+        found = self._carried.get()
+        return None if found is None else found.ids
+
     def of_batch(self, batch: int, device: torch.device) -> Tensor | None:
         """``[batch]``, or None where none are given."""
-        if self.given is None:
+        found = self._carried.get()
+        if found is None or found.ids is None:
             return None
-        ids, rows = self.given.to(device), self.given.shape[0]
-        if self.repeats and rows and batch % rows == 0:
+        ids, rows = found.ids.to(device), found.ids.shape[0]
+        if found.repeats and rows and batch % rows == 0:
             ids = ids.repeat_interleave(batch // rows)
         if ids.shape[0] != batch:
             raise ValueError(
@@ -61,24 +81,58 @@ class RowIds:
             )
         return ids
 
-    @contextmanager
-    def within(self, ids: Any) -> Iterator[None]:
+    def within(self, ids: Any) -> AbstractContextManager[None]:
         """Sets the rows' ids within the block."""
-        outer, self.given = self.given, self.checked(ids)
-        try:
-            yield
-        finally:
-            self.given = outer
+        return self._carried.within(_Ids("block", self.checked(ids), False))
 
-    @contextmanager
-    def generating(self, ids: Any) -> Iterator[None]:
-        """Within it a row's copies (beams, several sequences) have its id. None: as set before."""
-        outer, self.repeats = self.repeats, True
-        try:
-            with self.within(self.given if ids is None else ids):
-                yield
-        finally:
-            self.repeats = outer
+    def generating(self, ids: Any, rows: int | None) -> AbstractContextManager[None]:
+        """Within it a row's copies (beams, several sequences) have its id.
+
+        Args:
+            ids: None: as set before.
+            rows: of what is generated from, whose number the ids must have; None: not known.
+        """
+        found = self._outside().ids if ids is None else self.checked(ids)
+        if found is not None and rows not in (None, found.shape[0]):
+            raise ValueError(
+                f"{self.argument} must have one id for each of {rows} rows; got {found.shape[0]}"
+            )
+        return self._carried.within(_Ids("generate", found, True))
+
+    def begin_call(self, ids: Any) -> None:
+        """Sets the ids of a forward, which end with it: see :func:`peft_kernels._calls.keep_apart`.
+
+        Args:
+            ids: the forward's own; None: as set before.
+        """
+        own = _Ids("call", self.checked(ids), False)
+        outside = self._outside()
+        self._carried.push(own if ids is not None else outside._replace(of="call"))
+
+    def _outside(self) -> _Ids:
+        """Those that a new call has unless it's given its own."""
+        is_inside = False
+        for frame in reversed(self._carried.frames()):
+            found = frame.value
+            if found is None:
+                self._carried.get()  # says that the block has ended
+            elif found.of == "block" or (found.of == "generate" and not is_inside):
+                return found
+            else:
+                is_inside = True
+        return _Ids("block", None, False)
+
+
+def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many rows a call of a model or of its generate is given; None where no tensor says it."""
+    first = [kwargs.get(name) for name in _ROWS]
+    for value in (*first, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[0]
+    return None
+
+
+_ROWS = ("input_ids", "inputs", "inputs_embeds")
 
 
 def remove_hooks(module: nn.Module, functions: Collection[Callable]) -> None:
@@ -88,7 +142,6 @@ def remove_hooks(module: nn.Module, functions: Collection[Callable]) -> None:
             if hook in functions:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
 
 
 @cache

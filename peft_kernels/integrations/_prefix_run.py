@@ -9,12 +9,12 @@ encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_kernels._calls import keep_apart, stop_keeping_apart, unwrap, wrap
 from peft_kernels.integrations import _guard, _own_attention
 from peft_kernels.integrations._attention import (
     SOURCE,
@@ -31,6 +31,7 @@ from peft_kernels.integrations._hooks import (
     parameters,
     past_length,
     remove_hooks,
+    rows_of,
     takes_positions,
 )
 from peft_kernels.integrations._prefix_places import Place, parent_path
@@ -87,9 +88,10 @@ class Attached:
 def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift: bool) -> None:
     """Puts the hooks into the model."""
     model.__dict__[PREFIX_HOOK] = attached
-    _hook(model, _take_ids, _drop_ids)
+    keep_apart(model)
+    _hook(model, _take_ids)
     if callable(getattr(model, "generate", None)):
-        model.__dict__["generate"] = partial(_generate, model)
+        wrap(model, "generate", _generate)
     for place in places:
         place.module.__dict__[SOURCE] = attached.prefixes
         _guard.watch(place.module, place.path)
@@ -97,7 +99,8 @@ def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift:
     for path in attached.by_stack:
         stack = model.get_submodule(path)
         stack.__dict__["_prefix_stack"] = (attached, path)
-        _hook(stack, _begin, _end)
+        keep_apart(stack)
+        _hook(stack, _begin)
     if shift:
         _shift(model, attached, places)
 
@@ -117,11 +120,14 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         remove_hooks(module, (*_HOOKS, *_guard.HOOKS))
         _guard.unwatch(module)
-        for name in (SOURCE, PREFIX_HOOK, "_prefix_outer", *_MARKS):
+        for name in (PREFIX_HOOK, "_prefix_stack"):
+            if name in module.__dict__:
+                stop_keeping_apart(module)
+        for name in (SOURCE, PREFIX_HOOK, *_MARKS):
             module.__dict__.pop(name, None)
         _own_attention.give_back(module)
         stop_carrying(module)
-    model.__dict__.pop("generate", None)
+    unwrap(model, "generate", _generate)
 
 
 def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> None:
@@ -133,10 +139,10 @@ def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> Non
     for stack in {place.stack for place in own}:
         if (owner := position_owner(model, stack)) is not None:
             owner.__dict__["_prefix_shift"] = attached
-            _hook(owner, _shift_positions, None)
+            _hook(owner, _shift_positions)
         elif (table := position_table(model, stack)) is not None:
             table.__dict__["_prefix_shift"] = attached
-            _hook(table, _shift_table, None)
+            _hook(table, _shift_table)
 
 
 def position_table(model: nn.Module, stack: str) -> nn.Module | None:
@@ -158,38 +164,21 @@ def position_owner(model: nn.Module, stack: str) -> nn.Module | None:
         path = parent_path(path)
 
 
-def _hook(module: nn.Module, before: Callable, after: Callable | None) -> None:
+def _hook(module: nn.Module, before: Callable) -> None:
     module.register_forward_pre_hook(before, with_kwargs=True)
-    if after is not None:
-        module.register_forward_hook(after, always_call=True)
 
 
 def _take_ids(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    ids = module.__dict__[PREFIX_HOOK].row_ids
-    module.__dict__.setdefault("_prefix_outer", []).append(ids.given)
-    if (given := kwargs.pop("prefix_ids", None)) is not None:
-        ids.given = ids.checked(given)
+    module.__dict__[PREFIX_HOOK].row_ids.begin_call(kwargs.pop("prefix_ids", None))
     return args, kwargs
 
 
-def _drop_ids(module: Any, args: tuple, output: Any) -> None:
-    module.__dict__[PREFIX_HOOK].row_ids.given = module.__dict__["_prefix_outer"].pop()
-
-
-def _generate(model: Any, *args: Any, prefix_ids: Any = None, **kwargs: Any) -> Any:
-    """The model's generate; a row's copies have its prefix."""
-    with model.__dict__[PREFIX_HOOK].row_ids.generating(prefix_ids):
-        return type(model).generate(model, *args, **kwargs)
-
-
-class _Run(Prefixes):
-    """A stack's prefixes while its forward runs, and the state that it found."""
-
-    def __init__(
-        self, prefixes: Prefixes, need_weights: bool, stack: nn.Module, outer: Any
-    ) -> None:
-        super().__init__(prefixes.pairs, prefixes.ids, need_weights)
-        self.stack, self.outer = stack, outer
+def _generate(
+    model: Any, proceed: Callable, *args: Any, prefix_ids: Any = None, **kwargs: Any
+) -> Any:
+    """Around the model's generate: a row's copies have its prefix."""
+    with model.__dict__[PREFIX_HOOK].row_ids.generating(prefix_ids, rows_of(args, kwargs)):
+        return proceed(*args, **kwargs)
 
 
 def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -204,13 +193,9 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
     first = _first_input(args, kwargs)
     ids = attached.row_ids.of_batch(first.shape[0], first.device)
     asked = bool(kwargs.get("output_attentions"))
-    set_state(_Run(attached.prefixes(path, ids), asked, module, current_state()))
-
-
-def _end(module: nn.Module, args: tuple, output: Any) -> None:
-    state = current_state()
-    if isinstance(state, _Run) and state.stack is module:
-        set_state(state.outer)
+    prefixes = attached.prefixes(path, ids)
+    prefixes.need_weights = asked
+    set_state(prefixes)
 
 
 def _first_input(args: tuple, kwargs: dict) -> Tensor:
@@ -293,4 +278,4 @@ def _check_last(positions: Tensor, room: int) -> None:
 
 
 _MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight", "_before")
-_HOOKS = (_take_ids, _drop_ids, _begin, _end, _shift_positions, _shift_table)
+_HOOKS = (_take_ids, _begin, _shift_positions, _shift_table)

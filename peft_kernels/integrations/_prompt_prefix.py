@@ -183,10 +183,11 @@ def _pairs(run: Any, module: nn.Module, prompts: Tensor, used: Tensor | None, le
     """Each layer's keys and values of the first soft tokens, ``[P, Hkv, length, D]``."""
     if length == 0 or (used is not None and not used.numel()):
         return {}
-    keeps = run.kept is not None and not torch.is_grad_enabled()
+    kept_before = None if torch.is_grad_enabled() else run.kept.get()
+    keeps = kept_before is not None
     key = (length, None if used is None else tuple(used.tolist())) if keeps else None
-    if keeps and key in run.kept:
-        return run.kept[key]
+    if kept_before is not None and key in kept_before:
+        return kept_before[key]
     chosen = prompts if used is None or used.numel() == prompts.shape[0] else prompts[used]
     weight = getattr(run.embedding, "weight", prompts)
     chosen = chosen[:, :length].to(weight.dtype)
@@ -198,8 +199,8 @@ def _pairs(run: Any, module: nn.Module, prompts: Tensor, used: Tensor | None, le
             attention_mask=positions.new_ones(chosen.shape[:2]),
             use_cache=False,
         )
-    if keeps:
-        run.kept[key] = kept.pairs
+    if kept_before is not None:
+        kept_before[key] = kept.pairs
     return kept.pairs
 
 

@@ -11,19 +11,19 @@ encoder's places is lengthened, so that ``generate`` may call the encoder by its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_kernels._calls import Carried, keep_apart, stop_keeping_apart, unwrap, wrap
 from peft_kernels.integrations import _guard
 from peft_kernels.integrations._attention import (
     SOURCE,
     Prefixes,
     Recording,
-    State,
     current_state,
     set_state,
 )
@@ -33,6 +33,7 @@ from peft_kernels.integrations._hooks import (
     parameters,
     past_length,
     remove_hooks,
+    rows_of,
 )
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import (
@@ -55,11 +56,8 @@ _STACK = "_prompt_stack_of"
 
 @dataclass
 class Frame:
-    """What a running forward has to put back, and to do to its outputs."""
+    """What a running forward has to do to its outputs."""
 
-    ids: Tensor | None
-    outer: State | None = None
-    has_state: bool = False
     trim: Trim | None = None
     marks: bool = False  # whether its cache holds the prompt
     as_tuple: bool = False
@@ -86,8 +84,9 @@ class PromptRun:
         # A causal head's labels are shifted, so a soft token answers for the text's first.
         self.is_shifted = not self.in_encoder and bool(model.can_generate())
         self.obstacle: str | None = "as_prefix is False"
-        self.kept: dict[Any, Any] | None = None  # within generate: the prompt's keys and values
-        self.frames: list[Frame] = []
+        # Within generate, the prompt's keys and values.
+        self.kept: Carried[dict[Any, Any]] = Carried("the generation with a prompt")
+        self.frames: Carried[Frame] = Carried("the forward with a prompt")
 
     @property
     def embedding(self) -> nn.Module:
@@ -135,9 +134,10 @@ def attach(model: Any, run: PromptRun) -> None:
     model.__dict__[PROMPT_HOOK] = run
     before = _before_both if run.in_encoder else _before
     model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(_after, always_call=True)
+    model.register_forward_hook(_after)
+    keep_apart(model)
     if callable(getattr(model, "generate", None)):
-        model.__dict__["generate"] = partial(_generate, model)
+        wrap(model, "generate", _generate)
     if run.in_encoder:
         stacks = (model.get_encoder(), _before_encoder), (model.get_decoder(), _before_decoder)
         for stack, hook in stacks:
@@ -157,7 +157,8 @@ def detach(model: nn.Module) -> None:
         _guard.unwatch(module)
         for name in (PROMPT_HOOK, _STACK):
             module.__dict__.pop(name, None)
-    model.__dict__.pop("generate", None)
+    stop_keeping_apart(model)
+    unwrap(model, "generate", _generate)
 
 
 def _no_forward() -> None:
@@ -168,32 +169,30 @@ def _no_forward() -> None:
     )
 
 
-def _generate(model: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-    """The model's generate; a row's copies (beams, several sequences) have its prompt."""
-    run = model.__dict__[PROMPT_HOOK]
+def _generate(
+    model: Any, proceed: Callable, *args: Any, task_ids: Any = None, **kwargs: Any
+) -> Any:
+    """Around the model's generate: a row's copies (beams, several sequences) have its prompt."""
+    run: PromptRun = model.__dict__[PROMPT_HOOK]
     cache = kwargs.get("past_key_values")
     if past_length(cache) and holds_prompt(cache):
         raise ValueError(
             "past_key_values must be empty in generate where the prompt stands in the rows, which "
             f"would take its {run.length} places for the text's; as a prefix it has none"
         )
-    outer, run.kept = run.kept, {}
-    try:
-        with run.row_ids.generating(task_ids):
-            return type(model).generate(model, *args, **kwargs)
-    finally:
-        run.kept = outer
+    with run.kept.within({}), run.row_ids.generating(task_ids, rows_of(args, kwargs)):
+        return proceed(*args, **kwargs)
 
 
 def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    frame = _begin(run)
+    frame = Frame()
+    run.frames.push(frame)
     if isinstance(current_state(), Recording):
         return None
     inputs = _named(module, args, kwargs)
-    _take_ids(run, inputs)
-    frame.outer, frame.has_state = current_state(), run.obstacle is None
-    if frame.has_state:
+    run.row_ids.begin_call(inputs.pop("task_ids", None))
+    if run.obstacle is None:
         set_state(Prefixes({}))
         if torch.is_grad_enabled() and module.training:
             carry_state(module)
@@ -218,9 +217,9 @@ def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None
 def _before_both(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Of an encoder-decoder: its stacks do the rest, and need a mask to lengthen."""
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    _begin(run)
+    run.frames.push(Frame())
     inputs = _named(module, args, kwargs)
-    _take_ids(run, inputs)
+    run.row_ids.begin_call(inputs.pop("task_ids", None))
     given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
     text = next((x for x in given if x is not None), None)
     if text is not None and inputs.get("attention_mask") is None:
@@ -240,14 +239,8 @@ def _before_decoder(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 def _after(module: Any, args: tuple, output: Any) -> Any:
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    if not run.frames:
-        return None
-    frame = run.frames.pop()
-    run.row_ids.given = frame.ids
-    if frame.has_state:
-        set_state(frame.outer)
-    if output is None:
-        return None
+    frame = run.frames.get()
+    assert frame is not None
     if frame.marks and "past_key_values" in output:
         mark_cache(output.past_key_values)
     if frame.trim is not None:
@@ -256,17 +249,6 @@ def _after(module: Any, args: tuple, output: Any) -> Any:
 
 
 _HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after)
-
-
-def _begin(run: PromptRun) -> Frame:
-    frame = Frame(run.row_ids.given)
-    run.frames.append(frame)
-    return frame
-
-
-def _take_ids(run: PromptRun, inputs: dict[str, Any]) -> None:
-    if (given := inputs.pop("task_ids", None)) is not None:
-        run.row_ids.given = run.row_ids.checked(given)
 
 
 def _named(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

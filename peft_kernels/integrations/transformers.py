@@ -105,7 +105,7 @@ def insert_adapter(
     if style == "parallel":
         layer = submodule(model, plain_name(model, path).rpartition(".")[0])
         norm = submodule(layer, "post_attention_layernorm")
-        norm.register_forward_hook(_KeepInput(module))
+        norm.register_forward_hook(_keep_input)
 
 
 def fuse_adapters(
@@ -167,7 +167,7 @@ def remove_adapters(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if hook in _HOOKS.values():
                 del module._forward_hooks[key], module._modules["adapter"]
-            elif isinstance(hook, _KeepInput):
+            elif hook is _keep_input:
                 del module._forward_hooks[key]
 
 
@@ -226,19 +226,27 @@ def _adapt(module: Any, args: tuple, output: Any) -> Any:
     return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
+_INPUT = "_peft_kernels_input"  # an attribute of a norm's output
+
+
 def _adapt_in_parallel(module: Any, args: tuple, output: Tensor) -> Tensor:
     """Forward hook: adds the update of the input that the layer's norm was given."""
-    return module.adapter(module.__dict__.pop("adapter_input"), residual=output)
+    kept = getattr(args[0], _INPUT, None) if args else None
+    if kept is None:
+        raise RuntimeError(
+            f"{type(module).__name__} has a parallel adapter, and must be called with what its "
+            "layer's norm returned, which holds the adapter's input; call the layer, or use the "
+            "preset 'pfeiffer'"
+        )
+    return module.adapter(kept, residual=output)
 
 
-class _KeepInput:
-    """Forward hook of a norm: keeps its input for the module whose adapter reads it."""
+def _keep_input(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook of a norm: its output holds its input, for the adapter beside the next module.
 
-    def __init__(self, reader: nn.Module) -> None:
-        self.reader = reader
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.reader.__dict__["adapter_input"] = args[0]
+    So the input belongs to the call and goes with the output, whatever other calls run meanwhile.
+    """
+    setattr(output, _INPUT, args[0])
 
 
 _HOOKS = {"residual": _adapt, "parallel": _adapt_in_parallel}
