@@ -49,15 +49,31 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_WEIGHTS_FILE
-    try:
-        if path.is_file():
-            return safetensors.torch.load_file(path)
-        path = pickled
-        if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} must be a file of tensors; {error}") from error
+    """The tensors of the folder's file of weights, by key: on the CPU, nothing else beside them."""
+    for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE):
+        if (folder / name).is_file():
+            return tensors_in(folder / name)
     raise FileNotFoundError(
         f"folder must be an adapter; {folder} has no {WEIGHTS_FILE} and no {PICKLED_WEIGHTS_FILE}"
     )
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a pickled one that holds a dict of them."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} must be a file of tensors; {error}") from error
+    return checked_tensors(f"{path} must be a file of tensors", held)
+
+
+def checked_tensors(must: str, held: Any) -> dict[str, Tensor]:
+    """``held``, once it is a dict of tensors by name; a ValueError begins with ``must``."""
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{must} by name; it holds a {type(held).__name__}")
+    for key, tensor in held.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{must} by name; under {key!r} it holds a {type(tensor).__name__}")
+    return dict(held)

@@ -7,32 +7,36 @@ matcher of names goes through here, so that a model has the same names however i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from peft_kernels.nn._bases import names_of
+
+_DDP = "torch.nn.parallel.distributed.DistributedDataParallel"
+_FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+_DEEPSPEED = "deepspeed.runtime.engine.DeepSpeedEngine"
 # The child that a class of wrappers runs, by the class's full name: none has to be imported.
 _WRAPPED = {
-    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    _DDP: "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
-        "_fsdp_wrapped_module"
-    ),
+    _FSDP: "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": (
         "_checkpoint_wrapped_module"
     ),
     "torch.optim.swa_utils.AveragedModel": "module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
-    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    _DEEPSPEED: "module",
     "lightning.fabric.wrappers._FabricModule": "_forward_module",
 }
 
 
 def wrapped_child(module: nn.Module) -> str | None:
     """The name of the child that a wrapper runs in its place; None for any other module."""
-    for kind in type(module).__mro__:
-        child = _WRAPPED.get(f"{kind.__module__}.{kind.__qualname__}")
+    for kind in names_of(type(module)):
+        child = _WRAPPED.get(kind)
         if child is not None and module._modules.get(child) is not None:
             return child
     return None
@@ -94,6 +98,28 @@ def plain_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers of :func:`unwrapped`'s model by their names without wrappers."""
     model = unwrapped(model)
     return {plain_name(model, name): buffer for name, buffer in model.named_buffers()}
+
+
+def check_late_parameters(model: nn.Module, action: str) -> None:
+    """Says what new parameters inside of wrappers that spread a model over processes don't get.
+
+    Raises:
+        ValueError: the wrapper has parameters in memory of its own, and new ones aren't in it.
+    """
+    kinds = {kind for module in model.modules() for kind in names_of(type(module))}
+    if kinds & {_FSDP, _DEEPSPEED}:
+        raise ValueError(
+            "model must not be wrapped yet by what spreads its parameters over processes, for new "
+            f"ones would be left out: {action} first, then wrap the model"
+        )
+    if _DDP in kinds:
+        warnings.warn(
+            "model is wrapped in DistributedDataParallel, which doesn't know parameters that come "
+            f"later: their gradients aren't averaged over processes. To train, {action} first, "
+            "then wrap the model",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

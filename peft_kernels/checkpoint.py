@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from peft_kernels._folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    checked_tensors,
     read_config,
     read_tensors,
     whole,
     write_files,
 )
-from peft_kernels._names import plain_modules, unwrapped
+from peft_kernels._names import check_late_parameters, plain_modules, unwrapped
 from peft_kernels.nn._bases import check_bases, check_memory
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
@@ -204,6 +205,10 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     The adapters are left trainable. ``adapter_model.safetensors`` is read, or else an
     ``adapter_model.bin``, which is unpickled with ``weights_only=True``.
 
+    A layer's matrices stay the same Parameters where they have the rank of the file's. Of another
+    rank they are new ones, which an optimizer that was made before doesn't have, nor
+    DistributedDataParallel around the model: a RuntimeWarning says so.
+
     Args:
         model: a plain model, or one with LoRALinear layers, unmerged; wrapped or not.
         folder: holds ``adapter_config.json`` and the weights.
@@ -227,6 +232,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         layers = targets_of(plain, config)
         check_bases(plain, layers, takes_values=True)
     _check_fit(layers, adapters, config)
+    if swaps or any(layers[name].r != one.lora_a.shape[0] for name, one in adapters.items()):
+        check_late_parameters(model, "load the adapter")
     if swaps:
         swap_targets(
             plain,
@@ -262,7 +269,7 @@ def read_adapter(
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a dict, beside a state dict; got {config!r}")
         config = _checked_config({"peft_type": "LORA", **config}, "config")
-        return config, _adapters_in(source)
+        return config, _adapters_in(checked_tensors("source must be a dict of tensors", source))
     if config is not None:
         raise ValueError(f"config must be None for a folder, which holds its own; got {config!r}")
     folder = Path(source)
@@ -354,13 +361,11 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
         n, k = layer.out_features, layer.in_features
     else:
         n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
-    r = check_adapter(name, adapter, config, n, k)
+    check_adapter(name, adapter, config, n, k)
     if isinstance(layer, LoRALinear):
         check_memory(layer.lora_a, f"{name}.lora_a")
     if isinstance(layer, LoRALinear) and layer.merged:
         raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
-    if isinstance(layer, LoRALinear) and layer.r != r:
-        raise ValueError(f"{name} has rank {layer.r}, but the adapter has rank {r}")
 
 
 def check_adapter(name: str, adapter: Adapter, config: Mapping[str, Any], n: int, k: int) -> int:

@@ -20,7 +20,7 @@ from peft_kernels.nn._bases import check_bases
 from peft_kernels.nn.lora import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
-from peft_kernels.swap import find_targets, keep_off_fast_paths, replace_modules, require_matches
+from peft_kernels.swap import keep_off_fast_paths, replace_modules, required_targets
 
 __all__ = ["AdapterPool", "PoolFullError", "PoolMemory"]
 
@@ -98,7 +98,7 @@ class AdapterPool:
         model = unwrapped(model)
         if not isinstance(target_modules, str):
             target_modules = list(target_modules)
-        targets = find_targets(
+        targets = required_targets(
             model,
             target_modules,
             exclude_modules=exclude_modules,
@@ -106,7 +106,6 @@ class AdapterPool:
             layers_pattern=layers_pattern,
             task_type=task_type,
         )
-        require_matches(target_modules, targets)
         check_bases(model, targets, takes_values=True)
         pages = _pages_for("capacity", capacity)
         max_pages = min(_pages_for("max_rank", max_rank), pages)

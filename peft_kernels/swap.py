@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from peft_kernels._names import plain_modules, replace_child, unwrapped
+from peft_kernels._names import check_late_parameters, plain_modules, replace_child, unwrapped
 from peft_kernels.nn._bases import check_bases, is_conv1d
 from peft_kernels.nn.lora import LoRALinear, check_settings
 from peft_kernels.nn.multi_lora import MultiLoRALinear
@@ -73,7 +73,7 @@ def swap_linear(
     """
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
-    targets = find_targets(
+    targets = required_targets(
         model,
         target_modules,
         exclude_modules=exclude_modules,
@@ -81,7 +81,6 @@ def swap_linear(
         layers_pattern=layers_pattern,
         task_type=task_type,
     )
-    require_matches(target_modules, targets)
     return swap_targets(
         model,
         targets,
@@ -126,21 +125,56 @@ def find_targets(
         for name, module in plain_modules(model).items()
         if name
         and matches(name, target_modules)
-        and not (exclude_modules and matches(name, exclude_modules))
+        and not (exclude_modules and matches(name, exclude_modules, "exclude_modules"))
         and (not indices or _block_index(name, layers_pattern) in indices)
     }
 
 
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
+def required_targets(
+    model: nn.Module, target_modules: str | list[str], **options: Any
+) -> dict[str, nn.Module]:
+    """:func:`find_targets`, or a ValueError where a pattern of ``target_modules`` selects none."""
+    targets = find_targets(model, target_modules, **options)
+    if targets and not unmatched(target_modules, targets):
+        return targets
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    every = find_targets(model, target_modules, **options | dict.fromkeys(narrowing))
+    left = unmatched(target_modules, targets)
+    if lost := [one for one in left if one not in unmatched(target_modules, every)]:
+        by = " and ".join(name for name in narrowing if options.get(name) is not None)
+        raise ValueError(
+            f"target_modules must select layers that {by} leaves; it leaves none of what {lost} "
+            f"matches, of {len(every)} layers in all, e.g. {next(iter(every))}"
+        )
+    require_matches(target_modules, targets)
+    return targets
+
+
+def matches(name: str, patterns: str | Iterable[str], argument: str = "target_modules") -> bool:
     """Whether a regular expression (a str) or one of several endings selects module ``name``."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return re.fullmatch(checked_expression(argument, patterns), name) is not None
     return any(name == ending or name.endswith("." + ending) for ending in patterns)
+
+
+def checked_expression(argument: str, expression: str) -> str:
+    """``expression``, once it is a regular one; a TypeError or ValueError names the argument."""
+    if not isinstance(expression, str):
+        raise TypeError(f"{argument} must have a str for a regular expression; got {expression!r}")
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{argument} must be a regular expression, as Python's re reads them; got "
+            f"{expression!r}: {error}"
+        ) from error
+    return expression
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value of the first key of a rank or alpha pattern that matches ``name``."""
     for key, value in patterns.items():
+        checked_expression("a key of alpha_pattern or rank_pattern", key)
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
@@ -169,25 +203,29 @@ def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
     if isinstance(layers_pattern, str):
         layers_pattern = [layers_pattern]
     if layers_pattern:
-        expressions = [rf"(?:^|.*?\.){part}\.(\d+)\." for part in layers_pattern]
+        parts = [checked_expression("layers_pattern", part) for part in layers_pattern]
+        expressions = [rf"(?:^|.*?\.)(?:{part})\.(\d+)\." for part in parts]
     else:
         expressions = [r".*?\.[^.]*\.(\d+)\."]
     found = (re.match(expression, name) for expression in expressions)
     first = next((match for match in found if match), None)
-    return int(first.group(1)) if first else None
+    return int(first.groups()[-1]) if first else None
 
 
 def require_matches(target_modules: str | list[str], targets: Iterable[str]) -> None:
     """Raises a ValueError unless every pattern has selected something."""
-    if isinstance(target_modules, str):
-        unmatched = [] if targets else [target_modules]
-    else:
-        unmatched = [end for end in target_modules if not any(matches(n, [end]) for n in targets)]
-    if unmatched or not targets:
+    if (left := unmatched(target_modules, targets)) or not targets:
         raise ValueError(
-            f"target_modules must select layers of the model; nothing matches {unmatched} (a list "
+            f"target_modules must select layers of the model; nothing matches {left} (a list "
             "holds names or endings of names, a str is a regular expression for the full name)"
         )
+
+
+def unmatched(target_modules: str | list[str], targets: Iterable[str]) -> list[str]:
+    """The patterns that have selected nothing."""
+    if isinstance(target_modules, str):
+        return [] if targets else [target_modules]
+    return [end for end in target_modules if not any(matches(n, [end]) for n in targets)]
 
 
 # ---- replacing -------------------------------------------------------------------------------
@@ -210,6 +248,7 @@ def swap_targets(
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     check_bases(model, targets)
     check_settings(r, alpha, dropout, init)
+    check_late_parameters(model, "swap")
     _warn_unused("rank_pattern", rank_pattern, targets)
     _warn_unused("alpha_pattern", alpha_pattern, targets)
     trainable = [p for p in model.parameters() if p.requires_grad]

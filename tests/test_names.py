@@ -1,6 +1,7 @@
 """Models inside wrappers: their names, what is matched by them, and what is written under them."""
 
 import itertools
+import warnings
 
 import pytest
 import safetensors.torch
@@ -272,3 +273,27 @@ def test_a_pool_of_a_wrapped_model_reads_and_writes_plain_names(tmp_path, saved,
     torch.testing.assert_close(routed, load_adapter(make_base(), saved)(X))
     pool.detach()
     torch.testing.assert_close(unwrapped(model)(X), make_base()(X))
+
+
+# ---- what comes too late ---------------------------------------------------------------------
+
+
+def test_new_parameters_inside_of_ddp_are_said_to_be_left_out(saved):
+    with pytest.warns(RuntimeWarning, match="DistributedDataParallel.*swap first"):
+        swap_linear(wrap(make_base(), "ddp"), **SWAP)
+    with pytest.warns(RuntimeWarning, match="DistributedDataParallel.*load the adapter first"):
+        load_adapter(wrap(make_base(), "ddp", "compile"), saved)
+    with pytest.warns(RuntimeWarning, match="DistributedDataParallel"):
+        load_adapter(wrap(swap_linear(make_base(), **SWAP | {"r": 7}), "ddp"), saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(wrap(swap_linear(make_base(), **SWAP), "ddp"), saved)
+
+
+def test_new_parameters_inside_of_fsdp_are_refused(saved):
+    model = wrap(swap_linear(make_base(), **SWAP | {"r": 7}), "fsdp")
+    before = [(name, p.clone()) for name, p in model.named_parameters()]
+    with pytest.raises(ValueError, match="load the adapter first, then wrap"):
+        load_adapter(model, saved)
+    for (name, value), (its_name, parameter) in zip(before, model.named_parameters(), strict=True):
+        assert name == its_name and torch.equal(value, parameter)

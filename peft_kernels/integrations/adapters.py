@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._folder import whole, write_files
+from peft_kernels._folder import tensors_in, whole, write_files
 from peft_kernels._names import unwrapped
 from peft_kernels.integrations._adapters_config import (
     DEFAULTS,
@@ -402,17 +402,8 @@ def read_tensors(host: Any, folder: Path, files: tuple[str, ...]) -> dict[str, T
         raise FileNotFoundError(
             f"folder must be an adapter; {folder} has no {files[1]} and no {files[2]}"
         )
-    path = present[0]
-    try:
-        if path.suffix == ".safetensors":
-            tensors = safetensors.torch.load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise TypeError("it holds something else")
-        return {key.removeprefix(f"{host.base_model_prefix}."): t for key, t in tensors.items()}
-    except Exception as error:
-        raise ValueError(f"{path} must be a file of tensors; {error}") from error
+    prefix = f"{host.base_model_prefix}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors_in(present[0]).items()}
 
 
 def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
