@@ -173,6 +173,38 @@ def attend(
     return out.transpose(1, 2), None
 
 
+def attend_with_bias(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor,
+    need_weights: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`attend` with a bias added to the scores, as T5's by relative position.
+
+    Where a bias trains, the model's own formula is computed, in which it has a gradient. It does
+    if the weight that the module names as ``_bias_weight`` does: reentrant checkpointing marks
+    tensors as requiring a gradient though nothing behind them does.
+
+    Args:
+        module, q, k, v, mask, need_weights, options: as of :func:`attend`.
+        bias: ``[B or 1, Hq, S, T]``, or ``[..., L + T]``, of the prefix' scores too.
+    """
+    weight = module.__dict__.get("_bias_weight")
+    trains = bias.requires_grad if weight is None else weight.requires_grad
+    bias = bias if trains else bias.detach()
+    before = bias.shape[-1] - k.shape[2]
+    prefix_bias, bias = bias[..., :before] if before else None, bias[..., before:]
+    if mask is not None:
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask
+        bias = bias + (_where_not(mask, bias) if mask.dtype == torch.bool else mask)
+    direct = need_weights or (trains and torch.is_grad_enabled())
+    return attend(module, q, k, v, bias, prefix_mask=prefix_bias, need_weights=direct, **options)
+
+
 # ---- the direct form -----------------------------------------------------------------------------
 
 
@@ -243,7 +275,7 @@ def _where_not(seen: Tensor, like: Tensor) -> Tensor:
 
 # ---- as transformers' attention implementation ---------------------------------------------------
 
-_REFUSED = ("softcap", "s_aux", "position_bias")
+_REFUSED = ("softcap", "s_aux")
 
 
 def attention(
@@ -257,6 +289,7 @@ def attention(
     is_causal: bool | None = None,
     head_mask: Tensor | None = None,
     output_attentions: bool = False,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The function that transformers' attention modules call, under :data:`NAME`."""
@@ -272,18 +305,16 @@ def attention(
         causal = True  # the real keys alone, from prefix_mask
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    return attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        is_causal=causal,
-        scale=_scale(module, query.shape[-1]) if scaling is None else scaling,
-        dropout=dropout,
-        head_mask=head_mask,
-        need_weights=bool(output_attentions),
-    )
+    options: dict[str, Any] = {
+        "is_causal": causal,
+        "scale": _scale(module, query.shape[-1]) if scaling is None else scaling,
+        "dropout": dropout,
+        "head_mask": head_mask,
+        "need_weights": bool(output_attentions),
+    }
+    if position_bias is not None:
+        return attend_with_bias(module, query, key, value, attention_mask, position_bias, **options)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 def _scale(module: Any, head_dim: int) -> float:

@@ -1,29 +1,46 @@
 """Attention modules of transformers' that compute their attention themselves: T5's and BERT's.
 
 An instance's class is set to a subclass whose forward projects and caches as the module does and
-attends through :func:`peft_kernels.integrations._attention.attend`.
+attends through :func:`peft_kernels.integrations._attention.attend`. In transformers 5 BERT's
+modules call the attention that the config names, and T5's do so from some release on: BERT's are
+left as they are then, and T5's have only their bias by relative position made longer.
 """
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.integrations._attention import Recording, attend, current_state
+from peft_kernels.integrations._attention import (
+    Recording,
+    attend,
+    attend_with_bias,
+    current_state,
+)
 
 _T5 = ("T5Attention", "MT5Attention")
 _BERT = tuple(
-    f"{family}{kind}SelfAttention"
+    f"{family}{kind}Attention"
     for family in ("Bert", "Roberta", "XLMRoberta", "Electra", "Camembert")
-    for kind in ("", "Sdpa")
+    for kind in ("Self", "SdpaSelf", "Cross")
 )
 
 
+@cache
+def calls_interface(kind: Any) -> bool:
+    """Whether the host's forward takes its attention from the table under the config's name."""
+    kind = kind.__bases__[1] if issubclass(kind, _Own) else kind
+    forward = inspect.unwrap(kind.forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
 def is_t5(module: Any) -> bool:
-    return type(module).__name__ in _T5 or isinstance(module, _T5Attention)
+    return type(module).__name__ in _T5 or isinstance(module, _LengthensBias)
 
 
 def is_bert(module: Any) -> bool:
@@ -36,9 +53,10 @@ def take_over(module: Any) -> None:
     """Makes the module attend with a prefix, if it computes its attention itself."""
     if isinstance(module, _Own):
         return
+    calls = calls_interface(module.__class__)
     if is_t5(module):
-        module.__class__ = _subclass(_T5Attention, type(module))
-    elif is_bert(module):
+        module.__class__ = _subclass(_T5Bias if calls else _T5Attention, type(module))
+    elif is_bert(module) and not calls:
         module.__class__ = _subclass(_BertAttention, type(module))
 
 
@@ -59,9 +77,13 @@ def _subclass(own: type, kind: type) -> type:
 
 
 class _Own:
-    """What the classes have in common: keys and values through the model's cache."""
+    """What an instance's class is a subclass of once it's taken over, beside its own."""
 
     layer_idx: int
+
+
+class _Caches(_Own):
+    """Keys and values through the model's cache."""
 
     def _cached(self, states: Any, cache: Any, is_cross: bool, positions: Any) -> tuple:
         """The keys and values to attend to; ``states()`` projects those of this forward."""
@@ -85,12 +107,56 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class _T5Attention(_Own):
-    """T5's attention: no scale, and a bias by relative position.
+class _LengthensBias(_Own):
+    """T5's bias by relative position, of prefix and text.
 
     ``_before``, an attribute of the module, says how many places the prefix takes before the text
-    as the bias counts them; without it the prefix' scores have no bias.
+    as the bias counts them; without it the prefix' scores have no bias. The first layer's bias is
+    handed from layer to layer.
     """
+
+    def _places_before(self) -> int:
+        return 0 if isinstance(current_state(), Recording) else self.__dict__.get("_before", 0)
+
+    def _relative_bias(self: Any, queries: Tensor, keys: int) -> Tensor:
+        """``[1, H, S, L + T]`` for queries at the text's places ``[S]`` and T keys."""
+        before = self._places_before()
+        distance = torch.arange(-before, keys, device=queries.device) - queries[:, None]
+        buckets = self._relative_position_bucket(
+            distance,
+            bidirectional=not self.is_decoder,
+            num_buckets=self.relative_attention_num_buckets,
+            max_distance=self.relative_attention_max_distance,
+        )
+        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+
+
+class _T5Bias(_LengthensBias):
+    """T5's attention that calls the attention which the config names."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple:
+        if position_bias is None and self.has_relative_attention_bias and self._places_before():
+            count, past, keys = hidden_states.shape[1], 0, hidden_states.shape[1]
+            if past_key_values is not None:
+                past = past_key_values.get_seq_length(self.layer_idx)
+                keys = past_key_values.get_mask_sizes(count, self.layer_idx)[0]
+            queries = past + torch.arange(count, device=hidden_states.device)
+            position_bias = self._relative_bias(queries, keys)
+        return super().forward(  # type: ignore[misc]  # the host's class comes after this one
+            hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+        )
+
+
+class _T5Attention(_LengthensBias, _Caches):
+    """T5's attention: no scale, and a bias by relative position."""
 
     def forward(
         self: Any,
@@ -100,14 +166,16 @@ class _T5Attention(_Own):
         position_bias: Tensor | None = None,
         past_key_values: Any = None,
         layer_head_mask: Tensor | None = None,
-        query_length: Any = None,
-        use_cache: bool = False,
         output_attentions: bool = False,
         cache_position: Tensor | None = None,
+        **_: Any,
     ) -> tuple:
         is_cross = key_value_states is not None
         source = key_value_states if is_cross else hidden_states
         q = _heads(self.q(hidden_states), self.n_heads)
+        if cache_position is None and position_bias is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+            cache_position = past + torch.arange(q.shape[2], device=q.device)
         k, v = self._cached(
             lambda: (_heads(self.k(source), self.n_heads), _heads(self.v(source), self.n_heads)),
             past_key_values,
@@ -115,52 +183,35 @@ class _T5Attention(_Own):
             cache_position,
         )
         if position_bias is None:
-            position_bias = self._position_bias(q, k, mask, query_length, cache_position)
-        dropout = self.dropout if self.training else 0.0
-        # Reentrant checkpointing marks the bias as requiring a gradient though nothing behind it
-        # does; where the bias' weights do train, the module's own formula is what has a gradient.
-        trains = self.__dict__["_bias_weight"].requires_grad
-        bias = position_bias if trains else position_bias.detach()
-        before = bias.shape[-1] - k.shape[2]
-        out, weights = attend(
+            position_bias = self._position_bias(q, k, mask, cache_position)
+        out, weights = attend_with_bias(
             self,
             q,
             k,
             v,
-            bias[..., before:],
-            prefix_mask=bias[..., :before] if before else None,
+            None,  # the mask is in the bias
+            position_bias,
             scale=1.0,
-            dropout=dropout,
+            dropout=self.dropout if self.training else 0.0,
             head_mask=layer_head_mask,
-            need_weights=output_attentions or (trains and torch.is_grad_enabled()),
+            need_weights=output_attentions,
         )
         outputs = (self.o(out.flatten(2)), position_bias)
         return (*outputs, weights) if output_attentions else outputs
 
     def _position_bias(
-        self: Any, q: Tensor, k: Tensor, mask: Tensor | None, query_length: Any, positions: Any
+        self: Any, q: Tensor, k: Tensor, mask: Tensor | None, positions: Tensor
     ) -> Tensor:
-        """By relative position in the first layer, and the mask: ``[B or 1, H, S, T]``.
-
-        With a prefix before the text it is ``[..., L + T]``.
-        """
-        queries, keys = q.shape[2], k.shape[2]
-        before = 0 if isinstance(current_state(), Recording) else self.__dict__.get("_before", 0)
+        """By relative position in the first layer, and the mask: ``[B or 1, H, S, L + T]``."""
+        before, keys = self._places_before(), k.shape[2]
         if self.has_relative_attention_bias:
-            length = query_length if query_length is not None else positions[-1] + 1
-            bias = self.compute_bias(
-                before + length,
-                before + keys,
-                device=q.device,
-                cache_position=None if positions is None else before + positions,
-            )
-            bias = bias[:, :, -queries:]
+            bias = self._relative_bias(positions, keys)
         else:
-            bias = q.new_zeros(1, self.n_heads, queries, before + keys)
+            bias = q.new_zeros(1, self.n_heads, q.shape[2], before + keys)
         return bias if mask is None else bias + F.pad(mask[..., :keys], (before, 0))
 
 
-class _BertAttention(_Own):
+class _BertAttention(_Caches):
     """BERT's self-attention, and its cross-attention, which is the same module."""
 
     def forward(

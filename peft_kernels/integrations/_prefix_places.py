@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -77,8 +76,7 @@ def calls_the_interface(module: Any) -> bool:
     """Whether its forward takes its attention function from the table under the config's name."""
     if not type(module).__name__.endswith("Attention") or not hasattr(module, "head_dim"):
         return False
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+    return _own_attention.calls_interface(module.__class__)
 
 
 def _site(model: Any, stack: str, module: Any, path: str) -> str:

@@ -1,7 +1,10 @@
 """Against the `adapters` library itself: its modules, its BERT layers, its presets."""
 
-import adapters
 import pytest
+
+pytest.importorskip("adapters")
+
+import adapters
 import torch
 from adapters.composition import Stack
 from adapters.configuration import (

@@ -3,8 +3,11 @@
 import copy
 import json
 
-import adapters
 import pytest
+
+pytest.importorskip("adapters")
+
+import adapters
 import safetensors.torch
 import torch
 from adapters.composition import Fuse

@@ -2,8 +2,11 @@
 
 import copy
 
-import adapters
 import pytest
+
+pytest.importorskip("adapters")
+
+import adapters
 import torch
 from adapters.composition import Fuse
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, RobertaConfig, RobertaModel

@@ -53,6 +53,8 @@ def test_berts_family(name, attention):
 
 def test_relative_positions_are_not_taken():
     model = build("Bert", position_embedding_type="relative_key")
+    if not hasattr(model.encoder.layer[0].attention.self, "position_embedding_type"):
+        pytest.skip("this transformers' BERT has absolute positions alone")
     with pytest.raises(ValueError, match="no attention module that can take a prefix; got BertM"):
         attention_places(model)
 

@@ -37,7 +37,8 @@ from peft_kernels.nn import PrefixTuning
 
 @each_family
 def test_remove_restores_the_model(name):
-    model, inputs = make(name), inputs_of(name)
+    # Frozen, as it stays: sdpa computes a bias that trains in another way.
+    model, inputs = make(name).requires_grad_(False), inputs_of(name)
     attention, before = model.config._attn_implementation, hidden(model(**inputs))
     classes = [type(module) for module in model.modules()]
     state = set(model.state_dict())

@@ -186,11 +186,15 @@ def test_their_prefix_is_lost_under_checkpointing():
         m.train()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_close(model(ids).logits, prefixed)
-    dropped = theirs(input_ids=ids).logits
-    assert (dropped - prefixed).abs().max() > 1e-2
-    with torch.no_grad():
-        encoder_of(theirs).embedding.weight.add_(1)
-    assert torch.equal(theirs(input_ids=ids).logits, dropped)
+    if transformers.__version__ >= "5":  # the mask still counts the prefix
+        with pytest.raises(RuntimeError, match="must match the size"):
+            theirs(input_ids=ids)
+    else:
+        dropped = theirs(input_ids=ids).logits
+        assert (dropped - prefixed).abs().max() > 1e-2
+        with torch.no_grad():
+            encoder_of(theirs).embedding.weight.add_(1)
+        assert torch.equal(theirs(input_ids=ids).logits, dropped)
     checkpointed = make("llama")
     checkpointed.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
