@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import checkpoint
+from peft_kernels._fast_paths import choose_fast_paths
 from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Ids, Router, Selection, flat_names
@@ -20,7 +21,7 @@ from peft_kernels.nn._bases import check_bases
 from peft_kernels.nn.lora import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
-from peft_kernels.swap import keep_off_fast_paths, replace_modules, required_targets
+from peft_kernels.swap import named, replace_modules, required_targets
 
 __all__ = ["AdapterPool", "PoolFullError", "PoolMemory"]
 
@@ -46,9 +47,7 @@ class AdapterPool:
     _model: nn.Module
     _store: Store
     _router: Router
-    _originals: Mapping[str, nn.Module]  # what the layers replace
     _thawed: Sequence[nn.Parameter]  # what required gradients before
-    _slowed: Sequence[tuple[nn.Module, str, object]]  # what kept fast paths away, and was before
     _slots: int
     _max_rank: int
 
@@ -117,29 +116,28 @@ class AdapterPool:
         self._model, self._max_rank = model, max_pages * PAGE
         self._router, self._slots = Router(), slots
         self._thawed = [p for p in model.parameters() if p.requires_grad]
-        self._originals = targets
         try:
-            layers = {
-                name: MultiLoRALinear.from_linear(
-                    module,
-                    slots=slots,
-                    pages=pages,
-                    max_pages=max_pages,
-                    router=self._router,
-                    adapter_dtype=adapter_dtype,
-                )
-                for name, module in self._originals.items()
-            }
+            layers: dict[str, MultiLoRALinear] = {}
+            for name, module in targets.items():
+                with named(name):
+                    layers[name] = MultiLoRALinear.from_linear(
+                        module,
+                        slots=slots,
+                        pages=pages,
+                        max_pages=max_pages,
+                        router=self._router,
+                        adapter_dtype=adapter_dtype,
+                    )
         except BaseException:
             self._thaw()
             raise
         self._store = Store(
             layers, pages=pages, slots=slots, router=self._router, lru=evict == "lru"
         )
-        replace_modules(model, {self._originals[name]: layer for name, layer in layers.items()})
+        replace_modules(model, {targets[name]: layer for name, layer in layers.items()})
         for parameter in self._thawed:
             parameter.requires_grad_(False)
-        self._slowed = keep_off_fast_paths(model)
+        choose_fast_paths(model)
         return self
 
     def _thaw(self) -> None:
@@ -156,17 +154,10 @@ class AdapterPool:
             RuntimeError: a route is open, in this thread or another.
         """
         layers = self._store.close()
-        for name, layer in layers.items():
-            original: Any = self._originals[name]
-            original.weight, original.bias = layer.weight, layer.bias
-            original.train(layer.training)
-        replace_modules(
-            self._model, {layer: self._originals[name] for name, layer in layers.items()}
-        )
-        for module, attribute, value in self._slowed:
-            setattr(module, attribute, value)
+        replace_modules(self._model, {layer: layer.plain() for layer in layers.values()})
+        choose_fast_paths(self._model)
         self._thaw()
-        self._originals, self._thawed, self._slowed = {}, [], []
+        self._thawed = []
 
     # ---- adapters ----------------------------------------------------------------------------
 

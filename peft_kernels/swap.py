@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from peft_kernels._fast_paths import choose_fast_paths
 from peft_kernels._names import check_late_parameters, plain_modules, replace_child, unwrapped
 from peft_kernels.nn._bases import check_bases, is_conv1d
 from peft_kernels.nn.lora import LoRALinear, check_settings
-from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 ALL_LINEAR = "all-linear"
 SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
@@ -253,26 +254,35 @@ def swap_targets(
     _warn_unused("alpha_pattern", alpha_pattern, targets)
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        swapped = {
-            module: LoRALinear.from_linear(
-                module,
-                pattern_value(rank_pattern, name, r),
-                alpha=pattern_value(alpha_pattern, name, alpha),
-                dropout=dropout,
-                use_rslora=use_rslora,
-                init=init,
-                adapter_dtype=adapter_dtype,
-            )
-            for name, module in targets.items()
-        }
+        swapped: dict[nn.Module, nn.Module] = {}
+        for name, module in targets.items():
+            with named(name):
+                swapped[module] = LoRALinear.from_linear(
+                    module,
+                    pattern_value(rank_pattern, name, r),
+                    alpha=pattern_value(alpha_pattern, name, alpha),
+                    dropout=dropout,
+                    use_rslora=use_rslora,
+                    init=init,
+                    adapter_dtype=adapter_dtype,
+                )
     except Exception:
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
     replace_modules(model, swapped)
     _freeze_all_but_adapters(model)
-    keep_off_fast_paths(model)
+    choose_fast_paths(model)
     return model
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Has an error say which layer it is about."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{name or 'model'}: {error}") from error
 
 
 def _warn_unused(argument: str, patterns: Mapping[str, float], names: Iterable[str]) -> None:
@@ -299,29 +309,3 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
-
-
-def keep_off_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, object]]:
-    """Has torch's encoder call its linear layers: its inference fast path reads weights alone.
-
-    Returns:
-        Which attributes of which modules were changed, and what they were.
-    """
-    changed: list[tuple[nn.Module, str, object]] = []
-
-    def change(module: nn.Module, attribute: str, value: object) -> None:
-        changed.append((module, attribute, getattr(module, attribute)))
-        setattr(module, attribute, value)
-
-    ours = (LoRALinear, MultiLoRALinear)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and (
-            isinstance(module.linear1, ours) or isinstance(module.linear2, ours)
-        ):
-            change(module, "activation_relu_or_gelu", 0)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and not all(
-            getattr(layer, "activation_relu_or_gelu", 0) for layer in module.layers
-        ):
-            change(module, "use_nested_tensor", False)
-    return changed

@@ -141,10 +141,34 @@ def test_bad_settings(error, named, options):
         LoRALinear(6, 4, **{"r": 2, "alpha": 4, **options})
 
 
-def hooked() -> nn.Module:
+def given(name: str) -> nn.Module:
+    """A layer with a method of its own in place of its class's."""
     linear = nn.Linear(4, 4)
-    linear.register_forward_hook(lambda *_: None)
+    setattr(linear, name, lambda *args, **kwargs: None)
     return linear
+
+
+def with_attribute() -> nn.Module:
+    linear = nn.Linear(4, 4)
+    linear.scale = 3
+    return linear
+
+
+def compiled() -> nn.Module:
+    linear = nn.Linear(4, 4)
+    linear.compile()
+    return linear
+
+
+def parametrized(parameter: str) -> nn.Module:
+    linear = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(linear, parameter, nn.Identity())
+    return linear
+
+
+class Saving(nn.Linear):
+    def get_extra_state(self):
+        return "more"
 
 
 class Scaled(nn.Linear):
@@ -159,7 +183,12 @@ class Scaled(nn.Linear):
         (lambda: LoRALinear(4, 4, 2, alpha=4), "LoRALinear already"),
         (lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention"),
         (lambda: Scaled(4, 4), r"own forward; \S*\.Scaled has another"),
-        (hooked, "no hooks"),
+        (lambda: Saving(4, 4), "get_extra_state of its own"),
+        (lambda: given("forward"), "class's own forward"),
+        (lambda: given("train"), "its class's own train"),
+        (compiled, "not be compiled by itself"),
+        (with_attribute, "nothing called 'scale'"),
+        (lambda: parametrized("bias"), "no parametrizations"),
         (lambda: nn.LazyLinear(4), "initialised"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "Parameter of its own"),
     ],
@@ -233,6 +262,7 @@ def test_copies(duplicate, merged):
     assert torch.equal(other(x), unmerged)
 
 
+@pytest.mark.filterwarnings("ignore:the state dict of a model with merged")
 @pytest.mark.parametrize("merged", [False, True])
 def test_state_dict_round_trip(merged):
     layer = make_layer(dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ from peft_kernels.integrations.transformers import (
     _places,
     _put,
     adapters_of,
+    check_places,
 )
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
@@ -113,6 +114,7 @@ def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) ->
         taken.append("embeddings")
     if taken:
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
+    check_places(places)
     host.requires_grad_(False)
     for place, adapter in zip(places, adapters, strict=True):
         _put(host, place.path, adapter, place.style)

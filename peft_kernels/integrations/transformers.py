@@ -15,13 +15,17 @@ checkpointing and others), however it is wrapped.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels._names import plain_modules, plain_name, replace_module, submodule
+from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._names import plain_modules, plain_name, replace_module, submodule, unwrapped
 from peft_kernels.nn._checks import check_choice
+from peft_kernels.nn._off import is_off
+from peft_kernels.nn._replaced import hand_on_hooks, has_given_forward
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter
 
@@ -68,6 +72,7 @@ def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str
         )
     if taken := [path for path, module, _ in places if "adapter" in module._modules]:
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
+    check_places(places)
     made = [_adapter_for(module, preset, overrides) for _, module, _ in places]
     model.requires_grad_(False)
     for (path, _, style), adapter in zip(places, made, strict=True):
@@ -102,6 +107,7 @@ def insert_adapter(
         raise ValueError(f"{path} has a module named adapter already")
     module.add_module("adapter", adapter.train(module.training))
     module.register_forward_hook(_HOOKS[style])
+    choose_fast_paths(unwrapped(model))
     if style == "parallel":
         layer = submodule(model, plain_name(model, path).rpartition(".")[0])
         norm = submodule(layer, "post_attention_layernorm")
@@ -145,6 +151,9 @@ def fuse_adapters(
         adapters: list[Any] = [modules[path] for modules in trained]
         fusion = AdapterFusion(adapters, **options)
         fusion.adapters.requires_grad_(False)
+        place = submodule(model, path)
+        if not any(place is adapter for adapter in adapters):
+            hand_on_hooks(place, fusion)
         replace_module(model, path, fusion.train(model.training))
     return paths
 
@@ -161,14 +170,15 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def remove_adapters(model: nn.Module) -> None:
     """Takes out all that was inserted; the model computes what it did before."""
-    for path, module in plain_modules(model).items():
+    for module in plain_modules(model).values():
         if isinstance(module, AdaptedOutput):
-            replace_module(model, path, module.original())
+            module.take_out()
         for key, hook in list(module._forward_hooks.items()):
             if hook in _HOOKS.values():
                 del module._forward_hooks[key], module._modules["adapter"]
             elif hook is _keep_input:
                 del module._forward_hooks[key]
+    choose_fast_paths(unwrapped(model))
 
 
 # ---- post-LayerNorm ----------------------------------------------------------------------------
@@ -177,23 +187,36 @@ def remove_adapters(model: nn.Module) -> None:
 class AdaptedOutput(nn.Module):
     """The end of a post-LayerNorm sublayer, with an adapter before its last LayerNorm.
 
-    ``dense``, ``dropout`` and ``LayerNorm`` are the sublayer's own, under the same names, so that
-    a checkpoint of the model still fits.
+    The sublayer's end stays the object that it is, hooks, buffers and all, and of its own class
+    too: :meth:`put` gives it the child ``adapter`` and a class that is made of both.
     """
 
     dense: nn.Module
     dropout: nn.Module
     LayerNorm: nn.Module
+    adapter: nn.Module
+    style: str
+    _kind: type[nn.Module]  # the sublayer's own class
 
-    def __init__(self, output: nn.Module, adapter: nn.Module, style: str) -> None:
-        super().__init__()
-        for name in sorted(_POST_NORM):
-            self.add_module(name, output.get_submodule(name))
-        self.adapter, self.style = adapter, style
-        self._kind = type(output)
-        self.train(output.training)
+    @staticmethod
+    def put(output: nn.Module, adapter: nn.Module, style: str) -> None:
+        """Puts an adapter into the sublayer's end."""
+        kind: Any = type(output)
+        output.__class__ = _adapted_kind(kind)
+        output.add_module("adapter", adapter.train(output.training))
+        output.style = style  # type: ignore[assignment]
+
+    def take_out(self) -> None:
+        """Makes the sublayer's end what it was."""
+        del self._modules["adapter"], self.__dict__["style"]
+        self.__class__ = self._kind  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_adapted, (self._kind,), self.__getstate__()  # no module has the class
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if is_off(self):
+            return self._kind.forward(self, hidden_states, input_tensor)
         f = self.dropout(self.dense(hidden_states))
         if self.style == "pfeiffer":
             x = f + input_tensor
@@ -201,16 +224,29 @@ class AdaptedOutput(nn.Module):
         read = f if self.style == "houlsby" else input_tensor
         return self.adapter(read, residual=(f, input_tensor), norm=self.LayerNorm)
 
-    def original(self) -> nn.Module:
-        """The sublayer's end as it was."""
-        output = self._kind.__new__(self._kind)
-        nn.Module.__init__(output)
-        for name in sorted(_POST_NORM):
-            output.add_module(name, self.get_submodule(name))
-        return output.train(self.training)
-
     def extra_repr(self) -> str:
         return f"style={self.style}"
+
+
+@cache
+def _adapted_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{kind.__name__}", (AdaptedOutput, kind), {"_kind": kind})
+
+
+def _new_adapted(kind: Any) -> nn.Module:
+    adapted = _adapted_kind(kind)
+    return adapted.__new__(adapted)
+
+
+def check_places(places: Iterable[tuple]) -> None:
+    """Raises a TypeError if a module among (path, module, style, ...) would not heed its class."""
+    for path, module, style, *_ in places:
+        if style in _POST_STYLES and has_given_forward(module):
+            raise TypeError(
+                f"{path} must use its class's own forward, for an adapter there takes part in it; "
+                "it was given another one: undo that first "
+                "(accelerate.hooks.remove_hook_from_module, if accelerate did it)"
+            )
 
 
 _POST_STYLES = ("pfeiffer", "houlsby", "parallel of a post-LayerNorm block")
@@ -221,6 +257,8 @@ _POST_STYLES = ("pfeiffer", "houlsby", "parallel of a post-LayerNorm block")
 
 def _adapt(module: Any, args: tuple, output: Any) -> Any:
     """Forward hook: the output through the module's adapter, with itself as the residual."""
+    if is_off(module):
+        return output
     y = output[0] if isinstance(output, tuple) else output
     adapted = module.adapter(y, residual=y)
     return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
@@ -231,6 +269,8 @@ _INPUT = "_peft_kernels_input"  # an attribute of a norm's output
 
 def _adapt_in_parallel(module: Any, args: tuple, output: Tensor) -> Tensor:
     """Forward hook: adds the update of the input that the layer's norm was given."""
+    if is_off(module):
+        return output
     kept = getattr(args[0], _INPUT, None) if args else None
     if kept is None:
         raise RuntimeError(
@@ -299,6 +339,6 @@ def _hidden_size(module: nn.Module) -> int:
 
 def _put(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None:
     if style in _POST_STYLES:
-        replace_module(model, path, AdaptedOutput(submodule(model, path), adapter, style))
+        AdaptedOutput.put(submodule(model, path), adapter, style)
     else:
         insert_adapter(model, path, adapter, style=style)

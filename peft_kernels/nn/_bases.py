@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.nn._replaced import fault_of_replacement
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 BASE_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 
@@ -154,9 +156,7 @@ def _fault_of_state(linear: Any, takes_values: bool) -> str | None:
         return f"has a bias that {reason}"
     if takes_values and has_no_memory(weight):
         return f"has a weight {_NO_MEMORY}"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
-        return "must have no hooks, for they would be lost; remove them first"
-    return None
+    return fault_of_replacement(linear, _plain_kind(linear))
 
 
 def _fault_of_hook(linear: Any) -> str:
@@ -176,13 +176,17 @@ def _fault_of_forward(linear: Any) -> str | None:
     if own is not None and own != type(linear).forward.__get__(linear):
         where = f"{getattr(own, '__module__', '?')}.{getattr(own, '__qualname__', full_name(own))}"
         return f"must use its class's own forward; this one's was replaced by {where}: undo that"
-    kind = next(c for c in type(linear).__mro__ if c is nn.Linear or names_of(c)[0] == CONV1D)
+    kind = _plain_kind(linear)
     if type(linear).forward is kind.forward:  # type: ignore[attr-defined]
         return None
     return (
         f"must use {kind.__name__}'s own forward; {full_name(linear)} has another, which would be "
         "left out: leave it out of the targets"
     )
+
+
+def _plain_kind(linear: nn.Module) -> type[nn.Module]:
+    return next(c for c in type(linear).__mro__ if c is nn.Linear or names_of(c)[0] == CONV1D)
 
 
 def _fault_of_no_weight(linear: nn.Module) -> str:

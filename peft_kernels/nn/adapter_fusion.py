@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
+from peft_kernels.nn._replaced import has_hooks
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 
@@ -167,14 +168,15 @@ class AdapterFusion(Drawn, KeepingModule):
         return list(self.adapters)  # type: ignore[arg-type]
 
     def _can_absorb(self) -> bool:
-        """Whether the adapters are alike and nothing but a bottleneck each."""
+        """Whether the adapters are alike and nothing but a bottleneck each, and nobody listens."""
         activations = {adapter.activation for adapter in self._bottlenecks()}
         plain = all(
             adapter.gate is None and adapter.norm_before is None and adapter.norm_after is None
             for adapter in self._bottlenecks()
         )
         dropping = any(a.training and a.dropout > 0 for a in self._bottlenecks())
-        return plain and len(activations) == 1 and not dropping
+        heard = any(has_hooks(adapter) for adapter in self._bottlenecks())
+        return plain and len(activations) == 1 and not dropping and not heard
 
     def _absorbed(
         self, h: Tensor, asked: Tensor, residual: Tensor | None, plan: str

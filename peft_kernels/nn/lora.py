@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from peft_kernels.nn._bases import (
     is_sharded,
 )
 from peft_kernels.nn._drawn import Drawn
+from peft_kernels.nn._off import is_off
+from peft_kernels.nn._replaced import Origin, take_over
 from peft_kernels.ops.lora_linear import lora_linear
 
 INITS = ("kaiming_uniform", "gaussian")
@@ -32,6 +37,17 @@ def alpha_of(scale: float, r: int, use_rslora: bool) -> float:
     alpha = scale * (math.sqrt(r) if use_rslora else r)
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-14) else alpha
+
+
+def check_weight(value: Any, layer: Any) -> None:
+    """Raises a ValueError if a matrix isn't of the layer's shape, which its adapter has too."""
+    shape = layer._matrix(value).shape if isinstance(value, nn.Parameter) else ()
+    if len(shape) == 2 and shape != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"weight must stay [{layer.out_features}, {layer.in_features}], for its adapter is of "
+            f"that size; got {list(shape)}. Resize the model before it gets adapters, or after "
+            "peft_kernels.unload"
+        )
 
 
 def check_settings(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -110,6 +126,7 @@ class LoRALinear(Drawn, nn.Linear):
     weight: nn.Parameter
     scale: float | Tensor
     unmerged_weight: nn.Parameter | None
+    _origin: Origin
 
     @torch.inference_mode(False)
     def __init__(
@@ -144,7 +161,9 @@ class LoRALinear(Drawn, nn.Linear):
     ) -> LoRALinear:
         """Builds the layer around ``linear``'s very Parameters, which it freezes.
 
-        Weights that are tied stay tied. The result is in the training mode of ``linear``.
+        Weights that are tied stay tied. The result is in the training mode of ``linear``, and has
+        its hooks, whose handles remain good, and what else was put on it: buffers, attributes,
+        children.
 
         Args:
             linear: ``nn.Linear`` or ``transformers``' Conv1D; the other arguments are the
@@ -152,9 +171,9 @@ class LoRALinear(Drawn, nn.Linear):
 
         Raises:
             ValueError: a value out of range.
-            TypeError: ``linear`` is something else, or has another forward, hooks, or a weight that
-                isn't a whole floating-point Parameter: quantised, sharded, offloaded. The message
-                says why, and what to do.
+            TypeError: ``linear`` is something else; has another forward, parametrizations or an
+                attribute whose name is taken here; or a weight that isn't a whole floating-point
+                Parameter: quantised, sharded, offloaded. The message says why, and what to do.
         """
         self = cls.__new__(cls)
         self._adopt(linear, r, alpha, dropout, use_rslora, init, adapter_dtype)
@@ -188,6 +207,7 @@ class LoRALinear(Drawn, nn.Linear):
         self.register_parameter("unmerged_weight", None)
         self.reset_adapter()
         self.train(linear.training)
+        self._origin = take_over(linear, self)
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
@@ -221,11 +241,27 @@ class LoRALinear(Drawn, nn.Linear):
         """Whether the update is in ``weight`` now."""
         return self.unmerged_weight is not None
 
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The weight without any update, merged or not; stored as ``weight`` is."""
+        return self.weight if self.unmerged_weight is None else self.unmerged_weight
+
+    def plain(self, *, merged: bool) -> nn.Module:
+        """The layer whose place this took, with the Parameters, hooks and mode of this one.
+
+        Its weight is the base weight, or what :meth:`merge` makes of it.
+        """
+        if merged and not self.merged:
+            self.merge()
+        weight = self.weight if merged else self.base_weight
+        return self._origin.restore(self, weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
+        if self.unmerged_weight is not None or is_off(self):
+            plain = self.base_weight if is_off(self) else self.weight
+            return F.linear(x, self._matrix(plain), self.bias)
         weight = self._matrix(self.weight)
-        if self.unmerged_weight is not None:
-            return F.linear(x, weight, self.bias)
         return lora_linear(
             x,
             weight,
@@ -235,6 +271,14 @@ class LoRALinear(Drawn, nn.Linear):
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "_origin" in self.__dict__:
+            if self.merged and value is self.unmerged_weight:
+                return  # what was tied is tied again: the base stays the base
+            self._require(merged=False)
+            check_weight(value, self)
+        super().__setattr__(name, value)
 
     def _require(self, *, merged: bool) -> None:
         if self.merged is not merged:
@@ -275,8 +319,8 @@ class LoRALinear(Drawn, nn.Linear):
         """
         self._require(merged=False)
         merged = self._merged_weight(self.weight, self.lora_a, self.lora_b, self.scale, safe)
-        self.unmerged_weight = self.weight
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        base, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
+        self.unmerged_weight = base
 
     def unmerge(self) -> None:
         """Puts the base Parameter back: the very tensor, so every bit of weight and of logits.
@@ -286,7 +330,8 @@ class LoRALinear(Drawn, nn.Linear):
         """
         self._require(merged=True)
         assert self.unmerged_weight is not None
-        self.weight, self.unmerged_weight = self.unmerged_weight, None
+        base, self.unmerged_weight = self.unmerged_weight, None
+        self.weight = base
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -346,6 +391,7 @@ class LoRALinear(Drawn, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = destination.pop(prefix + "unmerged_weight")
+            _warn_of_base_weights(destination)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         """Loads the base weight and the adapter; a merged layer is merged anew from them."""
@@ -381,3 +427,22 @@ def _placed_as(parameter: Any, values: Tensor) -> Tensor:
     values = values.to(parameter.device, parameter.dtype)
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(values, mesh, placements, src_data_rank=None)
+
+
+_told: weakref.ref[OrderedDict] | None = None  # the last state dict that was warned of
+
+
+def _warn_of_base_weights(destination: Any) -> None:
+    """Once for each state dict."""
+    global _told
+    if _told is None or destination is not _told():
+        if isinstance(destination, OrderedDict):
+            _told = weakref.ref(destination)
+        warnings.warn(
+            "the state dict of a model with merged LoRALinear layers holds their base weights, and "
+            "lora_a and lora_b beside them: a plain model that loads it is the base model. "
+            "peft_kernels.unload(model, merge=True) first, to save the merged weights; "
+            "peft_kernels.save_adapter(model, folder), to save the adapter",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from peft_kernels._router import Router, unrouted, unrouted_routing
 from peft_kernels.nn._bases import check_base, is_conv1d
-from peft_kernels.nn.lora import adapter_dtype_for
+from peft_kernels.nn._off import is_off
+from peft_kernels.nn._replaced import Origin, take_over
+from peft_kernels.nn.lora import adapter_dtype_for, check_weight
 from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
 
 
@@ -56,6 +58,7 @@ class MultiLoRALinear(nn.Linear):
     unrouted: Tensor
     router: Router
     fan_in_fan_out: bool
+    _origin: Origin
     bound: dict[int, Bound]  # by slot
     _gradient_rows: dict[tuple[tuple[int, int], ...], Tensor]
 
@@ -84,8 +87,7 @@ class MultiLoRALinear(nn.Linear):
             adapter_dtype: of the pages: float32 or the dtype of the weight, the default.
 
         Raises:
-            TypeError: ``linear`` is something else, or has another forward, hooks, or a weight that
-                isn't a floating-point Parameter; or a dtype that can't be mixed.
+            TypeError: as :meth:`LoRALinear.from_linear`, or a dtype that can't be mixed.
         """
         check_base(linear, takes_values=True)
         dtype = adapter_dtype_for(linear.weight.dtype, adapter_dtype or linear.weight.dtype)
@@ -116,6 +118,7 @@ class MultiLoRALinear(nn.Linear):
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("unrouted", unrouted(slots, device), persistent=False)
         self.train(linear.training)
+        self._origin = take_over(linear, self)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -123,6 +126,15 @@ class MultiLoRALinear(nn.Linear):
     def _matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as [n, k], however it is stored."""
         return weight.T if self.fan_in_fan_out else weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "_origin" in self.__dict__:
+            check_weight(value, self)
+        super().__setattr__(name, value)
+
+    def plain(self) -> nn.Module:
+        """The layer whose place this took, with the Parameters, hooks and mode of this one."""
+        return self._origin.restore(self, self.weight, self.bias)
 
     @property
     def bank(self) -> LoRABank:
@@ -139,7 +151,7 @@ class MultiLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
-        selection = self.router.current()
+        selection = None if is_off(self) else self.router.current()
         routing, dropout, trained = None, None, None
         if selection is not None:
             here = selection.on(x.device)
