@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,11 +12,22 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from peft_kernels._calls import Carried, of_backward_s_caller
 from peft_kernels.ops._dropout import draw_seed
 from peft_kernels.ops.multi_lora_linear import BankDropout, Routing, sort_by_adapter
 
 Ids = Sequence[str | None] | Sequence[Sequence[str | None]]
-Buffers = dict[tuple[torch.device, int], Tensor]
+
+
+class Buffer:
+    """Memory that CUDA graphs may read, and whose ids it holds now."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.filled_for: object = None
+
+
+Buffers = dict[tuple[torch.device, int], Buffer]
 
 
 def flat_names(ids: Ids) -> list[str | None]:
@@ -42,6 +53,7 @@ class OnDevice(NamedTuple):
     routing: Routing
     p: Tensor | None  # [slots] float64; None if no adapter has dropout
     seeds: Tensor | None  # [slots] int64, what tells one adapter's masks from another's
+    packed: Tensor | None  # the routing as one tensor, where kernels read it sorted
 
     def dropout(self) -> BankDropout | None:
         """Masks for one call of a layer: one number from torch's generator, as LoRALinear draws."""
@@ -54,9 +66,10 @@ class Selection:
     """What one route chooses, the same for every layer.
 
     A CPU kernel gets the ids alone. A GPU gets them in one copy that nobody waits for, and sorts
-    the rows itself, once for all layers. While gradients are off, the result goes into a buffer of
+    the rows itself, once for all layers. While gradients are off, the result is also in a buffer of
     this thread that keeps its address, so that a CUDA graph captured in one route can be replayed
-    in another. An autograd graph keeps its tensors, so while gradients are on they are new ones.
+    in another. Only the thread that entered the route reads that, filled for this very route: other
+    threads and tasks may be in it too, and compiled code doesn't look who else has filled it.
 
     Args:
         ids: each row's slot, or -1.
@@ -81,8 +94,10 @@ class Selection:
         self._count, self._slots = len(ids), slots
         self._dropout = dropout or {}
         self._buffers: Buffers = {} if buffers is None else buffers
+        self._thread, self._mark = threading.get_ident(), object()
         self._on_graph = on_graph
         self._on: dict[tuple[torch.device, bool], OnDevice] = {}
+        self._in_buffer: dict[torch.device, OnDevice] = {}
         with torch.inference_mode(False):
             self._ids = torch.tensor(ids, dtype=torch.int32)
 
@@ -92,17 +107,39 @@ class Selection:
         found = self._on.get(key)
         if found is None:
             found = self._on[key] = self._make(device, for_graphs=key[1])
-        return found
+        if key[1] or torch.compiler.is_compiling() or not _reads_sorted(device):
+            return found
+        return self._buffered(device) if threading.get_ident() == self._thread else found
 
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """Makes the tensors now, and fills the buffers that CUDA graphs may read."""
         for device in devices:
             self.on(device)
-            if (device, self._count) in self._buffers:
-                self._on[device, False] = self._make(device, for_graphs=False)
+            if (device, self._count) in self._buffers and threading.get_ident() == self._thread:
+                self._buffered(device)
+
+    def _buffered(self, device: torch.device) -> OnDevice:
+        """The tensors in this thread's buffer, which other routes may have filled meanwhile."""
+        key, plain = (device, self._count), (device, False)
+        if plain not in self._on:
+            self._on[plain] = self._make(device, for_graphs=False)
+        packed = self._on[plain].packed
+        assert packed is not None
+        if key not in self._buffers:
+            self._buffers[key] = Buffer(torch.empty_like(packed))
+        buffer = self._buffers[key]
+        if buffer.filled_for is not self._mark:
+            with torch.inference_mode(False):
+                buffer.tensor.copy_(packed)
+            buffer.filled_for = self._mark
+        if device not in self._in_buffer:
+            routing = _unpacked(buffer.tensor, self._count)
+            self._in_buffer[device] = self._on[plain]._replace(routing=routing)
+        return self._in_buffer[device]
 
     @torch.inference_mode(False)
     def _make(self, device: torch.device, *, for_graphs: bool) -> OnDevice:
+        packed: Tensor | None = None
         if not _reads_sorted(device):
             routing = Routing(self._ids.clone())
         else:
@@ -111,13 +148,11 @@ class Selection:
                 ids = ids.pin_memory()  # else the host would wait for the copy
             ids = ids.to(device, non_blocking=True)
             packed = torch.cat((ids, *sort_by_adapter(ids, self._slots)))
-            if not for_graphs:
-                packed = self._buffer(packed).copy_(packed)
             routing = _unpacked(packed, self._count)
         if for_graphs:
             self._on_graph(routing.ids)
         if not self._dropout:
-            return OnDevice(routing, None, None)
+            return OnDevice(routing, None, None, packed)
         p, seeds = [0.0] * self._slots, [0] * self._slots
         for slot, (share, seed) in self._dropout.items():
             p[slot], seeds[slot] = share, seed
@@ -125,13 +160,8 @@ class Selection:
             routing,
             torch.tensor(p, dtype=torch.float64, device=device),
             torch.tensor(seeds, dtype=torch.int64, device=device),
+            packed,
         )
-
-    def _buffer(self, like: Tensor) -> Tensor:
-        key = (like.device, self._count)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(like)
-        return self._buffers[key]
 
 
 def _reads_sorted(device: torch.device) -> bool:
@@ -154,28 +184,28 @@ def unrouted_routing(packed: Tensor) -> Routing:
     return _unpacked(packed, 1) if _reads_sorted(packed.device) else Routing(packed[:1])
 
 
-class _Thread:
-    """What one thread has routed."""
-
+class _Local(threading.local):
     def __init__(self) -> None:
-        self.selection: Selection | None = None
-        self.routed = False  # whether its last forward was
         self.buffers: Buffers = {}
 
 
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.thread = _Thread()
+# Of which routers the last forward was routed, as far as the running call knows.
+_ROUTED: ContextVar[frozenset[int]] = ContextVar("peft_kernels_routed")
+_NUMBER = itertools.count(1)
 
 
 class Router:
-    """The selection in force, which is each thread's own; the layers of one pool share a router."""
+    """The selection in force, which belongs to the call; the layers of one pool share a router.
 
-    def __init__(self) -> None:
-        self._local = _Local()
-        # Autograd's threads see the context variables of the thread that called backward.
-        self._caller: ContextVar[weakref.ref[_Thread]] = ContextVar("peft_kernels_caller")
+    Args:
+        refuses: whether a forward without a route is an error.
+    """
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.routes: Carried[Selection] = Carried("a pool's route")
         self.devices: tuple[torch.device, ...] | None = None  # of the layers; None when not known
+        self._refuses, self._number = refuses, next(_NUMBER)
+        self._local = _Local()
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self._refuse()
@@ -192,41 +222,53 @@ class Router:
     @property
     def buffers(self) -> Buffers:
         """This thread's, for a :class:`Selection`."""
-        return self._local.thread.buffers
+        return self._local.buffers
 
     @contextmanager
     def use(self, selection: Selection, devices: Iterable[torch.device]) -> Iterator[None]:
-        """Has this thread's forwards take their adapters from ``selection``."""
-        thread = self._local.thread
-        self._caller.set(weakref.ref(thread))
-        previous, thread.selection = thread.selection, selection
+        """Has the forwards of this call take their adapters from ``selection``."""
+        outer, frame = self.routes.top(), self.routes.enter(selection)
         try:
             selection.prepare(devices)
             yield
         finally:
-            thread.selection = previous
-            if previous is not None:
-                previous.prepare(devices)  # its buffers may have been filled anew
+            self.routes.leave(frame)
+            if outer is not None and outer.value is not None:
+                outer.value.prepare(devices)  # its buffers may have been filled anew
 
     def current(self) -> Selection | None:
         """What a layer's forward must use now; None outside of any route."""
-        thread = self._local.thread
-        if torch.compiler.is_compiling():
-            return thread.selection
-        if torch._C._current_graph_task_id() == -1:
-            thread.routed = thread.selection is not None
-            return thread.selection
-        # A backward computes a checkpointed forward again, for a GPU on a thread of autograd's.
-        thread = self._caller_of_backward() or thread
-        if thread.selection is None and thread.routed:
-            raise RuntimeError(
-                "a routed forward is computed again (gradient checkpointing) outside of its route; "
-                "call backward() inside the route's with-block"
-            )
-        return thread.selection
-
-    def _caller_of_backward(self) -> _Thread | None:
-        if not torch._C._is_key_in_tls("context"):
+        frame = self.routes.top()
+        compiling = torch.compiler.is_compiling()
+        if frame is not None and not frame.closed:
+            if not compiling:
+                self._note(True)
+            return frame.value
+        if not compiling and torch._C._current_graph_task_id() != -1:
+            # A backward computes a checkpointed forward again, for a GPU on a thread of autograd's.
+            if frame is not None or self._number in self._routed():
+                raise RuntimeError(
+                    "a routed forward is computed again (gradient checkpointing) outside of its "
+                    "route; call backward() inside the route's with-block"
+                )
             return None
-        reference = torch._C._get_obj_in_tls("context").get(self._caller)
-        return reference() if reference else None
+        self.routes.get()  # says that the route has ended
+        if self._refuses:
+            raise RuntimeError(
+                "the model has an AdapterPool that was attached with unrouted='error', and this "
+                "forward has no route: run it in pool.route(...), hand pool.bind(function, ids) to "
+                "the thread that runs it, or pool.route([None]) for the base model"
+            )
+        if not compiling:
+            self._note(False)
+        return None
+
+    def _note(self, is_routed: bool) -> None:
+        found = self._routed()
+        if (self._number in found) is not is_routed:
+            _ROUTED.set(found ^ {self._number})
+
+    def _routed(self) -> frozenset[int]:
+        found = _ROUTED.get(None)
+        nothing: frozenset[int] = frozenset()
+        return of_backward_s_caller(_ROUTED, nothing) if found is None else found

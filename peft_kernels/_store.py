@@ -93,10 +93,10 @@ class Store:
     @contextmanager
     def hold(
         self, names: Iterable[str]
-    ) -> Iterator[tuple[dict[str, Version], Callable[[Tensor], None]]]:
+    ) -> Iterator[tuple[dict[str, Version], Callable[[object], None]]]:
         """Keeps the present versions of these adapters where they are inside a ``with`` block.
 
-        Yields them, and a function that keeps them longer: as long as a tensor lives.
+        Yields them, and a function that keeps them longer: as long as an object lives.
         """
         with self._lock:
             self._require_layers()
@@ -109,12 +109,12 @@ class Store:
                 version.last_routed = now
             self._routes += 1
 
-        def keep(tensor: Tensor) -> None:
+        def keep(holder: object) -> None:
             if held:
                 with self._lock:
                     for version in held:
                         version.holds += 1
-                note = weakref.finalize(tensor, self._released.append, (held, streams))
+                note = weakref.finalize(holder, self._released.append, (held, streams))
                 note.atexit = False
 
         try:

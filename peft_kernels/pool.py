@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,10 +40,11 @@ class AdapterPool:
     :meth:`create` makes an adapter to train, ``torch.optim.AdamW(pool.parameters("a"))`` trains it
     in place, alone or beside others in one batch, and :meth:`save` writes it in PEFT's format.
 
-    Several threads may use a pool at once, and load while others run the model. A route is its
-    thread's own. It holds the versions of its adapters that it found when it was entered, and so
-    does the autograd graph of a forward in it: their pages go to others only when the last of those
-    is gone. So neither a forward nor a backward ever sees parts of two adapters in one.
+    Several threads may use a pool at once, and load while others run the model. A route belongs to
+    the call: a thread or an asyncio task has its own. It holds the versions of its adapters that it
+    found when it was entered, and so does the autograd graph of a forward in it: their pages go to
+    others only when the last of those is gone. So neither a forward nor a backward ever sees parts
+    of two adapters in one.
     """
 
     _model: nn.Module
@@ -67,6 +70,7 @@ class AdapterPool:
         max_adapters: int | None = None,
         adapter_dtype: torch.dtype | None = None,
         evict: str | None = None,
+        unrouted: str = "base",
         exclude_modules: str | Iterable[str] | None = None,
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,
@@ -88,6 +92,8 @@ class AdapterPool:
             adapter_dtype: of the adapters: float32, or the dtype of the base, which is the default.
             evict: ``"lru"`` lets an adapter that doesn't fit take the place of those that were
                 routed longest ago. Pinned ones, those in use and those in training stay.
+            unrouted: what a forward without a route gets: ``"base"``, the base model, or
+                ``"error"``, a RuntimeError, for a server in which every row has a tenant.
 
         Raises:
             ValueError: a pattern that selects nothing, or a value out of range.
@@ -111,10 +117,12 @@ class AdapterPool:
         slots = pages if max_adapters is None else _positive("max_adapters", max_adapters)
         if evict not in (None, "lru"):
             raise ValueError(f"evict must be None or 'lru'; got {evict!r}")
+        if unrouted not in ("base", "error"):
+            raise ValueError(f"unrouted must be 'base' or 'error'; got {unrouted!r}")
 
         self = cls.__new__(cls)
         self._model, self._max_rank = model, max_pages * PAGE
-        self._router, self._slots = Router(), slots
+        self._router, self._slots = Router(refuses=unrouted == "error"), slots
         self._thawed = [p for p in model.parameters() if p.requires_grad]
         try:
             layers: dict[str, MultiLoRALinear] = {}
@@ -370,11 +378,16 @@ class AdapterPool:
 
     @contextmanager
     def route(self, ids: Ids) -> Iterator[None]:
-        """Gives rows their adapters, for every forward of this thread inside a ``with`` block.
+        """Gives rows their adapters, for every forward of the call inside a ``with`` block.
+
+        The route belongs to the thread or asyncio task that enters it, which must leave it too, and
+        to the tasks and ``asyncio.to_thread`` calls that it starts while it is open. Another thread
+        has none of it: hand it :meth:`bind`'s result, or ``contextvars.copy_context().run``. Who
+        goes on with a route that has ended gets a RuntimeError.
 
         A backward that computes forwards again (gradient checkpointing) belongs inside too. A CUDA
-        graph is captured inside, with gradients off, and replayed inside any route that has as many
-        entries and is entered by the same thread.
+        graph is captured inside, with gradients off and not of compiled code, and replayed inside
+        any route that has as many entries and was the last that the same thread entered.
 
         Args:
             ids: the name of each row's adapter, or None. The entries serve equal parts of the rows
@@ -386,23 +399,81 @@ class AdapterPool:
             ValueError: there is no adapter of some name, or lists of unequal lengths.
             TypeError: not a sequence of names, or of sequences of names.
             Nothing has run when one is raised.
+            RuntimeError: at the end of the block, where it is another task's or thread's, or one
+                that was entered inside it is still open.
         """
         names = flat_names(ids)
-        with self._store.hold(dict.fromkeys(n for n in names if n is not None)) as (versions, keep):
-            devices, router = self._store.devices(), self._router
-            # The selection has no name here, so that nothing of it is left when the hold ends.
-            with router.use(
-                Selection(
-                    [-1 if name is None else versions[name].slot for name in names],
-                    self._slots,
-                    trained=tuple(v.slot for v in versions.values() if v.trainable),
-                    dropout={v.slot: (v.dropout, v.seed) for v in versions.values() if v.dropout},
-                    buffers=router.buffers,
-                    on_graph=keep,
-                ),
-                devices,
-            ):
-                yield
+        with (
+            self._store.hold(_distinct(names)) as (versions, keep),
+            self._routed(names, versions, keep),
+        ):
+            yield
+
+    def bind(self, function: Callable[..., Any], ids: Ids) -> Callable[..., Any]:
+        """``function`` with a route around each of its calls, in whichever thread makes them.
+
+        For a call that another thread makes, such as a streamer's ``generate``::
+
+            thread = threading.Thread(target=pool.bind(model.generate, ["a"]), kwargs=inputs)
+
+        As long as the result exists it holds the versions of its adapters that are there now,
+        whatever is replaced or unloaded meanwhile.
+
+        Args:
+            function: what is called, such as the model or its ``generate``. Of a coroutine function
+                a coroutine function is made.
+            ids: as of :meth:`route`.
+
+        Raises:
+            ValueError, TypeError: as :meth:`route`; or a generator function, whose route would be
+                open between its steps, in whatever takes them.
+        """
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"function must not be a generator's, got {function!r}; bind what it calls"
+            )
+        names = flat_names(ids)
+        with self._store.hold(_distinct(names)) as (versions, keep):
+            bound = self._bound(function, lambda: self._routed(names, versions, keep))
+            keep(bound)
+        return bound
+
+    def _bound(
+        self, function: Callable[..., Any], routed: Callable[[], AbstractContextManager[None]]
+    ) -> Callable[..., Any]:
+        @functools.wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._store.hold([]), routed():
+                return function(*args, **kwargs)
+
+        @functools.wraps(function, updated=())
+        async def call_in_task(*args: Any, **kwargs: Any) -> Any:
+            with self._store.hold([]), routed():
+                return await function(*args, **kwargs)
+
+        return call_in_task if inspect.iscoroutinefunction(function) else call
+
+    def _routed(
+        self,
+        names: Sequence[str | None],
+        versions: Mapping[str, Version],
+        keep: Callable[[object], None],
+    ) -> AbstractContextManager[None]:
+        """A route to versions that are held."""
+        selection = Selection(
+            [-1 if name is None else versions[name].slot for name in names],
+            self._slots,
+            trained=tuple(v.slot for v in versions.values() if v.trainable),
+            dropout={v.slot: (v.dropout, v.seed) for v in versions.values() if v.dropout},
+            buffers=self._router.buffers,
+            on_graph=keep,
+        )
+        keep(selection)  # a thread that inherited the route may be in a layer when it ends
+        return self._router.use(selection, self._store.devices())
+
+
+def _distinct(names: Iterable[str | None]) -> dict[str, None]:
+    return dict.fromkeys(name for name in names if name is not None)
 
 
 def _positive(argument: str, value: int) -> int:

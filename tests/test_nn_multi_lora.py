@@ -350,22 +350,34 @@ def test_rows_outside_of_any_route_have_a_sorted_routing_too(sorting):
     assert routing.ids.tolist() == [-1]
 
 
-def test_a_backward_s_own_threads_find_the_caller_s_selection():
+def test_a_backward_s_own_threads_find_the_caller_s_selection(monkeypatch):
     """As autograd does for a GPU, whose nodes run on a thread of its own."""
     import contextvars
 
     layer, found = make_layer(), []
+    layer(torch.randn(2, 12))
 
     def device_thread(context):
         torch._C._stash_obj_in_tls("context", context)
-        found.append(layer.router._caller_of_backward())
+        try:
+            found.append(layer.router.current())
+        except RuntimeError as error:
+            found.append(str(error))
         torch._C._remove_obj_from_tls("context")
 
+    def find():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+            thread = threading.Thread(target=device_thread, args=(contextvars.copy_context(),))
+            thread.start()
+            thread.join()
+        return found[-1]
+
+    assert find() is None
     with use(layer, [3]):
-        thread = threading.Thread(target=device_thread, args=(contextvars.copy_context(),))
-        thread.start()
-        thread.join()
-        assert found[0].selection is layer.router.current()
+        selection = layer.router.current()
+        assert find() is selection
+    assert "call backward() inside the route" in find()
 
 
 def test_inference_mode_leaves_nothing_that_autograd_refuses():
