@@ -30,14 +30,30 @@ def attention_places(model: nn.Module) -> list[Place]:
     ELECTRA's self-attention.
 
     Raises:
-        ValueError: no such module.
+        ValueError: no such module, or several stacks of them that attend to the same.
     """
     places = list(_places(model))
     if not places:
         raise ValueError(
             f"model has no attention module that can take a prefix; got {type(model).__name__}"
         )
+    _check_one_stack(model, places)
     return places
+
+
+def _check_one_stack(model: nn.Module, places: list[Place]) -> None:
+    """A prefix has one place for each site and layer."""
+    of_place: dict[tuple[str, int], Place] = {}
+    for place in places:
+        other = of_place.setdefault((place.site, place.layer), place)
+        if other is not place:
+            owners = [other.path, place.path]
+            if other.stack != place.stack:
+                owners = [parent_path(p.stack) or p.stack for p in (other, place)]
+            raise ValueError(
+                f"model must have one attention module a layer that takes a prefix; "
+                f"{type(model).__name__} has more: pass one of its parts, {' or '.join(owners)}"
+            )
 
 
 def parent_path(path: str, levels: int = 1) -> str:
@@ -50,13 +66,22 @@ def _places(model: nn.Module) -> Iterator[Place]:
     for path, module in model.named_modules():
         sizes = _sizes(module)
         parts = path.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        number = None if sizes is None else _number_of_layer(model, parts)
         if sizes is None or number is None:
             continue
         stack = ".".join(parts[: number - 1])
         yield Place(
             _site(model, stack, module, path), int(parts[number]), path, module, stack, *sizes
         )
+
+
+def _number_of_layer(model: nn.Module, parts: list[str]) -> int | None:
+    """Where in the path the layer's number is: of the outermost list of modules."""
+    for index, part in enumerate(parts):
+        owner = model.get_submodule(".".join(parts[:index]))
+        if part.isdecimal() and isinstance(owner, nn.ModuleList):
+            return index
+    return None
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:

@@ -189,7 +189,7 @@ def _pairs(run: Any, module: nn.Module, prompts: Tensor, used: Tensor | None, le
     if kept_before is not None and key in kept_before:
         return kept_before[key]
     chosen = prompts if used is None or used.numel() == prompts.shape[0] else prompts[used]
-    weight = getattr(run.embedding, "weight", prompts)
+    weight = getattr(run.embedding(), "weight", prompts)
     chosen = chosen[:, :length].to(weight.dtype)
     positions = torch.arange(length, device=chosen.device)[None]
     with recording(module) as kept:

@@ -78,6 +78,7 @@ class PromptRun:
         self.length: int = prompt.length
         self.row_ids = RowIds("task_ids", getattr(prompt, "tasks", 1))
         self.model = model
+        self.embedding()  # raises unless it has the prompt's features
         self.decoder: nn.Module | None = None  # that runs the prompt where it is a prefix
         self.first_position, self.room = _learned_positions(model)
         self.in_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -88,7 +89,6 @@ class PromptRun:
         self.kept: Carried[dict[Any, Any]] = Carried("the generation with a prompt")
         self.frames: Carried[Frame] = Carried("the forward with a prompt")
 
-    @property
     def embedding(self) -> nn.Module:
         """The model's, which may be set to another one at any time."""
         embedding = self.model.get_input_embeddings()
@@ -106,7 +106,7 @@ class PromptRun:
     def embedded(self, inputs: dict[str, Any]) -> Tensor:
         """The text's embeddings ``[B, S, d]``, which no longer are among the inputs."""
         ids, given = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
-        return self.embedding(ids) if given is None else given
+        return self.embedding()(ids) if given is None else given
 
     def ids_of(self, text: Tensor) -> Tensor | None:
         """Each row's prompt among :meth:`prompts`, for a batch of the text's rows."""
@@ -131,6 +131,11 @@ class PromptRun:
 
 def attach(model: Any, run: PromptRun) -> None:
     """Puts the hooks into the model."""
+    stacks: list[tuple[Any, Any]] = []
+    if run.in_encoder:
+        stacks = [(model.get_encoder(), _before_encoder), (model.get_decoder(), _before_decoder)]
+    elif run.obstacle is None:
+        run.decoder = decoder_of(model)
     model.__dict__[PROMPT_HOOK] = run
     before = _before_both if run.in_encoder else _before
     model.register_forward_pre_hook(before, with_kwargs=True)
@@ -138,13 +143,10 @@ def attach(model: Any, run: PromptRun) -> None:
     keep_apart(model)
     if callable(getattr(model, "generate", None)):
         wrap(model, "generate", _generate)
-    if run.in_encoder:
-        stacks = (model.get_encoder(), _before_encoder), (model.get_decoder(), _before_decoder)
-        for stack, hook in stacks:
-            stack.__dict__[_STACK] = run
-            stack.register_forward_pre_hook(hook, with_kwargs=True)
-    elif run.obstacle is None:
-        run.decoder = decoder_of(model)
+    for stack, hook in stacks:
+        stack.__dict__[_STACK] = run
+        stack.register_forward_pre_hook(hook, with_kwargs=True)
+    if run.decoder is not None:
         for place in attention_places(model):
             place.module.__dict__[SOURCE] = _no_forward
             _guard.watch(place.module, place.path)
@@ -186,8 +188,7 @@ def _generate(
 
 def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    frame = Frame()
-    run.frames.push(frame)
+    frame = _begin(run, module)
     if isinstance(current_state(), Recording):
         return None
     inputs = _named(module, args, kwargs)
@@ -217,7 +218,7 @@ def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None
 def _before_both(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Of an encoder-decoder: its stacks do the rest, and need a mask to lengthen."""
     run: PromptRun = module.__dict__[PROMPT_HOOK]
-    run.frames.push(Frame())
+    _begin(run, module)
     inputs = _named(module, args, kwargs)
     run.row_ids.begin_call(inputs.pop("task_ids", None))
     given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
@@ -249,6 +250,17 @@ def _after(module: Any, args: tuple, output: Any) -> Any:
 
 
 _HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after)
+
+
+def _begin(run: PromptRun, module: nn.Module) -> Frame:
+    if run.model is not module:
+        raise RuntimeError(
+            "the model was copied for this forward, as nn.DataParallel does, and the prompt is "
+            "another model's: use DistributedDataParallel, or add the prompt to the copy"
+        )
+    frame = Frame()
+    run.frames.push(frame)
+    return frame
 
 
 def _named(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations import _own_attention
-from peft_kernels.integrations._attention import Pair, recording
-from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
+from peft_kernels.integrations._attention import SOURCE, Pair, recording
+from peft_kernels.integrations._hooks import PREFIX_HOOK
+from peft_kernels.integrations._host import having, host_of
 from peft_kernels.integrations._pinned import pin, unpin
 from peft_kernels.integrations._prefix_places import Place, attention_places, calls_the_interface
 from peft_kernels.integrations._prefix_run import (
@@ -97,7 +98,9 @@ def add_prefix(
     All queries see the whole prefix, those of a sliding window too.
 
     Args:
-        model: a model of transformers' (:func:`attention_places` says which).
+        model: a model of transformers' (:func:`attention_places` says which), or what holds one.
+            It goes into the model that ``torch.compile`` or ``nn.DataParallel`` wraps, and before
+            DistributedDataParallel or FSDP do.
         prefix: of the model's shapes, for any of its sites.
         shift_positions: whether the text's position ids start at L, as if the prefix' tokens stood
             before the text: what Li & Liang's and PEFT's prefix in the cache does. By default where
@@ -109,19 +112,19 @@ def add_prefix(
 
     Raises:
         ValueError: a prefix whose sites, layers or heads aren't the model's, a model that has one
-            or a prompt already, or whose positions can't be shifted. The model is unchanged then.
+            or a prompt already, whose positions can't be shifted, that DistributedDataParallel or
+            FSDP wraps, or with several stacks of layers. The model is unchanged then.
     """
-    if PREFIX_HOOK in model.__dict__:
-        raise ValueError("model has a prefix already; remove_prefix takes it out")
-    if PROMPT_HOOK in model.__dict__:
-        raise ValueError("model has a prompt, and can't have a prefix besides it")
+    given, model = model, host_of(model, PREFIX_HOOK)
     places = attention_places(model)
     check_fits(prefix.layers, places)
     shift = shifts_positions(model, places, shift_positions)
     attached = Attached(prefix, places, prefix.tasks, prefix.length)
+    if hasattr(model, CHILD):
+        raise ValueError(f"model must not have a {CHILD} of its own, the name of the prefix")
     use_prefix_attention(model, places)
     attach(model, attached, places, shift)
-    model.requires_grad_(False)
+    given.requires_grad_(False)
     model.add_module(CHILD, prefix.train(model.training))
 
 
@@ -131,8 +134,7 @@ def remove_prefix(model: nn.Module) -> PrefixTuning:
     Raises:
         ValueError: the model has none.
     """
-    if PREFIX_HOOK not in model.__dict__:
-        raise ValueError("model has no prefix")
+    model = having(model, PREFIX_HOOK)
     detach(model)
     unpin(model)
     prefix = model._modules.pop(CHILD)
@@ -152,9 +154,7 @@ def prefix_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator
         ValueError: a model without a prefix, or ids that aren't integers, not one-dimensional or
             out of range; and at the forward, another number of ids than of rows.
     """
-    if PREFIX_HOOK not in model.__dict__:
-        raise ValueError("model has no prefix; add_prefix gives it one")
-    with model.__dict__[PREFIX_HOOK].row_ids.within(ids):
+    with having(model, PREFIX_HOOK).__dict__[PREFIX_HOOK].row_ids.within(ids):
         yield
 
 
@@ -170,7 +170,7 @@ def text_values(model: Any, **inputs: Tensor) -> dict[str, list[Pair | None]]:
         inputs: the model's arguments; no padding. An encoder-decoder needs ``decoder_input_ids``.
     """
     places = attention_places(model)
-    trained, prepared = model.training, PREFIX_HOOK in model.__dict__
+    trained, prepared = model.training, SOURCE in places[0].module.__dict__
     with nullcontext() if prepared else _prepared(model, places), recording(model) as kept:
         try:
             model.eval()(**inputs)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations._attention import SOURCE
 from peft_kernels.integrations._checkpointing import stop_carrying
-from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
+from peft_kernels.integrations._hooks import PROMPT_HOOK
+from peft_kernels.integrations._host import having, prompt_host
 from peft_kernels.integrations._pinned import unpin
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import obstacle
@@ -71,7 +72,9 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
 
     Args:
         model: a causal, bidirectional or encoder-decoder model of transformers' (T5, BART, BERT,
-            ...), the one that is called: with its head, if it has one.
+            ...), the one that is called: with its head, if it has one. In a wrapper it's the one
+            model of transformers' inside, which must have it before DistributedDataParallel or FSDP
+            wrap it; ``with task_ids(wrapper, ids):`` finds it there.
         prompt: with the features of the model's input embeddings. A :class:`PTuning` called
             without ``template=`` is a front prompt, as PEFT's P_TUNING is.
         as_prefix: "auto": where it is exact. False: never. True: always, and a forward that can't
@@ -86,14 +89,12 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
             a mask that isn't ``[B, S]`` where the prompt stands in the rows, a filled cache of
             another forward.
     """
-    if PROMPT_HOOK in model.__dict__:
-        raise ValueError("model has a prompt already; remove_prompt takes it out")
-    if PREFIX_HOOK in model.__dict__:
-        raise ValueError("model has a prefix, and can't have a prompt besides it")
+    given, model = model, prompt_host(model)
     if as_prefix not in ("auto", True, False):
         raise ValueError(f"as_prefix must be 'auto', True or False; got {as_prefix!r}")
     run = PromptRun(model, prompt, as_prefix)
-    assert run.embedding is not None  # of the prompt's features
+    if hasattr(model, CHILD):
+        raise ValueError(f"model must not have a {CHILD} of its own, the name of the prompt")
     if as_prefix is not False:
         run.obstacle = obstacle(model, run.position)
     if as_prefix is True and run.obstacle:
@@ -101,7 +102,7 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
     if run.obstacle is None:
         use_prefix_attention(model, attention_places(model))
     attach(model, run)
-    model.requires_grad_(False)
+    given.requires_grad_(False)
     model.add_module(CHILD, prompt.train(model.training))
 
 
@@ -111,8 +112,7 @@ def remove_prompt(model: nn.Module) -> Prompt:
     Raises:
         ValueError: the model has none.
     """
-    if PROMPT_HOOK not in model.__dict__:
-        raise ValueError("model has no prompt")
+    model = having(model, PROMPT_HOOK)
     detach(model)
     for module in model.modules():
         module.__dict__.pop(SOURCE, None)
@@ -135,7 +135,5 @@ def task_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator[N
         ValueError: a model without a prompt, or ids that aren't integers, not one-dimensional or
             out of range; and at the forward, another number of ids than of rows.
     """
-    if PROMPT_HOOK not in model.__dict__:
-        raise ValueError("model has no prompt; add_prompt gives it one")
-    with model.__dict__[PROMPT_HOOK].row_ids.within(ids):
+    with having(model, PROMPT_HOOK).__dict__[PROMPT_HOOK].row_ids.within(ids):
         yield

@@ -1,0 +1,236 @@
+"""Prefixes and prompts given to what wraps a model: found inside, or the error says why not."""
+
+import copy
+
+import pytest
+import torch
+from prefix_models import L, assert_close, hidden, inputs_of, make, tokens, transformers
+from prompt_models import make_prompt
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from peft_kernels.integrations import prefix as prefixes
+from peft_kernels.integrations import soft_prompts as prompts
+from peft_kernels.nn import PrefixTuning
+
+
+class Around(nn.Module):
+    """A model of the user's own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+        self.head = nn.Linear(32, 2).double()
+
+    def forward(self, **inputs):
+        return self.backbone(**inputs)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+FOUND_INSIDE = {
+    "compile": compiled,
+    "DataParallel": nn.DataParallel,
+    "Module": Around,
+    "Sequential": nn.Sequential,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "several": lambda model: nn.DataParallel(compiled(model)),
+}
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    return fully_shard(model, mesh=mesh)
+
+
+BUILT_ON_PARAMETERS = {
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "FullyShardedDataParallel": lambda model: FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=True
+    ),
+    "FSDPModule": sharded,
+}
+
+
+def add_prefix(model):
+    bare = next(m for m in model.modules() if hasattr(m, "lm_head"))
+    prefix = PrefixTuning(L, prefixes.prefix_shapes(bare), std=1.0, tasks=2).double()
+    prefixes.add_prefix(model, prefix)
+    return prefix
+
+
+def add_prompt(model):
+    bare = next(m for m in model.modules() if hasattr(m, "lm_head"))
+    prompt = make_prompt(bare, tasks=2)
+    prompts.add_prompt(model, prompt)
+    return prompt
+
+
+KINDS = {
+    "prefix": (add_prefix, prefixes.prefix_ids, prefixes.remove_prefix),
+    "prompt": (add_prompt, prompts.task_ids, prompts.remove_prompt),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@each_kind
+@pytest.mark.parametrize("wrapper", FOUND_INSIDE)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_the_model_is_found_inside(kind, wrapper):
+    torch._dynamo.reset()
+    add, row_ids, remove = KINDS[kind]
+    model, inputs = make("llama"), inputs_of("llama")
+    wrapped = FOUND_INSIDE[wrapper](copy.deepcopy(model))
+    call = wrapped if wrapper != "Sequential" else wrapped[0]
+    bare = hidden(call(**inputs))
+    torch.manual_seed(0)
+    added = add(wrapped)
+    torch.manual_seed(0)
+    add(model)
+    assert all(p.requires_grad for p in added.parameters())
+    assert len(trained(wrapped)) == len(list(added.parameters()))
+    for ids in ([0, 1], [1, -1]):
+        with row_ids(model, ids), row_ids(wrapped, ids):
+            assert torch.equal(hidden(call(**inputs)), hidden(model(**inputs)))
+    assert remove(wrapped) is added
+    assert torch.equal(hidden(call(**inputs)), bare)
+
+
+@each_kind
+@pytest.mark.parametrize("wrapper", BUILT_ON_PARAMETERS)
+def test_what_knows_its_parameters_is_told_first(kind, wrapper, group):
+    add = KINDS[kind][0]
+    wrapped = BUILT_ON_PARAMETERS[wrapper](make("llama"))
+    before = trained(wrapped)
+    with pytest.raises(ValueError, match=f"must get its {kind} before {wrapper} wraps it"):
+        add(wrapped)
+    assert trained(wrapped) == before
+
+
+@each_kind
+@pytest.mark.parametrize("wrapper", BUILT_ON_PARAMETERS)
+def test_wrapped_when_it_is_in(kind, wrapper, group):
+    add, row_ids, _ = KINDS[kind]
+    model, inputs = make("llama"), inputs_of("llama")
+    add(model)
+    with row_ids(model, [0, 1]):
+        expected = hidden(model(**inputs)).detach()
+    wrapped = BUILT_ON_PARAMETERS[wrapper](model)
+    with row_ids(wrapped, [0, 1]):
+        out = hidden(wrapped(**inputs))
+        assert torch.equal(out, expected)
+        out.square().sum().backward()
+    grads = [p.grad for p in wrapped.parameters() if p.requires_grad]
+    assert grads and all(g is not None and g.abs().max() > 0 for g in grads)
+
+
+@each_kind
+def test_a_copy_made_for_a_forward_is_an_error(kind):
+    """As nn.DataParallel's replicas on several GPUs are: same hooks, other modules."""
+    model, inputs = make("llama"), inputs_of("llama")
+    KINDS[kind][0](model)
+    replica = model._replicate_for_data_parallel()
+    replica.model = model.model._replicate_for_data_parallel()
+    replica.model.layers = copy.deepcopy(model.model.layers)
+    with pytest.raises(RuntimeError, match=r"copied for this forward, as nn\.DataParallel does"):
+        replica(**inputs, **{"prefix_ids" if kind == "prefix" else "task_ids": [0, 1]})
+
+
+def make_clip():
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 32, "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    return transformers.CLIPModel(config).eval()
+
+
+def text_features(model, ids):
+    out = model.get_text_features(input_ids=ids)
+    return out if isinstance(out, torch.Tensor) else out.pooler_output  # transformers 4 and 5
+
+
+def test_a_model_of_two_stacks_says_which_to_pass():
+    model = make_clip()
+    before = trained(model)
+    for call in (prefixes.attention_places, lambda m: prefixes.prefix_for(m, L)):
+        with pytest.raises(ValueError, match="CLIPModel has more: pass one of its parts, text_mod"):
+            call(model)
+    assert trained(model) == before
+    part, ids = model.text_model, tokens(2, 5)
+    bare = text_features(model, ids)
+    prefix = prefixes.prefix_for(part, L, std=1.0)
+    prefixes.add_prefix(part, prefix)
+    assert (text_features(model, ids) - bare).abs().amax(-1).min() > 1e-4
+    with prefixes.prefix_ids(model, [-1, -1]):
+        assert_close(text_features(model, ids), bare, 1e-5)
+    assert prefixes.remove_prefix(model) is prefix
+    assert torch.equal(text_features(model, ids), bare)
+
+
+def test_no_prompt_where_there_are_no_text_embeddings():
+    for model in (make_clip(), nn.Linear(2, 2)):
+        before = trained(model)
+        with pytest.raises(ValueError, match="model must be a text model of transformers'; "):
+            prompts.add_prompt(model, make_prompt(make("llama")))
+        assert trained(model) == before
+
+
+def test_two_models_in_one_say_which_to_pass():
+    both = nn.ModuleDict({"one": make("llama"), "other": make("gpt2")})
+    with pytest.raises(ValueError, match="ModuleDict holds several: one, other"):
+        prompts.add_prompt(both, make_prompt(both["one"]))
+    for model in both.values():
+        add_prompt(model)
+    with pytest.raises(ValueError, match="it has one at each of one, other"):
+        prompts.remove_prompt(both)
+
+
+@each_kind
+def test_only_one_at_any_depth(kind):
+    model = make("llama")
+    KINDS[kind][0](model)
+    for wrapped in (model, Around(model), compiled(model)):
+        with pytest.raises(ValueError, match=f"model has a {kind} already"):
+            add_prefix(wrapped) if kind == "prefix" else add_prompt(wrapped)
+        with pytest.raises(ValueError, match=f"model has a {kind}, and can't have a pr"):
+            add_prompt(wrapped) if kind == "prefix" else add_prefix(wrapped)
+
+
+def test_nothing_there_is_an_error():
+    model = Around(make("llama"))
+    for call in (prefixes.remove_prefix, prompts.remove_prompt):
+        with pytest.raises(ValueError, match="model has no pr"):
+            call(model)
+    with pytest.raises(ValueError, match="no prefix; add_prefix"), prefixes.prefix_ids(model, [0]):
+        pass
+
+
+def test_values_of_a_text_through_a_wrapper():
+    model, ids = make("llama"), tokens(1, L)
+    expected = prefixes.text_values(model, input_ids=ids)["self"]
+    for wrapped in (Around(model), nn.DataParallel(model), compiled(model)):
+        found = prefixes.text_values(wrapped, input_ids=ids)["self"]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
