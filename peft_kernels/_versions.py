@@ -50,7 +50,12 @@ def read_version(
     max_rank: int,
 ) -> tuple[Version, dict[str, checkpoint.Adapter]]:
     """The adapter in a folder or state dict, and its matrices by layer, checked to fit the pool."""
-    config, adapters = checkpoint.read_adapter(source, config)
+    config, adapters, modules = checkpoint.read_adapter(source, config)
+    if modules:
+        raise ValueError(
+            f"{name!r} has modules that trained whole, {', '.join(modules)}, and the layers of "
+            "a pool alone are routed: load it with load_adapter(), or without them"
+        )
     unknown = sorted(adapters.keys() - layers)
     if unknown or not adapters:
         raise ValueError(

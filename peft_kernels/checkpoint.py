@@ -1,7 +1,9 @@
 """Reads and writes LoRA adapters in Hugging Face PEFT's folder format.
 
 ``adapter_config.json`` is PEFT's LoraConfig as JSON; ``adapter_model.safetensors`` holds, for each
-layer, ``base_model.model.<name>.lora_A.weight`` [r, k] and ``….lora_B.weight`` [n, r].
+layer, ``base_model.model.<name>.lora_A.weight`` [r, k] and ``….lora_B.weight`` [n, r]. A
+module that was trained beside them is there whole, ``base_model.model.<name>.weight``, and named in
+the config's ``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,16 @@ from peft_kernels._folder import (
     whole,
     write_files,
 )
+from peft_kernels._modules_to_save import (
+    TASK_TYPES,
+    fill,
+    modules_to_save_of,
+    plain_keys,
+    remember,
+    settings_of,
+    targets_in,
+    writable_task_type,
+)
 from peft_kernels._names import check_late_parameters, plain_modules, unwrapped
 from peft_kernels.nn._bases import check_bases, check_memory
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
@@ -40,6 +52,7 @@ INTERPRETED_KEYS = {
     "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
+    "modules_to_save",
     "r",
     "rank_pattern",
     "target_modules",
@@ -69,6 +82,14 @@ class Adapter(NamedTuple):
     lora_b: Tensor
 
 
+class Contents(NamedTuple):
+    """What is in a folder."""
+
+    config: dict[str, Any]  # with PEFT's defaults for what it lacks
+    adapters: dict[str, Adapter]  # by layer
+    modules: dict[str, Tensor]  # of modules that were saved whole, by name
+
+
 class AdaptedLayer(NamedTuple):
     """What a folder says of one layer."""
 
@@ -86,8 +107,20 @@ class AdaptedLayer(NamedTuple):
 # ---- save ------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes the adapters of every LoRALinear in ``model`` in PEFT's format.
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> None:
+    """Writes every LoRALinear's adapter, and what trains beside them, in PEFT's format.
+
+    Modules outside of LoRA layers that train now, such as a new classification head, are written
+    whole, and so are normalisation layers whose running statistics changed since the swap, those
+    that :func:`load_adapter` found in a folder, and those that are asked for. For tasks with a head
+    PEFT wants that in any case: ``classifier`` and ``score`` of "SEQ_CLS" and "TOKEN_CLS",
+    ``qa_outputs`` of "QUESTION_ANS".
 
     ``peft.PeftModel.from_pretrained(base_model, folder)`` loads the folder, and so does
     :func:`load_adapter`. The rank, alpha and names that most layers share become the config's, the
@@ -101,12 +134,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             activation checkpointing, AveragedModel, whose average is written. The names are those
             of the model without wrappers.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        task_type: PEFT's name of the task, by which its Auto classes load the folder: "CAUSAL_LM",
+            "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS" or "FEATURE_EXTRACTION". By
+            default what ``swap_linear`` or a loaded folder said.
+        modules_to_save: modules to write whole even if they are frozen, by the ends of their names.
 
     Raises:
-        ValueError: there is no LoRALinear below ``model``.
+        ValueError: there is no LoRALinear below ``model``, an unknown task type or module, or
+            something trains that the format has no place for, such as the base of a LoRA layer.
         NotADirectoryError: ``folder`` is a file.
     """
     model = unwrapped(model)
+    settings = settings_of(model)
     layers = _lora_layers(model)
     if not layers or "" in layers:
         raise ValueError("model must have LoRALinear layers below it; it has none")
@@ -120,16 +159,33 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         )
         for name, layer in layers.items()
     }
-    write_adapter(model, adapted, folder)
+    task_type = writable_task_type(model, task_type or settings.get("task_type"))
+    names, modules = modules_to_save_of(model, modules_to_save, task_type)
+    write_adapter(model, adapted, folder, task_type=task_type, names=names, modules=modules)
 
 
 def write_adapter(
-    model: nn.Module, layers: Mapping[str, AdaptedLayer], folder: str | os.PathLike[str]
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    folder: str | os.PathLike[str],
+    *,
+    task_type: str | None = None,
+    names: Sequence[str] = (),
+    modules: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """:func:`save_adapter` for these layers of an unwrapped model, by name."""
-    config = _config_of(model, layers)
+    """:func:`save_adapter` for these layers of an unwrapped model, by name.
+
+    Args:
+        names: the config's ``modules_to_save``.
+        modules: tensors beside the layers', by their names in the model.
+    """
+    config = _config_of(model, layers, task_type)
+    if names:
+        config["modules_to_save"] = list(names)
+    whole_modules = {KEY_PREFIX + key: whole(t.detach()) for key, t in (modules or {}).items()}
+    tensors = _tensors_of(layers) | whole_modules
     contents = {
-        WEIGHTS_FILE: safetensors.torch.save(_tensors_of(layers), metadata={"format": "pt"}),
+        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     write_files(Path(folder), contents)
@@ -151,7 +207,9 @@ def _tensors_of(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     return tensors
 
 
-def _config_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, Any]:
+def _config_of(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], task_type: str | None
+) -> dict[str, Any]:
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: alpha_of(layer.scale, layer.r, use_rslora) for name, layer in layers.items()}
@@ -170,9 +228,17 @@ def _config_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str
         "r": r,
         "rank_pattern": {_exact(n): value for n, value in ranks.items() if value != r},
         "target_modules": _target_modules(model, layers),
-        "task_type": None,
+        "task_type": task_type,
         "use_rslora": use_rslora,
-    }
+    } | _auto_mapping(model, task_type)
+
+
+def _auto_mapping(model: nn.Module, task_type: str | None) -> dict[str, Any]:
+    """Where PEFT's AutoPeftModel finds the class of a model of transformers' without a task."""
+    if task_type is not None or not hasattr(getattr(model, "config", None), "model_type"):
+        return {}
+    kind = type(model)
+    return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -205,6 +271,10 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     The adapters are left trainable. ``adapter_model.safetensors`` is read, or else an
     ``adapter_model.bin``, which is unpickled with ``weights_only=True``.
 
+    Modules that the folder has whole (``modules_to_save``, such as a classification head, or the
+    embeddings of ``save_embedding_layers``) are copied into the model's; those that the config
+    names are left trainable too.
+
     A layer's matrices stay the same Parameters where they have the rank of the file's. Of another
     rank they are new ones, which an optimizer that was made before doesn't have, nor
     DistributedDataParallel around the model: a RuntimeWarning says so.
@@ -219,12 +289,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: ``folder`` isn't an adapter.
         ValueError: a file can't be read, the config asks for what isn't supported, or layers, keys,
-            ranks or shapes don't fit the model.
+            ranks or shapes don't fit the model, or a module that was trained by itself is tied to
+            another there.
         TypeError: the config targets a layer that isn't linear, or a tensor has integers.
         RuntimeError: a layer is merged, or on the meta device.
         Nothing is changed when one is raised.
     """
-    config, adapters = read_adapter(folder)
+    config, adapters, modules = read_adapter(folder)
     plain = unwrapped(model)
     layers: dict[str, Any] = _lora_layers(plain)
     swaps = not layers
@@ -232,6 +303,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         layers = targets_of(plain, config)
         check_bases(plain, layers, takes_values=True)
     _check_fit(layers, adapters, config)
+    names = config.get("modules_to_save", ())
+    targets = targets_in(plain, modules, names)
     if swaps or any(layers[name].r != one.lora_a.shape[0] for name, one in adapters.items()):
         check_late_parameters(model, "load the adapter")
     if swaps:
@@ -248,14 +321,17 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         layers = _lora_layers(plain)
     for name, (lora_a, lora_b) in adapters.items():
         layers[name].switch(lora_a, lora_b, scale=scale_of(config, name))
+    fill(plain, targets, modules, names)
+    task_type = config.get("task_type")
+    remember(plain, task_type=task_type if task_type in TASK_TYPES else None, modules=names or None)
     return model
 
 
 def read_adapter(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     config: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Adapter]]:
-    """The config of an adapter, complete and supported, and its matrices by layer.
+) -> Contents:
+    """What is in a folder in PEFT's format, once all of it is supported.
 
     Args:
         source: a folder in PEFT's format, or the tensors of one by their keys.
@@ -269,14 +345,24 @@ def read_adapter(
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a dict, beside a state dict; got {config!r}")
         config = _checked_config({"peft_type": "LORA", **config}, "config")
-        return config, _adapters_in(checked_tensors("source must be a dict of tensors", source))
+        return _contents(config, checked_tensors("source must be a dict of tensors", source))
     if config is not None:
         raise ValueError(f"config must be None for a folder, which holds its own; got {config!r}")
     folder = Path(source)
     config = _read_config(folder)
     if not config.get("target_modules"):
         raise ValueError(f"{folder / CONFIG_FILE}: target_modules must name layers; got nothing")
-    return config, _adapters_in(read_tensors(folder))
+    return _contents(config, read_tensors(folder))
+
+
+def _contents(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Contents:
+    lora = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    beside = {key: tensor for key, tensor in tensors.items() if key not in lora}
+    for key in beside:
+        if not key.startswith(KEY_PREFIX):
+            raise ValueError(f"keys must begin with {KEY_PREFIX}; got {key}")
+    modules = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in beside.items()}
+    return Contents(config, _adapters_in(lora), plain_keys(modules))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -312,6 +398,9 @@ def _check_supported(where: Path | str, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key not in known and value:
             raise ValueError(f"{where}: {key} isn't supported and must be off; got {value!r}")
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: modules_to_save must be a list of names; got {names!r}")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise ValueError(f"{where}: {key} must be an object; got {config[key]!r}")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._modules_to_save import batches_seen, check_task_type, remember, settings_of
 from peft_kernels._names import check_late_parameters, plain_modules, replace_child, unwrapped
 from peft_kernels.nn._bases import check_bases, is_conv1d
 from peft_kernels.nn.lora import LoRALinear, check_settings
@@ -61,7 +62,8 @@ def swap_linear(
         layers_to_transform: the indices of the blocks to adapt, with a list of targets only. The
             index of a block is the first number in a name that follows two parts of it.
         layers_pattern: the part (or parts) of a name that a block's index must follow instead.
-        task_type: ``"SEQ_CLS"`` keeps a ``score`` or ``classifier`` head out of ``"all-linear"``.
+        task_type: PEFT's name of the task, which :func:`peft_kernels.save_adapter` writes.
+            ``"SEQ_CLS"`` keeps a ``score`` or ``classifier`` head out of ``"all-linear"``.
 
     Returns:
         ``model`` itself.
@@ -72,6 +74,7 @@ def swap_linear(
         Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
         matches no target gets a RuntimeWarning, as in PEFT.
     """
+    check_task_type(task_type)
     if not isinstance(target_modules, str):
         target_modules = list(target_modules)
     targets = required_targets(
@@ -82,7 +85,7 @@ def swap_linear(
         layers_pattern=layers_pattern,
         task_type=task_type,
     )
-    return swap_targets(
+    swap_targets(
         model,
         targets,
         r,
@@ -94,6 +97,8 @@ def swap_linear(
         alpha_pattern=alpha_pattern,
         adapter_dtype=adapter_dtype,
     )
+    remember(model, task_type=task_type)
+    return model
 
 
 # ---- matching --------------------------------------------------------------------------------
@@ -270,6 +275,7 @@ def swap_targets(
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
+    remember(model, batches=batches_seen(model) | settings_of(model).get("batches", {}))
     replace_modules(model, swapped)
     _freeze_all_but_adapters(model)
     choose_fast_paths(model)

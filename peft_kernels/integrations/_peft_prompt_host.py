@@ -30,12 +30,6 @@ TASK_TYPES = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
-# The modules that PEFT trains and saves with every prompt for such a task.
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def checked_task_type(task_type: str | None, model: nn.Module | None) -> str:

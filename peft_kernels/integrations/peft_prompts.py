@@ -37,6 +37,7 @@ from peft_kernels._folder import (
     whole,
     write_files,
 )
+from peft_kernels._modules_to_save import HEADS
 from peft_kernels._names import unwrapped
 from peft_kernels.integrations._peft_prompt_config import (
     MULTITASK,
@@ -48,7 +49,6 @@ from peft_kernels.integrations._peft_prompt_config import (
     written_config,
 )
 from peft_kernels.integrations._peft_prompt_host import (
-    HEADS,
     MODULE_PREFIX,
     Prompt,
     check_model,
