@@ -90,7 +90,7 @@ def _sizes(module: Any) -> tuple[int, int] | None:
         return module.n_heads, module.key_value_proj_dim
     if _own_attention.is_bert(module):
         return module.num_attention_heads, module.attention_head_size
-    if not calls_the_interface(module):
+    if not calls_the_interface(module) or not hasattr(module, "head_dim"):
         return None
     if hasattr(module, "k_proj"):
         return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
@@ -99,9 +99,8 @@ def _sizes(module: Any) -> tuple[int, int] | None:
 
 def calls_the_interface(module: Any) -> bool:
     """Whether its forward takes its attention function from the table under the config's name."""
-    if not type(module).__name__.endswith("Attention") or not hasattr(module, "head_dim"):
-        return False
-    return _own_attention.calls_interface(module.__class__)
+    named = type(module).__name__.endswith("Attention")
+    return named and _own_attention.calls_interface(module.__class__)
 
 
 def _site(model: Any, stack: str, module: Any, path: str) -> str:
