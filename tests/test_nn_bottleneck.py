@@ -417,7 +417,8 @@ def test_names():
         for name in ("weight", "bias")
     }
     assert set(layer.state_dict()) == expected
-    assert set(make().state_dict()) == {"down.weight", "down.bias", "up.weight", "up.bias"}
+    own = {"down.weight", "down.bias", "up.weight", "up.bias"}
+    assert set(make().state_dict()) == own | {"_extra_state"}
 
 
 def test_repr():
@@ -449,3 +450,18 @@ def test_state_dict_round_trip():
     other = make(**FULL)
     other.load_state_dict(torch.load(file), strict=True)
     assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("scale", [0.3, "learned", "channel"])
+def test_the_state_dict_has_the_scaling(scale):
+    source, target = BottleneckAdapter(8, 3, scale=scale), BottleneckAdapter(8, 3, scale=scale)
+    state = source.state_dict()
+    assert ("_extra_state" in state, "scaling" in state) == (scale == 0.3, scale != 0.3)
+    if scale == 0.3:
+        target.scaling = 2.0
+    target.load_state_dict(state, strict=True)
+    x = torch.randn(5, 8)
+    assert torch.equal(target(x), source(x))
+    state.pop("_extra_state", None)
+    target.load_state_dict(state, strict=True)
+    assert torch.equal(target(x), source(x))

@@ -208,7 +208,7 @@ def test_it_is_a_linear():
     layer = make_layer(dropout=0.25)
     assert isinstance(layer, nn.Linear)
     assert "in_features=12, out_features=7, bias=True, r=3, scale=2.0, dropout=0.25" in repr(layer)
-    assert list(layer.state_dict()) == ["weight", "bias", "lora_a", "lora_b"]
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_a", "lora_b", "_extra_state"]
     assert layer.alpha == 6
 
 
@@ -274,11 +274,43 @@ def test_state_dict_round_trip(merged):
     torch.save(layer.state_dict(), file)
     file.seek(0)
     state = torch.load(file)
-    assert list(state) == ["weight", "bias", "lora_a", "lora_b"]
+    assert list(state) == ["weight", "bias", "lora_a", "lora_b", "_extra_state"]
     assert torch.equal(state["weight"], weight)
     other = LoRALinear(12, 7, 3, alpha=6, dtype=torch.bfloat16)
     other.load_state_dict(state, strict=True)
     assert torch.equal(other(x), unmerged)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)], ids=["float", "tensor"])
+def test_the_state_dict_has_the_scale(scale, merged):
+    source, target = make_layer(), nn.Sequential(make_layer(trained=False))
+    source.scale = 1 / 3
+    target[0].scale = scale
+    if merged:
+        target[0].merge()
+    target.load_state_dict(nn.Sequential(source).state_dict())
+    assert type(target[0].scale) is type(scale)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(target(x), source(x), rtol=1e-5, atol=1e-5)
+    source.scale = 5.0  # what was loaded is the target's own
+    assert target[0].scale == pytest.approx(1 / 3)
+
+
+def test_a_state_dict_without_a_scale_leaves_it():
+    layer = make_layer()
+    state = layer.state_dict()
+    del state["_extra_state"]
+    layer.scale = 0.7
+    layer.load_state_dict(state, strict=True)
+    assert layer.scale == 0.7
+    del state["lora_b"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"lora_b\"\."):
+        layer.load_state_dict(state)
+    assert layer.load_state_dict(nn.Linear(12, 7).state_dict(), strict=False).missing_keys == [
+        "lora_a",
+        "lora_b",
+    ]
 
 
 def test_loading_into_a_merged_layer_merges_anew():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
+from peft_kernels.nn._factor import KeptFactor
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 
@@ -75,7 +76,7 @@ def _arguments(prefix: str, norm: Any) -> dict[str, Any]:
     return {f"{prefix}_{name}": value for name, value in parts.items()}
 
 
-class BottleneckAdapter(Drawn):
+class BottleneckAdapter(KeptFactor, Drawn):
     """A bottleneck adapter (Houlsby et al. 2019), with the residuals and LayerNorms around it.
 
     ``y = norm(residual + scaling * dropout(act(pre_norm(x) @ down.T) @ up.T))``, biases left out,
@@ -111,7 +112,7 @@ class BottleneckAdapter(Drawn):
         down.weight, down.bias: ``[bottleneck_size, hidden_size]``, ``[bottleneck_size]``.
         up.weight, up.bias: ``[hidden_size, bottleneck_size]``, ``[hidden_size]``.
         scaling: ``[1]`` for "learned", ``[hidden_size]`` for "channel", drawn as ones; else a float
-            attribute that may be set at any time.
+            attribute that may be set at any time, and is ``_extra_state`` in the state dict.
         norm_before, norm_after: LayerNorms, or None.
         gate.weight, gate.bias: ``[1, hidden_size]``, ``[1]``; gate is None without gating.
 
@@ -137,6 +138,7 @@ class BottleneckAdapter(Drawn):
         TypeError: a size that isn't an int.
     """
 
+    _factor = "scaling"
     scaling: float | Tensor
     norm_before: nn.LayerNorm | None
     norm_after: nn.LayerNorm | None

@@ -20,6 +20,7 @@ from peft_kernels.nn._bases import (
     is_sharded,
 )
 from peft_kernels.nn._drawn import Drawn
+from peft_kernels.nn._factor import KeptFactor
 from peft_kernels.nn._off import is_off
 from peft_kernels.nn._replaced import Origin, take_over
 from peft_kernels.ops.lora_linear import lora_linear
@@ -83,7 +84,7 @@ def init_adapter_(lora_a: Tensor, lora_b: Tensor, init: str) -> None:
     nn.init.zeros_(lora_b)
 
 
-class LoRALinear(Drawn, nn.Linear):
+class LoRALinear(KeptFactor, Drawn, nn.Linear):
     """A frozen linear layer with a trainable low-rank update.
 
     ``y = x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` (Hu et al. 2021, "LoRA:
@@ -105,6 +106,9 @@ class LoRALinear(Drawn, nn.Linear):
     restores every bit, other modules tied to it never change, and a merged layer costs one more
     weight in memory. ``state_dict`` always holds the base weight.
 
+    The state dict has ``scale`` beside the Parameters, as ``_extra_state``; one without it, as of a
+    plain ``nn.Linear``, leaves the layer's as it is.
+
     Args:
         in_features: k.
         out_features: n.
@@ -124,6 +128,7 @@ class LoRALinear(Drawn, nn.Linear):
     """
 
     weight: nn.Parameter
+    _factor = "scale"
     scale: float | Tensor
     unmerged_weight: nn.Parameter | None
     _origin: Origin
