@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_kernels import checkpoint
 from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Ids, Router, Selection, flat_names
@@ -146,6 +147,7 @@ class AdapterPool:
         for parameter in self._thawed:
             parameter.requires_grad_(False)
         choose_fast_paths(model)
+        let_gradients_through(model)
         return self
 
     def _thaw(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._modules_to_save import batches_seen, check_task_type, remember, settings_of
 from peft_kernels._names import check_late_parameters, plain_modules, replace_child, unwrapped
 from peft_kernels.nn._bases import check_bases, is_conv1d
@@ -47,6 +48,11 @@ def swap_linear(
     (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
     names is matched by the first and replaced under all of them. Afterwards only adapters require
     gradients, those of earlier swaps included; unfreeze a newly initialised head yourself.
+
+    Reentrant gradient checkpointing gives nothing a gradient behind frozen embeddings. In a model
+    of transformers', the embeddings' output is made to require gradients at each forward that is so
+    checkpointed (what ``enable_input_require_grads`` does). Where you call
+    ``torch.utils.checkpoint`` yourself, use ``use_reentrant=False``.
 
     Args:
         model: any module; the layers to replace are below it. Names are those that it has without
@@ -279,6 +285,7 @@ def swap_targets(
     replace_modules(model, swapped)
     _freeze_all_but_adapters(model)
     choose_fast_paths(model)
+    let_gradients_through(model)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import submodule, unwrapped
 from peft_kernels.integrations.transformers import (
     _HOOKS,
@@ -116,6 +117,7 @@ def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) ->
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
     check_places(places)
     host.requires_grad_(False)
+    let_gradients_through(host)
     for place, adapter in zip(places, adapters, strict=True):
         _put(host, place.path, adapter, place.style)
 

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import plain_modules, plain_name, replace_module, submodule, unwrapped
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._off import is_off
@@ -75,6 +76,7 @@ def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str
     check_places(places)
     made = [_adapter_for(module, preset, overrides) for _, module, _ in places]
     model.requires_grad_(False)
+    let_gradients_through(model)
     for (path, _, style), adapter in zip(places, made, strict=True):
         _put(model, path, adapter, style)
     return [f"{path}.adapter" for path, _, _ in places]
