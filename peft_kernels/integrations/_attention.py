@@ -21,12 +21,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from peft_kernels._calls import Carried
 from peft_kernels.integrations._pinned import NAME, asked_implementation
+from peft_kernels.integrations._supported import refusal
 from peft_kernels.ops.prefix_attention import prefix_attention
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+except ImportError as error:
+    raise ImportError(refusal()) from error
 
 SOURCE = "_prefix_source"
 Pair = tuple[Tensor, Tensor]

@@ -192,9 +192,11 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             carry(layer)
     first = _first_input(args, kwargs)
     ids = attached.row_ids.of_batch(first.shape[0], first.device)
-    asked = bool(kwargs.get("output_attentions"))
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
     prefixes = attached.prefixes(path, ids)
-    prefixes.need_weights = asked
+    prefixes.need_weights = bool(asked)
     set_state(prefixes)
 
 

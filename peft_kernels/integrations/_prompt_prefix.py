@@ -67,13 +67,19 @@ def _of_config(config: Any) -> str | None:
         return "its layers attend within a window"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "its layers attend within chunks"
-    scaling = getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind not in _ROPES:
-        return f"its rotary positions depend on the text's length ({kind})"
+    for kind in _rope_kinds(config):
+        if kind not in _ROPES:
+            return f"its rotary positions depend on the text's length ({kind})"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps the scores"
     return None
+
+
+def _rope_kinds(config: Any) -> list[str | None]:
+    """Of all layers, or of each kind of layer where the config tells them apart."""
+    scaling = getattr(config, "rope_scaling", None) or {}
+    by_kind = [x for x in scaling.values() if isinstance(x, dict)] or [scaling]
+    return [x.get("rope_type", x.get("type")) for x in by_kind]
 
 
 def _of_places(model: Any, config: Any, places: list[Place]) -> str | None:

@@ -269,7 +269,9 @@ def _named(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 def _returns_dict(module: Any, inputs: dict[str, Any]) -> bool:
     asked = inputs.get("return_dict")
-    return bool(module.config.use_return_dict if asked is None else asked)
+    if asked is not None:
+        return bool(asked)
+    return module.config.return_dict and not getattr(module.config, "torchscript", False)
 
 
 def _learned_positions(model: Any) -> tuple[int, int | None]:

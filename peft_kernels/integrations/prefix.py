@@ -40,6 +40,7 @@ from peft_kernels.integrations._prefix_run import (
     position_table,
     take_over,
 )
+from peft_kernels.integrations._supported import check_transformers
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 
 CHILD = "prefix_tuning"
@@ -115,6 +116,7 @@ def add_prefix(
             or a prompt already, whose positions can't be shifted, that DistributedDataParallel or
             FSDP wraps, or with several stacks of layers. The model is unchanged then.
     """
+    check_transformers()
     given, model = model, host_of(model, PREFIX_HOOK)
     places = attention_places(model)
     check_fits(prefix.layers, places)
@@ -169,6 +171,7 @@ def text_values(model: Any, **inputs: Tensor) -> dict[str, list[Pair | None]]:
         model: a model of transformers'.
         inputs: the model's arguments; no padding. An encoder-decoder needs ``decoder_input_ids``.
     """
+    check_transformers()
     places = attention_places(model)
     trained, prepared = model.training, SOURCE in places[0].module.__dict__
     with nullcontext() if prepared else _prepared(model, places), recording(model) as kept:

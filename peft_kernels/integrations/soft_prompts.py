@@ -32,6 +32,7 @@ from peft_kernels.integrations._pinned import unpin
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import obstacle
 from peft_kernels.integrations._prompt_run import PromptRun, attach, detach
+from peft_kernels.integrations._supported import check_transformers
 from peft_kernels.integrations.prefix import use_prefix_attention
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
@@ -89,6 +90,7 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
             a mask that isn't ``[B, S]`` where the prompt stands in the rows, a filled cache of
             another forward.
     """
+    check_transformers()
     given, model = model, prompt_host(model)
     if as_prefix not in ("auto", True, False):
         raise ValueError(f"as_prefix must be 'auto', True or False; got {as_prefix!r}")

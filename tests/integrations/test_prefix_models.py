@@ -242,6 +242,18 @@ def test_attentions_hold_the_prefix(name):
         assert (weights[0, ..., :L] > 0).all() and (weights[1, ..., :L] == 0).all()
 
 
+@each_decoder
+def test_attentions_that_the_config_asks_for(name):
+    """As the eager models that it was asked of have them."""
+    model, inputs = make(name), inputs_of(name)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert all(weights.shape[-1] == 6 for weights in model(**inputs).attentions)
+    add_prefix(model, prefix_for(model, L, std=1.0))
+    given = model(**inputs).attentions
+    assert len(given) == 2 and all(weights.shape[-1] == 6 + L for weights in given)
+
+
 # ---- the rest ------------------------------------------------------------------------------------
 
 
