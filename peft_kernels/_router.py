@@ -10,13 +10,20 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels._calls import Carried, of_backward_s_caller
+from peft_kernels._rows import (
+    Batch,
+    Entries,
+    Place,
+    are_rows_of,
+    is_batch_s,
+    unfit,
+    unfit_batch,
+)
 from peft_kernels.ops._dropout import draw_seed
 from peft_kernels.ops.multi_lora_linear import BankDropout, Routing, sort_by_adapter
-
-Ids = Sequence[str | None] | Sequence[Sequence[str | None]]
 
 
 class Buffer:
@@ -28,23 +35,6 @@ class Buffer:
 
 
 Buffers = dict[tuple[torch.device, int], Buffer]
-
-
-def flat_names(ids: Ids) -> list[str | None]:
-    """The entries of a route, one after the other; or a TypeError or ValueError."""
-
-    def is_list(value: object) -> bool:
-        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-    rows: list[Any] = list(ids) if is_list(ids) else [ids]
-    if is_list(ids) and any(map(is_list, rows)):
-        lengths = {len(row) if is_list(row) else -1 for row in rows}
-        if len(lengths) > 1:
-            raise ValueError(f"ids by token must be lists of one length; got {ids!r}")
-        rows = [name for row in rows for name in row]
-    if not is_list(ids) or not all(name is None or isinstance(name, str) for name in rows):
-        raise TypeError(f"ids must be a sequence of names and Nones, or of such; got {ids!r}")
-    return rows
 
 
 class OnDevice(NamedTuple):
@@ -74,6 +64,7 @@ class Selection:
     Args:
         ids: each row's slot, or -1.
         slots: how many there are.
+        entries: whether the ids are of rows or of tokens; of rows by default.
         trained: the slots whose adapters may want gradients.
         dropout: (p, seed) by slot, for the adapters that have dropout.
         buffers: the thread's, by device and number of ids.
@@ -85,16 +76,21 @@ class Selection:
         ids: Sequence[int],
         slots: int,
         *,
+        entries: Entries | None = None,
         trained: tuple[int, ...] = (),
         dropout: Mapping[int, tuple[float, int]] | None = None,
         buffers: Buffers | None = None,
         on_graph: Callable[[Tensor], object] = lambda ids: None,
     ) -> None:
         self.trained = trained
+        self.entries = entries or Entries(len(ids))
+        self.flat: set[int] = set()  # how many rows inputs had that were tokens on end
+        self._list, self._parts = list(ids), dict[Entries, Selection]()
         self._count, self._slots = len(ids), slots
         self._dropout = dropout or {}
         self._buffers: Buffers = {} if buffers is None else buffers
-        self._thread, self._mark = threading.get_ident(), object()
+        self._thread: int | None = threading.get_ident()
+        self._mark = object()
         self._on_graph = on_graph
         self._on: dict[tuple[torch.device, bool], OnDevice] = {}
         self._in_buffer: dict[torch.device, OnDevice] = {}
@@ -110,6 +106,34 @@ class Selection:
         if key[1] or torch.compiler.is_compiling() or not _reads_sorted(device):
             return found
         return self._buffered(device) if threading.get_ident() == self._thread else found
+
+    def for_all(self) -> Selection | None:
+        """The same with one entry for all rows, if all entries are the same."""
+        return self._part(Entries(1), self._list[:1]) if len(set(self._list)) == 1 else None
+
+    def for_rows(self) -> Selection | None:
+        """The same with an entry for each row, if all entries by token of a row are the same."""
+        rows, tokens = self.entries
+        if not tokens or any(
+            len(set(self._list[first : first + tokens])) > 1
+            for first in range(0, self._count, tokens)
+        ):
+            return None
+        return self._part(Entries(rows), self._list[::tokens])
+
+    def _part(self, entries: Entries, ids: Sequence[int]) -> Selection:
+        if entries not in self._parts:
+            part = Selection(
+                ids,
+                self._slots,
+                entries=entries,
+                trained=self.trained,
+                dropout=self._dropout,
+                on_graph=self._on_graph,
+            )
+            part._thread = None  # has no buffers
+            self._parts[entries] = part
+        return self._parts[entries]
 
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """Makes the tensors now, and fills the buffers that CUDA graphs may read."""
@@ -203,6 +227,8 @@ class Router:
 
     def __init__(self, refuses: bool = False) -> None:
         self.routes: Carried[Selection] = Carried("a pool's route")
+        self.batches: Carried[Batch] = Carried("a call of the pool's model")
+        self.generating: Carried[bool] = Carried("a generation of the pool's model")
         self.devices: tuple[torch.device, ...] | None = None  # of the layers; None when not known
         self._refuses, self._number = refuses, next(_NUMBER)
         self._local = _Local()
@@ -262,6 +288,90 @@ class Router:
         if not compiling:
             self._note(False)
         return None
+
+    # ---- which rows -----------------------------------------------------------------------------
+
+    def serving(self, selection: Selection, x: Tensor, place: Place) -> Selection:
+        """The selection whose entries serve equal parts of x's rows; or a ValueError."""
+        entries = selection.entries
+        if entries == (1, None):
+            return selection
+        if place.apart is None and x.dim() > 2 and entries == (x.shape[0], None):
+            return selection
+        batch, repeats = self.batches.get(), self.generating.get() is not None
+        if place.apart is None and are_rows_of(entries, x.shape, batch, repeats):
+            if batch is not None and not torch.compiler.is_compiling():
+                selection.flat.add(x.shape[0])
+            return selection
+        other = self._serving_otherwise(selection, x, place, batch, repeats)
+        if other is None:
+            raise unfit(entries, x.shape, batch, place)
+        return other
+
+    def _serving_otherwise(
+        self, selection: Selection, x: Tensor, place: Place, batch: Batch | None, repeats: bool
+    ) -> Selection | None:
+        if 0 in x.shape[:-1]:
+            return selection
+        part = None
+        if place.apart is not None:
+            fits = batch is None or is_batch_s(selection.entries, batch, repeats)
+            part = selection.for_all() if fits else None
+        elif x.dim() == 2 and x.shape[0] == selection.entries.rows:
+            part = selection.for_rows()
+        elif x.dim() == 2 and not torch.compiler.is_compiling():
+            # A backward computes again what a forward of the model computed.
+            again = torch._C._current_graph_task_id() != -1 and x.shape[0] in selection.flat
+            return selection if again else None
+        if part is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{place.name} can't be captured in a CUDA graph in this route; route one name"
+            )
+        return part
+
+    def around_call(
+        self, module: nn.Module, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around the model's calls: notes what the model was called with."""
+        frame = self.routes.top()
+        batch = None if frame is None else Batch.of(args, kwargs)
+        if frame is None or frame.value is None or batch is None:
+            return proceed(*args, **kwargs)
+        repeats = self.generating.get() is not None
+        if batch.is_tokens and not is_batch_s(frame.value.entries, batch, repeats):
+            raise unfit_batch(frame.value.entries, batch)
+        if torch.compiler.is_compiling():
+            return proceed(*args, **kwargs)
+        with self.batches.within(batch):
+            return proceed(*args, **kwargs)
+
+    def around_generate(
+        self, module: nn.Module, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around the model's generate: a row's copies (beams, sequences) have its adapter."""
+        selection, batch = self.routes.get(), Batch.of(args, kwargs)
+        if selection is None:
+            return proceed(*args, **kwargs)
+        if selection.entries.tokens is not None:
+            raise ValueError(
+                f"{selection.entries.said()}, and each step of generate has other tokens: route "
+                "one name for each row"
+            )
+        if batch is not None and not is_batch_s(selection.entries, batch, False):
+            raise unfit_batch(selection.entries, batch)
+        with self.generating.within(True):
+            return proceed(*args, **kwargs)
+
+    def around_packing(
+        self, module: nn.Module, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around what runs packed rows in a thread of its own, where no route is."""
+        if self.routes.get() is not None:
+            raise ValueError(
+                "continuous batching packs several requests into one row, and runs in a thread "
+                "that has no route: use generate, one name for each row"
+            )
+        return proceed(*args, **kwargs)
 
     def _note(self, is_routed: bool) -> None:
         found = self._routed()

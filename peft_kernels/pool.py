@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import checkpoint
+from peft_kernels._calls import unwrap, wrap
 from peft_kernels._fast_paths import choose_fast_paths
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
-from peft_kernels._router import Ids, Router, Selection, flat_names
+from peft_kernels._router import Router, Selection
+from peft_kernels._rows import Entries, Ids, entries_of, place_of
 from peft_kernels._store import PoolMemory, Store
 from peft_kernels._versions import Source, Version, new_version, read_version
 from peft_kernels.nn._bases import check_bases
@@ -136,6 +138,7 @@ class AdapterPool:
                         max_pages=max_pages,
                         router=self._router,
                         adapter_dtype=adapter_dtype,
+                        place=place_of(model, name),
                     )
         except BaseException:
             self._thaw()
@@ -148,7 +151,19 @@ class AdapterPool:
             parameter.requires_grad_(False)
         choose_fast_paths(model)
         let_gradients_through(model)
+        for method, around in self._arounds():
+            if callable(getattr(model, method, None)):
+                wrap(model, method, around)
         return self
+
+    def _arounds(self) -> list[tuple[str, Callable[..., Any]]]:
+        """What goes around which of the model's methods."""
+        packing = ("generate_batch", "init_continuous_batching")
+        return [
+            ("_call_impl", self._router.around_call),
+            ("generate", self._router.around_generate),
+            *((method, self._router.around_packing) for method in packing),
+        ]
 
     def _thaw(self) -> None:
         for parameter in self._thawed:
@@ -164,6 +179,8 @@ class AdapterPool:
             RuntimeError: a route is open, in this thread or another.
         """
         layers = self._store.close()
+        for method, around in self._arounds():
+            unwrap(self._model, method, around)
         replace_modules(self._model, {layer: layer.plain() for layer in layers.values()})
         choose_fast_paths(self._model)
         self._thaw()
@@ -392,22 +409,25 @@ class AdapterPool:
         any route that has as many entries and was the last that the same thread entered.
 
         Args:
-            ids: the name of each row's adapter, or None. The entries serve equal parts of the rows
-                that a layer gets, in order: one for each sequence of the batch (as ``generate``
-                wants it, also where it makes several beams of a row), or a list for each sequence
-                with a name for every token.
+            ids: the name of each row's adapter, or None: a flat list has one for each row of the
+                batch (rows are the first dimension of what the model is given), or one for all of
+                them; a list of lists has one for each token of each row. ``generate`` takes one for
+                each row that it is given, whose beams and sequences have it too.
 
         Raises:
-            ValueError: there is no adapter of some name, or lists of unequal lengths.
+            ValueError: there is no adapter of some name, or lists of unequal lengths. And from the
+                model's forward, naming the layer: rows or tokens that aren't as many, or an expert
+                of a mixture, which is given some of the tokens in any order, in a route of several
+                adapters.
             TypeError: not a sequence of names, or of sequences of names.
             Nothing has run when one is raised.
             RuntimeError: at the end of the block, where it is another task's or thread's, or one
                 that was entered inside it is still open.
         """
-        names = flat_names(ids)
+        names, entries = entries_of(ids)
         with (
             self._store.hold(_distinct(names)) as (versions, keep),
-            self._routed(names, versions, keep),
+            self._routed(names, entries, versions, keep),
         ):
             yield
 
@@ -434,9 +454,9 @@ class AdapterPool:
             raise TypeError(
                 f"function must not be a generator's, got {function!r}; bind what it calls"
             )
-        names = flat_names(ids)
+        names, entries = entries_of(ids)
         with self._store.hold(_distinct(names)) as (versions, keep):
-            bound = self._bound(function, lambda: self._routed(names, versions, keep))
+            bound = self._bound(function, lambda: self._routed(names, entries, versions, keep))
             keep(bound)
         return bound
 
@@ -458,6 +478,7 @@ class AdapterPool:
     def _routed(
         self,
         names: Sequence[str | None],
+        entries: Entries,
         versions: Mapping[str, Version],
         keep: Callable[[object], None],
     ) -> AbstractContextManager[None]:
@@ -465,6 +486,7 @@ class AdapterPool:
         selection = Selection(
             [-1 if name is None else versions[name].slot for name in names],
             self._slots,
+            entries=entries,
             trained=tuple(v.slot for v in versions.values() if v.trainable),
             dropout={v.slot: (v.dropout, v.seed) for v in versions.values() if v.dropout},
             buffers=self._router.buffers,

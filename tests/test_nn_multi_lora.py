@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_kernels import _router
 from peft_kernels._router import Router, Selection
+from peft_kernels._rows import Entries
 from peft_kernels.nn import LoRALinear, MultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import sort_by_adapter
 
@@ -151,8 +152,8 @@ def test_each_row_has_its_own_and_only_ranks_of_it():
     layer.clear(1)
     x = torch.randn(4, 2, 12)
     outside = layer(x)
-    for ids in ([0, -1, 3, 1], [0, 0, -1, -1, 3, 3, 1, 1]):
-        with use(layer, ids):
+    for ids, tokens in (([0, -1, 3, 1], None), ([0, 0, -1, -1, 3, 3, 1, 1], 2)):
+        with use(layer, ids, entries=Entries(4, tokens)):
             y = layer(x)
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
         for row, slot, scale in ((0, 0, 0.5), (2, 3, -3.0)):

@@ -169,7 +169,7 @@ def test_each_row_gets_its_own(ids):
         assert name or torch.equal(y[row], outside[row])
 
 
-def test_by_token_and_by_beam():
+def test_by_token():
     model, pool = make_pool()
     for name, made in MIXED.items():
         load(pool, name, made)
@@ -178,10 +178,6 @@ def test_by_token_and_by_beam():
     y = routed(pool, model, tokens, x)
     flat = [MIXED.get(name) for row in tokens for name in row]
     expected = rows_of(make_base(), x.reshape(6, 8), flat).reshape(2, 3, 8)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    beams = x.repeat_interleave(4, 0)
-    y = routed(pool, model, ("a", "b"), beams)
-    expected = rows_of(make_base(), beams, [MIXED["a"]] * 4 + [MIXED["b"]] * 4)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -207,11 +203,36 @@ def test_bad_ids(error, named, ids):
     assert_unchanged(pool, before)
 
 
-def test_ids_that_do_not_divide_the_rows():
+@pytest.mark.parametrize(
+    ("ids", "shape"),
+    [
+        (["a", None], (3, 8)),
+        (["a", None], (4, 8)),  # which two entries would divide
+        (["a", None, "a", None], (2, 6, 8)),
+        (["a"] * 4, (2, 6, 8)),
+        (["a", None], (8,)),
+        ([["a", None]], (2, 8, 8)),
+        ([["a"], [None]], (2, 3, 8)),
+        ([["a", None]], (2, 1, 8)),
+        ([["a", None]] * 3, (2, 3, 8)),
+        ([], (2, 8)),
+    ],
+)
+def test_entries_that_are_not_the_batch_s_rows_or_tokens(ids, shape):
     model, pool = make_pool()
-    with pytest.raises(ValueError, match="equal parts"):
-        routed(pool, model, [None, None], torch.randn(3, 8))
-    assert routed(pool, model, [], torch.randn(0, 8)).shape == (0, 8)
+    load(pool, "a", MIXED["a"])
+    x = torch.randn(shape)
+    with pytest.raises(ValueError, match=r"pool.route has names for .* 0\.up got an input"):
+        routed(pool, model, ids, x)
+    with pytest.raises(ValueError, match=r"pool.route has names for .* 0\.up got an input"):
+        routed(pool, model[0].up, ids, x)
+
+
+def test_no_rows():
+    model, pool = make_pool()
+    for ids in ([], [None], [["a"]] * 0):
+        assert routed(pool, model, ids, torch.randn(0, 8)).shape == (0, 8)
+    assert routed(pool, model, [[], []], torch.randn(2, 0, 8)).shape == (2, 0, 8)
 
 
 def test_a_folder(tmp_path):

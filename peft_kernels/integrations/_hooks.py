@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels._calls import Carried
+from peft_kernels._rows import Batch
 
 PREFIX_HOOK = "_prefix_hook_of"  # an attribute of the model that has a prefix
 PROMPT_HOOK = "_prompt_hook_of"
@@ -124,15 +125,9 @@ class RowIds:
 
 
 def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """How many rows a call of a model or of its generate is given; None where no tensor says it."""
-    first = [kwargs.get(name) for name in _ROWS]
-    for value in (*first, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return value.shape[0]
-    return None
-
-
-_ROWS = ("input_ids", "inputs", "inputs_embeds")
+    """How many rows a call of generate is given; None where no tensor says it."""
+    batch = Batch.of(args, kwargs)
+    return None if batch is None else batch.rows
 
 
 def remove_hooks(module: nn.Module, functions: Collection[Callable]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels._router import Router, unrouted, unrouted_routing
+from peft_kernels._rows import Place
 from peft_kernels.nn._bases import check_base, is_conv1d
 from peft_kernels.nn._off import is_off
 from peft_kernels.nn._replaced import Origin, take_over
@@ -57,6 +58,7 @@ class MultiLoRALinear(nn.Linear):
     scales: Tensor
     unrouted: Tensor
     router: Router
+    place: Place
     fan_in_fan_out: bool
     _origin: Origin
     bound: dict[int, Bound]  # by slot
@@ -75,6 +77,7 @@ class MultiLoRALinear(nn.Linear):
         max_pages: int,
         router: Router,
         adapter_dtype: torch.dtype | None = None,
+        place: Place | None = None,
     ) -> MultiLoRALinear:
         """Builds the layer around ``linear``'s very Parameters, which it freezes.
 
@@ -85,6 +88,7 @@ class MultiLoRALinear(nn.Linear):
             max_pages: how many of those one adapter can have.
             router: tells the layer which adapters the rows have; shared by the model's layers.
             adapter_dtype: of the pages: float32 or the dtype of the weight, the default.
+            place: where in its model it is.
 
         Raises:
             TypeError: as :meth:`LoRALinear.from_linear`, or a dtype that can't be mixed.
@@ -93,7 +97,7 @@ class MultiLoRALinear(nn.Linear):
         dtype = adapter_dtype_for(linear.weight.dtype, adapter_dtype or linear.weight.dtype)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.router = router
+        self.router, self.place = router, place or Place()
         self.bound = {}
         self._gradient_rows = {}
         self._adopt(linear, slots, pages, max_pages, dtype)
@@ -150,10 +154,16 @@ class MultiLoRALinear(nn.Linear):
         return PAGE * (self.in_features + self.out_features) * self.pages_a.element_size()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
+        """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``.
+
+        Raises:
+            ValueError: x' rows aren't those that the route has names for.
+            RuntimeError: the route has ended, or there is none and the pool wants one.
+        """
         selection = None if is_off(self) else self.router.current()
         routing, dropout, trained = None, None, None
         if selection is not None:
+            selection = self.router.serving(selection, x, self.place)
             here = selection.on(x.device)
             routing = here.routing
             if self.training:
