@@ -16,6 +16,12 @@ FLAGS = {
     "pfeiffer": {"original_ln_before": True, "is_parallel": False},
     "houlsby": {"original_ln_before": False, "is_parallel": False},
     "parallel": {"original_ln_before": False, "is_parallel": True},
+    "adapterplus": {
+        "original_ln_before": True,
+        "original_ln_after": False,
+        "residual_before_ln": False,
+        "is_parallel": False,
+    },
 }
 # What a key that is left out means; _REQUIRED has no defaults.
 DEFAULTS: dict[str, Any] = {
@@ -65,7 +71,6 @@ def checked_config(where: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("mh_adapter", "output_adapter", "ln_before", "ln_after", "use_gating"):
         require(where, config, key, (True, False))
     require(where, config, "init_weights", tuple(_INITS))
-    require(where, config, "original_ln_after", (True,))
     config["leave_out"] = config["leave_out"] or []
     if not isinstance(config["leave_out"], list):
         raise ValueError(f"{where}: leave_out must be a list; got {config['leave_out']!r}")
@@ -77,8 +82,12 @@ def checked_config(where: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
 def preset_of(where: Path, config: Mapping[str, Any]) -> str:
     """The preset of ``insert_adapters`` whose places and residuals the config asks for."""
-    for key in ("is_parallel", "original_ln_before"):
+    for key in ("is_parallel", "original_ln_before", "original_ln_after"):
         require(where, config, key, (True, False))
+    if not config["original_ln_after"]:
+        for key, value in (FLAGS["adapterplus"] | {"mh_adapter": False}).items():
+            require(where, config, key, (value,))
+        return "adapterplus"
     if config["is_parallel"]:
         preset = "parallel"
     else:
@@ -151,6 +160,7 @@ def check_fusable(where: Path | str, config: Mapping[str, Any]) -> None:
         if config[key]:
             raise ValueError(f"{where}: {key} must be False in a fusion; got {config[key]!r}")
     require(where, config, "inv_adapter", (None,))
+    require(where, config, "original_ln_after", (True,))
 
 
 def require(where: Path | str, config: Mapping[str, Any], key: str, allowed: tuple) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import submodule, unwrapped
+from peft_kernels.integrations._blocks import ends_a_sublayer, places_in
 from peft_kernels.integrations.transformers import (
     _HOOKS,
-    _PRE_NORM,
+    PRE_NORM,
     AdaptedOutput,
-    _places,
     _put,
     adapters_of,
     check_places,
@@ -74,7 +74,7 @@ def adapt_embeddings(module: Any, args: tuple, output: Tensor) -> Tensor:
 
 
 def all_places(host: Any, preset: str) -> list[Place]:
-    return [place_of(host, path, module, style) for path, module, style in _places(host, preset)]
+    return [place_of(host, path, module, style) for path, module, style in places_in(host, preset)]
 
 
 def place_of(host: Any, path: str, module: nn.Module, style: str) -> Place:
@@ -104,7 +104,9 @@ def preset_at(place: Place) -> str:
         return place.module.style.partition(" ")[0]
     if _HOOKS["parallel"] in place.module._forward_hooks.values():
         return "parallel"
-    return "pfeiffer" if set(place.module._modules) >= _PRE_NORM else "houlsby"
+    if ends_a_sublayer(place.module):
+        return "adapterplus"
+    return "pfeiffer" if set(place.module._modules) >= PRE_NORM else "houlsby"
 
 
 def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) -> None:

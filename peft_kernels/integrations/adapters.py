@@ -61,7 +61,8 @@ from peft_kernels.integrations._adapters_places import (
     invertible_tensors,
     preset_at,
 )
-from peft_kernels.integrations.transformers import _adapter_for, remove_adapters
+from peft_kernels.integrations._blocks import adapter_for
+from peft_kernels.integrations.transformers import remove_adapters
 from peft_kernels.nn._bases import check_memory
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
@@ -345,7 +346,8 @@ def _read_adapter(host: Any, folder: Path) -> _Loaded:
     adapters = []
     for place in places:
         reduction = reduction_of(where, config["reduction_factor"], place.layer)
-        adapter = _adapter_for(place.module, preset, overrides | {"reduction": reduction})
+        settings = overrides | {"reduction": reduction}
+        adapter = adapter_for(place.module, preset, settings, place.path)
         adapters.append(adapter)
     invertible = _invertible(host, where, config)
     targets = invertible_tensors(header["name"], invertible)

@@ -6,7 +6,7 @@ known by its parts:
     post-LayerNorm    a sublayer's end with ``dense``, ``dropout`` and ``LayerNorm`` (BERT, RoBERTa,
                       ELECTRA, XLM-R), called with the sublayer's hidden states and its input
     pre-LayerNorm     a layer with ``self_attn``, ``mlp`` and ``post_attention_layernorm`` (Llama,
-                      Mistral)
+                      Mistral), also with norms at its sublayers' ends (Gemma2, Gemma3, OLMo2, GLM4)
 
 Paths are those of the model without wrappers (DistributedDataParallel, torch.compile, activation
 checkpointing and others), however it is wrapped.
@@ -14,8 +14,7 @@ checkpointing and others), however it is wrapped.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,14 +23,19 @@ from torch import Tensor, nn
 from peft_kernels._fast_paths import choose_fast_paths
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import plain_modules, plain_name, replace_module, submodule, unwrapped
+from peft_kernels.integrations._blocks import (
+    POST_NORM,
+    PRE_NORM,
+    adapter_for,
+    block_of,
+    overrides_at,
+    places_in,
+)
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._off import is_off
 from peft_kernels.nn._replaced import hand_on_hooks, has_given_forward
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter
-
-_POST_NORM = {"dense", "dropout", "LayerNorm"}
-_PRE_NORM = {"self_attn", "mlp", "post_attention_layernorm"}
 
 
 def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str]:
@@ -46,35 +50,46 @@ def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str
     houlsby     attention and        ``LN(f + i + u(f))``                      ``f + i + u(f)``
                 feed-forward
     parallel    feed-forward         ``LN(f + i + u(i))``                      ``f + i + u(i)``
+    adapterplus feed-forward         ``LN(f + i) + u(LN(f + i))``              ``f + i + u(f + i)``
     ==========  ===================  ========================================  ===================
 
-    These are the `adapters` library's seq_bn, double_seq_bn and par_bn. LayerNorms stay frozen;
-    Houlsby et al. train them, which ``requires_grad_`` on them does.
+    These are the `adapters` library's seq_bn, double_seq_bn, par_bn and AdapterPlusConfig, the last
+    but for its stochastic depth. LayerNorms stay frozen; Houlsby et al. train them, which
+    ``requires_grad_`` on them does. f is what is added to i: where a sublayer ends in a norm of its
+    own, that norm's output.
 
     Args:
         model: a model of a family that the module's docstring names.
-        preset: "pfeiffer", "houlsby" or "parallel".
-        overrides: arguments of :meth:`peft_kernels.nn.BottleneckAdapter.from_preset`. Device and
-            dtype are those of the block where nothing else is said.
+        preset: "pfeiffer", "houlsby", "parallel" or "adapterplus".
+        overrides: arguments of :meth:`peft_kernels.nn.BottleneckAdapter.from_preset`, e.g.
+            ``bottleneck_size`` or ``reduction``; or ``reduction_factor``, the `adapters` library's
+            name for the latter: a number, or numbers by layer, ``{"1": 8, "default": 16}``. Device
+            and dtype are those of the block where nothing else is said.
 
     Returns:
         The adapters' paths in the model.
 
     Raises:
         ValueError: an unknown preset, a model with no block that is known, or one that has adapters
-            already. The model is unchanged then.
+            already; a block whose norms aren't known, for "houlsby" and "parallel", which need to
+            know what they do.
+        TypeError: a block that is sharded, or offloaded.
+        The model is unchanged when one is raised.
     """
-    check_choice("preset", preset, tuple(name for name in PRESETS if name != "adapterplus"))
-    places = list(_places(model, preset))
+    check_choice("preset", preset, tuple(PRESETS))
+    places = list(places_in(model, preset))
     if not places:
         raise ValueError(
             f"model has no block that adapters can go into; got {type(model).__name__}, and blocks "
-            f"need the parts {', '.join(sorted(_POST_NORM))} or {', '.join(sorted(_PRE_NORM))}"
+            f"need the parts {', '.join(sorted(POST_NORM))} or {', '.join(sorted(PRE_NORM))}"
         )
     if taken := [path for path, module, _ in places if "adapter" in module._modules]:
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
     check_places(places)
-    made = [_adapter_for(module, preset, overrides) for _, module, _ in places]
+    made = [
+        adapter_for(module, preset, overrides_at(path, overrides), path)
+        for path, module, _ in places
+    ]
     model.requires_grad_(False)
     let_gradients_through(model)
     for (path, _, style), adapter in zip(places, made, strict=True):
@@ -94,11 +109,12 @@ def insert_adapter(
         model: the model.
         path: the module's path in it.
         adapter: a :class:`peft_kernels.nn.BottleneckAdapter`, or what is called like one.
-        style: "residual", or "parallel", where the adapter reads the input of the layer whose
-            ``mlp`` this is and adds its update to y.
+        style: "residual", or "parallel", where the adapter reads the input of the feed-forward
+            sublayer whose ``mlp`` or last norm this is, and adds its update to y.
 
     Raises:
-        ValueError: no such path, an unknown style, or a module that has a child ``adapter``.
+        ValueError: no such path, an unknown style, a module that has a child ``adapter``, or a
+            "parallel" one in a layer whose norms aren't known.
     """
     check_choice("style", style, tuple(_HOOKS))
     try:
@@ -107,13 +123,30 @@ def insert_adapter(
         raise ValueError(f"path must name a module of the model; got {path!r}") from error
     if "adapter" in module._modules:
         raise ValueError(f"{path} has a module named adapter already")
+    keepers = _keepers(model, plain_name(model, path)) if style == "parallel" else []
     module.add_module("adapter", adapter.train(module.training))
     module.register_forward_hook(_HOOKS[style])
     choose_fast_paths(unwrapped(model))
-    if style == "parallel":
-        layer = submodule(model, plain_name(model, path).rpartition(".")[0])
-        norm = submodule(layer, "post_attention_layernorm")
-        norm.register_forward_hook(_keep_input)
+    for keeper, hook in keepers:
+        keeper.register_forward_hook(hook)
+
+
+def _keepers(model: nn.Module, path: str) -> list[tuple[nn.Module, Any]]:
+    """What brings the feed-forward sublayer's input to the module there: modules and their hooks.
+
+    Raises a ValueError if the module isn't that sublayer's ``mlp``, nor its end.
+    """
+    parent, _, name = path.rpartition(".")
+    layer = submodule(model, parent)
+    block = block_of(layer, parent)
+    if name not in ("mlp", block.mlp_end):
+        raise ValueError(
+            f"path must end in mlp or {block.mlp_end} for a parallel adapter; got {path!r}"
+        )
+    keepers: list[tuple[nn.Module, Any]] = [(submodule(layer, block.reads), _keep_input)]
+    if name != "mlp" and block.reads != "mlp":
+        keepers.append((submodule(layer, "mlp"), _pass_on_input))
+    return keepers
 
 
 def fuse_adapters(
@@ -178,7 +211,7 @@ def remove_adapters(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if hook in _HOOKS.values():
                 del module._forward_hooks[key], module._modules["adapter"]
-            elif hook is _keep_input:
+            elif hook in (_keep_input, _pass_on_input):
                 del module._forward_hooks[key]
     choose_fast_paths(unwrapped(model))
 
@@ -261,82 +294,47 @@ def _adapt(module: Any, args: tuple, output: Any) -> Any:
     """Forward hook: the output through the module's adapter, with itself as the residual."""
     if is_off(module):
         return output
-    y = output[0] if isinstance(output, tuple) else output
+    y = _first(output)
     adapted = module.adapter(y, residual=y)
     return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
-_INPUT = "_peft_kernels_input"  # an attribute of a norm's output
+_INPUT = "_peft_kernels_input"  # an attribute of what a norm or an mlp returns
 
 
-def _adapt_in_parallel(module: Any, args: tuple, output: Tensor) -> Tensor:
-    """Forward hook: adds the update of the input that the layer's norm was given."""
+def _adapt_in_parallel(module: Any, args: tuple, output: Any) -> Any:
+    """Forward hook: adds the update of what the module's argument brings along."""
     if is_off(module):
         return output
     kept = getattr(args[0], _INPUT, None) if args else None
     if kept is None:
         raise RuntimeError(
-            f"{type(module).__name__} has a parallel adapter, and must be called with what its "
-            "layer's norm returned, which holds the adapter's input; call the layer, or use the "
-            "preset 'pfeiffer'"
+            f"{type(module).__name__} has a parallel adapter, and must be called with what the "
+            "module before it returned, which holds the adapter's input; call the layer, or use "
+            "the preset 'pfeiffer'"
         )
-    return module.adapter(kept, residual=output)
+    adapted = module.adapter(kept, residual=_first(output))
+    return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
-def _keep_input(module: nn.Module, args: tuple, output: Tensor) -> None:
-    """Forward hook of a norm: its output holds its input, for the adapter beside the next module.
+def _keep_input(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of a norm or mlp: its output holds its input, for an adapter further on.
 
     So the input belongs to the call and goes with the output, whatever other calls run meanwhile.
     """
-    setattr(output, _INPUT, args[0])
+    setattr(_first(output), _INPUT, args[0])
+
+
+def _pass_on_input(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of an mlp: its output holds what its input does."""
+    setattr(_first(output), _INPUT, getattr(args[0], _INPUT, None))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
 
 
 _HOOKS = {"residual": _adapt, "parallel": _adapt_in_parallel}
-
-
-# ---- places ------------------------------------------------------------------------------------
-
-
-def _places(model: nn.Module, preset: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Path, module and style of each place for an adapter."""
-    for path, module in plain_modules(model).items():
-        names = set(module._modules)
-        if names >= _PRE_NORM:
-            if preset == "pfeiffer":
-                yield path, module, "residual"
-            if preset == "houlsby":
-                yield f"{path}.self_attn", submodule(module, "self_attn"), "residual"
-            if preset != "pfeiffer":
-                style = "residual" if preset == "houlsby" else "parallel"
-                yield f"{path}.mlp", submodule(module, "mlp"), style
-        elif _ends_a_sublayer(module) and (
-            preset == "houlsby" or not path.endswith("attention.output")
-        ):
-            yield path, module, _POST_STYLES[2] if preset == "parallel" else preset
-
-
-def _ends_a_sublayer(module: nn.Module) -> bool:
-    if not set(module._modules) >= _POST_NORM:
-        return False
-    return list(inspect.signature(module.forward).parameters) == ["hidden_states", "input_tensor"]
-
-
-def _adapter_for(module: nn.Module, preset: str, overrides: dict[str, Any]) -> BottleneckAdapter:
-    weight = next(module.parameters())
-    hidden_size = _hidden_size(module)
-    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    return BottleneckAdapter.from_preset(preset, hidden_size, **(place | overrides))
-
-
-def _hidden_size(module: nn.Module) -> int:
-    if "LayerNorm" in module._modules:
-        return next(submodule(module, "LayerNorm").parameters()).shape[0]
-    for name in ("mlp.down_proj", "down_proj", "o_proj"):
-        try:
-            return submodule(module, name).out_features  # type: ignore[return-value]
-        except AttributeError:
-            continue
-    raise ValueError(f"model has a block whose hidden size can't be told: {type(module).__name__}")
 
 
 def _put(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None:

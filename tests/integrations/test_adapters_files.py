@@ -298,7 +298,7 @@ def assert_refused(load, model, match, error=ValueError):
         {"phm_layer": True},
         {"stochastic_depth": 0.1},
         {"cross_adapter": True},
-        {"original_ln_after": False},
+        {"original_ln_after": False, "residual_before_ln": True},
         {"residual_before_ln": False},
         {"residual_before_ln": "post_add"},
         {"ln_after": True, "adapter_residual_before_ln": True},
