@@ -60,6 +60,33 @@ def batches_seen(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def freeze(model: nn.Module, train_head: bool | None) -> None:
+    """Has nothing in the model train but, if asked for, the head of a task.
+
+    Args:
+        model: any.
+        train_head: whether what trains of a classification head goes on. None freezes it too, and
+            says so in a RuntimeWarning: a new one would stay at random.
+    """
+    known = {name for names in HEADS.values() for name in names}
+    children = {name: child for name, child in unwrapped(model)._modules.items() if child}
+    heads = [name for name in children if name in known]
+    trains = {p: name for name in heads for p in children[name].parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    if train_head:
+        for parameter in trains:
+            parameter.requires_grad_(True)
+    elif train_head is None and trains:
+        head = next(iter(trains.values()))
+        warnings.warn(
+            f"the head {head} is frozen with the rest of the model: train_head=True lets it train, "
+            f"as a new one must, or model.{head}.requires_grad_(True); train_head=False if it is "
+            "trained already",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 # ---- choosing --------------------------------------------------------------------------------
 
 

@@ -48,6 +48,16 @@ from peft_kernels.integrations._adapters_config import (
     settings_of,
     the_one,
 )
+from peft_kernels.integrations._adapters_heads import (
+    HEAD_FILES,
+    Head,
+    head_header,
+    head_tensors,
+    head_to_write,
+    read_head,
+    take_over,
+    warn_of_left_out,
+)
 from peft_kernels.integrations._adapters_places import (
     Place,
     adapt_embeddings,
@@ -94,30 +104,43 @@ class _Loaded(NamedTuple):
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], name: str, *, safetensors: bool = True
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    safetensors: bool | None = None,
+    with_head: bool | None = None,
 ) -> None:
-    """Writes the model's adapter as `adapters` would.
+    """Writes the model's adapter, and its head, as `adapters` would.
 
-    There, ``model.load_adapter(folder, use_safetensors=True)`` loads it, or without the argument
-    where it was saved with ``safetensors=False``. A folder that exists keeps its other files, but
-    for weights in the other format.
+    There, ``model.load_adapter(folder)`` loads it, with ``use_safetensors=True`` or without. A
+    folder that exists keeps its other files, but for weights in a format that isn't written. What
+    else trains, such as LayerNorms, has no place in the format: a UserWarning names it.
 
     Args:
         model: a model of a family above with adapters of ``insert_adapters`` or
             :func:`load_adapter`.
         folder: where the config and the weights go.
         name: what the adapter is called there; without dots and commas.
-        safetensors: whether the weights go to ``adapter.safetensors``, or ``pytorch_adapter.bin``.
+        safetensors: True for ``adapter.safetensors`` alone, which is loaded there with
+            ``use_safetensors=True``; False for ``pytorch_adapter.bin`` alone, which is loaded
+            without it; None for both.
+        with_head: whether the model's head is written too, which `adapters` loads into a model of
+            the same class. By default where it trains, or came out of a folder.
 
     Raises:
-        ValueError: an unfit name, a model of another family, no adapters or fused ones, or adapters
-            that one config can't describe.
+        ValueError: an unfit name, a model of another family, no adapters or fused ones, adapters
+            that one config can't describe, or no head to write.
     """
     host = host_of(model)
     _check_name(name)
     adapters = adapters_by_place(host, BottleneckAdapter)
     invertible = embeddings_of(host)._modules.get("invertible_adapter")
+    head = head_to_write(host, with_head)
     _write_adapter(host, Path(folder), name, adapters, invertible, safetensors)
+    _write_head(host, Path(folder), head, safetensors)
+    parts = [adapter for _, adapter in adapters] + ([invertible] if invertible else [])
+    warn_of_left_out(host, parts, head.values())
 
 
 def save_fusion(
@@ -125,7 +148,8 @@ def save_fusion(
     folder: str | os.PathLike[str],
     names: Sequence[str],
     *,
-    safetensors: bool = True,
+    safetensors: bool | None = None,
+    with_head: bool | None = None,
 ) -> None:
     """Writes the model's fusion to ``folder``, and each adapter to ``folder/<name>``.
 
@@ -136,7 +160,8 @@ def save_fusion(
         model: a model with fusions of ``fuse_adapters`` or :func:`load_fusion`.
         folder: where the files go.
         names: what the adapters are called, in the fusion's order.
-        safetensors: as for :func:`save_adapter`.
+        safetensors, with_head: as for :func:`save_adapter`; the head goes to ``folder``, where
+            ``load_adapter_fusion(folder, with_head=True)`` finds it.
 
     Raises:
         ValueError: as for :func:`save_adapter`, another number of names than of adapters, or what
@@ -152,44 +177,67 @@ def save_fusion(
     tensors: dict[str, Tensor] = {}
     for place, fusion in fusions:
         tensors |= fusion_tensors(f"{place.key}.adapter_fusion_layer.{','.join(names)}", fusion)
+    head = head_to_write(host, with_head)
     children = [[(place, f.adapters[n]) for place, f in fusions] for n in range(len(names))]
     for name, adapters in zip(names, children, strict=True):
         check_fusable(f"adapter {name}", _config_of(host, adapters, None))
     for name, adapters in zip(names, children, strict=True):
         _write_adapter(host, Path(folder) / name, name, adapters, None, safetensors)
     header = _header(host, ",".join(names), dict(config)) | {"adapter_names": list(names)}
-    _write(host, Path(folder), FUSION_FILES, header, tensors, safetensors)
+    _write_inside(host, Path(folder), FUSION_FILES, header, tensors, safetensors)
+    _write_head(host, Path(folder), head, safetensors)
+    warn_of_left_out(host, [fusion for _, fusion in fusions], head.values())
 
 
 def _write_adapter(
-    host: Any, folder: Path, name: str, adapters: list, invertible: Any, as_safetensors: bool
+    host: Any, folder: Path, name: str, adapters: list, invertible: Any, as_safetensors: bool | None
 ) -> None:
     config = _config_of(host, adapters, invertible)
     tensors = invertible_tensors(name, invertible)
     for place, adapter in adapters:
         tensors |= adapter_tensors(f"{place.key}.adapters.{name}", adapter)
-    _write(host, folder, ADAPTER_FILES, _header(host, name, config), tensors, as_safetensors)
+    _write_inside(host, folder, ADAPTER_FILES, _header(host, name, config), tensors, as_safetensors)
 
 
-def _write(
+def _write_inside(
     host: Any,
     folder: Path,
     files: tuple[str, ...],
     header: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    as_safetensors: bool,
+    as_safetensors: bool | None,
 ) -> None:
-    tensors = {f"{host.base_model_prefix}.{k}": whole(t.detach()) for k, t in tensors.items()}
-    if as_safetensors:
-        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    else:
+    """Writes tensors of the base model."""
+    tensors = {f"{host.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
+    _write(folder, files, header, tensors, as_safetensors)
+
+
+def _write_head(
+    host: Any, folder: Path, head: Mapping[str, Tensor], as_safetensors: bool | None
+) -> None:
+    if head:
+        _write(folder, HEAD_FILES, head_header(host, _header(host, "", {})), head, as_safetensors)
+
+
+def _write(
+    folder: Path,
+    files: tuple[str, ...],
+    header: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    as_safetensors: bool | None,
+) -> None:
+    tensors = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+    contents = {files[0]: json.dumps(header, indent=2, sort_keys=True).encode()}
+    if as_safetensors is not False:
+        contents[files[1]] = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    if not as_safetensors:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
-        data = buffer.getvalue()
-    config = json.dumps(header, indent=2, sort_keys=True).encode()
-    weights, stale = files[1:] if as_safetensors else files[:0:-1]
-    write_files(folder, {weights: data, files[0]: config})
-    (folder / stale).unlink(missing_ok=True)
+        contents[files[2]] = buffer.getvalue()
+    write_files(folder, contents)
+    for stale in files[1:]:
+        if stale not in contents:
+            (folder / stale).unlink(missing_ok=True)
 
 
 def _header(host: Any, name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -245,8 +293,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
     seq_bn, double_seq_bn and par_bn, their variants and NICE's invertible adapters can be had;
     the latter are called on the embeddings, as the child ``invertible_adapter`` of the module.
-    ``adapter.safetensors`` is read, or else ``pytorch_adapter.bin``, with ``weights_only=True``. A
-    head in the folder is left alone.
+    ``adapter.safetensors`` is read, or else ``pytorch_adapter.bin``, with ``weights_only=True``.
+
+    A head in the folder is copied into the model's, with its labels, and frozen with the rest.
+    Where it is of another class of models, or of one that `adapters` builds, it is left out, and a
+    UserWarning says so.
 
     Args:
         model: a model of a family above without adapters.
@@ -263,7 +314,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """
     host = host_of(model)
     loaded = _read_adapter(host, Path(folder))
+    head = _checked_head(host, Path(folder))
     insert(host, loaded.places, loaded.adapters)
+    _put_head(host, head)
     if loaded.invertible is not None:
         embeddings = embeddings_of(host)
         embeddings.add_module("invertible_adapter", loaded.invertible.train(host.training))
@@ -277,6 +330,8 @@ def load_fusion(
     adapter_folders: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> list[str]:
     """Puts an AdapterFusion and the adapters under it into the model; all but the fusion is frozen.
+
+    A head in ``folder`` is read as by :func:`load_adapter`; those beside the adapters aren't.
 
     A ``dropout_prob`` that isn't given is the model's ``attention_probs_dropout_prob``.
 
@@ -318,7 +373,9 @@ def load_fusion(
     # `adapters` writes the fusions along whose names begin with this one's.
     mine = f".adapter_fusion_layer.{header['name']}."
     _fill(targets, {key: t for key, t in tensors.items() if mine in key}, folder)
+    head = _checked_head(host, folder)
     insert(host, loaded[0].places, fusions)
+    _put_head(host, head)
     return [f"{place.path}.adapter" for place in loaded[0].places]
 
 
@@ -408,8 +465,26 @@ def read_tensors(host: Any, folder: Path, files: tuple[str, ...]) -> dict[str, T
     return {key.removeprefix(prefix): tensor for key, tensor in tensors_in(present[0]).items()}
 
 
+def _checked_head(host: Any, folder: Path) -> Head | None:
+    head = read_head(host, folder)
+    if head is not None:
+        _check_fit(head_tensors(host), head.tensors, folder)
+    return head
+
+
+def _put_head(host: Any, head: Head | None) -> None:
+    if head is not None:
+        _copy(head_tensors(host), head.tensors)
+        take_over(host, head)
+
+
 def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Copies a file's tensors into parameters, once all of them fit."""
+    _check_fit(targets, tensors, folder)
+    _copy(targets, tensors)
+
+
+def _check_fit(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
     missing, unexpected = sorted(targets.keys() - tensors), sorted(tensors.keys() - targets)
     if missing or unexpected:
         raise ValueError(
@@ -424,9 +499,12 @@ def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: 
             raise ValueError(f"{key} must be floating-point; got {tensor.dtype}")
     for key, target in targets.items():
         check_memory(target, key)
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(tensors[key])
+
+
+@torch.no_grad()
+def _copy(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for key, target in targets.items():
+        target.copy_(tensors[key])
 
 
 def _check_name(name: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from peft_kernels._fast_paths import choose_fast_paths
 from peft_kernels._input_grads import let_gradients_through
+from peft_kernels._modules_to_save import freeze
 from peft_kernels._names import plain_modules, plain_name, replace_module, submodule, unwrapped
 from peft_kernels.integrations._blocks import (
     POST_NORM,
@@ -38,7 +39,9 @@ from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter
 
 
-def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str]:
+def insert_adapters(
+    model: nn.Module, preset: str, *, train_head: bool | None = None, **overrides: Any
+) -> list[str]:
     """Freezes the model and puts a new adapter at each place where a method wants one.
 
     With f a sublayer's output, i its input, LN a post-LayerNorm block's norm and u the update:
@@ -61,6 +64,9 @@ def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str
     Args:
         model: a model of a family that the module's docstring names.
         preset: "pfeiffer", "houlsby", "parallel" or "adapterplus".
+        train_head: whether a head for classification or answers (``classifier``, ``score``,
+            ``qa_outputs``) stays trainable where it is. By default it is frozen too, with a
+            RuntimeWarning.
         overrides: arguments of :meth:`peft_kernels.nn.BottleneckAdapter.from_preset`, e.g.
             ``bottleneck_size`` or ``reduction``; or ``reduction_factor``, the `adapters` library's
             name for the latter: a number, or numbers by layer, ``{"1": 8, "default": 16}``. Device
@@ -90,7 +96,7 @@ def insert_adapters(model: nn.Module, preset: str, **overrides: Any) -> list[str
         adapter_for(module, preset, overrides_at(path, overrides), path)
         for path, module, _ in places
     ]
-    model.requires_grad_(False)
+    freeze(model, train_head)
     let_gradients_through(model)
     for (path, _, style), adapter in zip(places, made, strict=True):
         _put(model, path, adapter, style)
