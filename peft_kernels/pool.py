@@ -24,7 +24,7 @@ from peft_kernels._store import PoolMemory, Store
 from peft_kernels._versions import Source, Version, new_version, read_version
 from peft_kernels.nn._bases import check_bases
 from peft_kernels.nn.lora import init_adapter_
-from peft_kernels.nn.multi_lora import MultiLoRALinear
+from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.ops.multi_lora_linear import PAGE
 from peft_kernels.swap import named, replace_modules, required_targets
 
@@ -54,6 +54,7 @@ class AdapterPool:
     _store: Store
     _router: Router
     _thawed: Sequence[nn.Parameter]  # what required gradients before
+    _holders: Sequence[nn.Module]  # whose zero_grad() is told of the layers below
     _slots: int
     _max_rank: int
 
@@ -103,7 +104,7 @@ class AdapterPool:
             TypeError: a target that isn't a plain linear layer, or a value of the wrong type.
             Nothing is changed when one is raised.
         """
-        model = unwrapped(model)
+        given, model = model, unwrapped(model)
         if not isinstance(target_modules, str):
             target_modules = list(target_modules)
         targets = required_targets(
@@ -154,6 +155,9 @@ class AdapterPool:
         for method, around in self._arounds():
             if callable(getattr(model, method, None)):
                 wrap(model, method, around)
+        self._holders = holders(given)
+        for module in self._holders:
+            wrap(module, "zero_grad", zero_grads)
         return self
 
     def _arounds(self) -> list[tuple[str, Callable[..., Any]]]:
@@ -181,10 +185,12 @@ class AdapterPool:
         layers = self._store.close()
         for method, around in self._arounds():
             unwrap(self._model, method, around)
+        for module in self._holders:
+            unwrap(module, "zero_grad", zero_grads)
         replace_modules(self._model, {layer: layer.plain() for layer in layers.values()})
         choose_fast_paths(self._model)
         self._thaw()
-        self._thawed = []
+        self._thawed, self._holders = [], []
 
     # ---- adapters ----------------------------------------------------------------------------
 
@@ -376,7 +382,8 @@ class AdapterPool:
         """The matrices of a trainable adapter: ``<layer>.lora_A`` and ``<layer>.lora_B``.
 
         A is [r, k]; B is [r, n], transposed as the pages hold it. They are views of the pages, so
-        that an optimizer's step is there in the next forward, and they aren't the model's own.
+        that an optimizer's step is there in the next forward, and they aren't the model's own: only
+        its ``zero_grad()`` reaches them, and that of wrappers that :meth:`attach` was given.
 
         Raises:
             ValueError: there is no adapter of this name, or it isn't trainable.

@@ -407,3 +407,42 @@ def test_a_bad_create_changes_nothing(error, named, options):
         pool.create(settings.pop("name"), settings.pop("r"), **settings)
     assert pool.names() == ["a"] and pool.memory() == before[0]
     assert all(map(torch.equal, before[1], pool.parameters("a")))
+
+
+# ---- zero_grad -----------------------------------------------------------------------------------
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("of", ["model", "inner", "layer", "wrapper"])
+def test_zero_grad_of_a_model_reaches_its_pool(of, set_to_none):
+    model = Outer(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    wrapper = torch.compile(model, backend="eager")
+    pool = AdapterPool.attach(wrapper, ["inner.0"], capacity=16)
+    for name in ("a", "b"):
+        pool.create(name, 2, alpha=4)
+    for parameter in (*pool.parameters("a"), *pool.parameters("b")):
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 8)
+    asked = {"model": model, "inner": model.inner, "layer": model.inner[0], "wrapper": wrapper}[of]
+
+    def gradients():
+        with pool.route(["a", "b"]):
+            model(x).square().sum().backward()
+        return [p.grad.clone() for name in "ab" for p in pool.parameters(name)]
+
+    first = gradients()
+    asked.zero_grad(set_to_none=set_to_none)
+    for parameter in (*pool.parameters("a"), *pool.parameters("b")):
+        assert parameter.grad is None if set_to_none else not parameter.grad.any()
+    torch.testing.assert_close(gradients(), first)
+    pool.detach()
+    assert not any("zero_grad" in vars(module) for module in wrapper.modules())

@@ -210,6 +210,16 @@ class MultiLoRALinear(nn.Linear):
             self._gradient_rows[ranks] = tensor
         return tensor
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of what the layer has, and of the adapters that train in it."""
+        super().zero_grad(set_to_none)
+        for one in list(self.bound.values()):
+            for parameter in (one.lora_a, one.lora_b):
+                if set_to_none or parameter.grad is None:
+                    parameter.grad = None
+                else:
+                    parameter.grad = torch.zeros_like(parameter.grad)
+
     # Writes go through .data: whoever writes knows that no graph reads those rows any more, and
     # graphs that read others must not take the whole buffer for modified.
 
@@ -306,3 +316,22 @@ class MultiLoRALinear(nn.Linear):
         slots, max_pages = self.table.shape
         pages = self.pages_a.shape[0] // PAGE
         return f"{super().extra_repr()}, slots={slots}, pages={pages}, max_rank={max_pages * PAGE}"
+
+
+def holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that have a MultiLoRALinear somewhere below them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths: set[str] = set()
+    for path, module in modules.items():
+        while isinstance(module, MultiLoRALinear) and path:
+            path = path.rpartition(".")[0]
+            paths.add(path)
+    return list(dict.fromkeys(modules[path] for path in paths))
+
+
+def zero_grads(module: nn.Module, proceed: Callable[..., None], set_to_none: bool = True) -> None:
+    """Around a module's ``zero_grad``: adapters that train in layers below it are told too."""
+    proceed(set_to_none)
+    for layer in module.modules():
+        if isinstance(layer, MultiLoRALinear):
+            layer.zero_grad(set_to_none)
