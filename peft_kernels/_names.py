@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,6 +99,23 @@ def plain_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers of :func:`unwrapped`'s model by their names without wrappers."""
     model = unwrapped(model)
     return {plain_name(model, name): buffer for name, buffer in model.named_buffers()}
+
+
+@contextmanager
+def gathered(model: nn.Module, *, writes: bool = False) -> Iterator[None]:
+    """Has modules inside of FullyShardedDataParallel whole parameters, in every process.
+
+    Args:
+        model: any, wrapped or not; without FSDP nothing is done.
+        writes: whether what is written to them inside goes to the shards.
+    """
+    if any(_FSDP in names_of(type(module)) for module in model.modules()):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(model, writeback=writes):
+            yield
+    else:
+        yield
 
 
 def check_late_parameters(model: nn.Module, action: str) -> None:

@@ -38,7 +38,7 @@ from peft_kernels._modules_to_save import (
     targets_in,
     writable_task_type,
 )
-from peft_kernels._names import check_late_parameters, plain_modules, unwrapped
+from peft_kernels._names import check_late_parameters, gathered, plain_modules, unwrapped
 from peft_kernels.nn._bases import check_bases, check_memory
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
@@ -132,7 +132,7 @@ def save_adapter(
         model: a model with LoRALinear layers below it, merged or not. It and its modules may be
             wrapped, in any order: by DistributedDataParallel, DataParallel, FSDP, torch.compile,
             activation checkpointing, AveragedModel, whose average is written. The names are those
-            of the model without wrappers.
+            of the model without wrappers. Of FSDP's every process must call this.
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
         task_type: PEFT's name of the task, by which its Auto classes load the folder: "CAUSAL_LM",
             "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS" or "FEATURE_EXTRACTION". By
@@ -144,7 +144,16 @@ def save_adapter(
             something trains that the format has no place for, such as the base of a LoRA layer.
         NotADirectoryError: ``folder`` is a file.
     """
-    model = unwrapped(model)
+    with gathered(model):
+        _save(unwrapped(model), folder, task_type, modules_to_save)
+
+
+def _save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    task_type: str | None,
+    modules_to_save: Sequence[str],
+) -> None:
     settings = settings_of(model)
     layers = _lora_layers(model)
     if not layers or "" in layers:
@@ -295,7 +304,14 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         RuntimeError: a layer is merged, or on the meta device.
         Nothing is changed when one is raised.
     """
-    config, adapters, modules = read_adapter(folder)
+    contents = read_adapter(folder)
+    with gathered(model, writes=True):
+        _load(model, contents)
+    return model
+
+
+def _load(model: nn.Module, contents: Contents) -> None:
+    config, adapters, modules = contents
     plain = unwrapped(model)
     layers: dict[str, Any] = _lora_layers(plain)
     swaps = not layers
@@ -324,7 +340,6 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     fill(plain, targets, modules, names)
     task_type = config.get("task_type")
     remember(plain, task_type=task_type if task_type in TASK_TYPES else None, modules=names or None)
-    return model
 
 
 def read_adapter(
