@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._names import plain_modules, unwrapped
+from peft_kernels._names import plain_modules, plain_parameters, unwrapped
 from peft_kernels.nn._bases import check_memory, is_sharded
 from peft_kernels.nn.lora import LoRALinear
 
@@ -197,6 +197,27 @@ def _trained(model: nn.Module, modules: Mapping[str, nn.Module], own: Iterable[s
             stacklevel=5,
         )
     return found
+
+
+def warn_of_left_out(model: nn.Module, written: Iterable[str]) -> None:
+    """Says what trains in a model that is frozen else, and isn't in a folder.
+
+    Args:
+        model: unwrapped.
+        written: names of parameters that are in it; those of our own modules are known to be.
+    """
+    parameters, known = plain_parameters(model), set(written)
+    own = [name for name, module in plain_modules(model).items() if _is_ours(module)]
+    if all(p.requires_grad for p in parameters.values()):
+        return
+    trains = [name for name, p in parameters.items() if p.requires_grad and name not in known]
+    if left := [name for name in trains if not _is_below(name, own)]:
+        warnings.warn(
+            f"what trains beside isn't in the folder: {', '.join(left[:5])}"
+            f"{' and others' if left[5:] else ''}; {_ALTERNATIVE}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_base_is_frozen(name: str, trains: Iterable[str]) -> None:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_kernels._folder import tensors_in
 from peft_kernels._modules_to_save import remember, settings_of, tensors_of
-from peft_kernels._names import plain_parameters
 
 HEAD_FILES = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 
@@ -64,19 +62,6 @@ def head_header(host: Any, header: dict[str, Any]) -> dict[str, Any]:
         "num_labels": getattr(host.config, "num_labels", None),
     }
     return header | own
-
-
-def warn_of_left_out(host: Any, written: Iterable[nn.Module], head: Iterable[Tensor]) -> None:
-    """Says what trains and isn't in the folder: the format has adapters and heads alone."""
-    known = {id(p) for module in written for p in module.parameters()} | {id(t) for t in head}
-    left = [n for n, p in plain_parameters(host).items() if p.requires_grad and id(p) not in known]
-    if left:
-        warnings.warn(
-            f"what trains beside the adapters isn't in the folder: {', '.join(left[:5])}"
-            f"{' and others' if left[5:] else ''}; model.state_dict() holds it",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 # ---- load --------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels._folder import tensors_in, whole, write_files
+from peft_kernels._modules_to_save import warn_of_left_out
 from peft_kernels._names import unwrapped
 from peft_kernels.integrations._adapters_config import (
     DEFAULTS,
@@ -56,7 +57,6 @@ from peft_kernels.integrations._adapters_heads import (
     head_to_write,
     read_head,
     take_over,
-    warn_of_left_out,
 )
 from peft_kernels.integrations._adapters_places import (
     Place,
@@ -139,8 +139,7 @@ def save_adapter(
     head = head_to_write(host, with_head)
     _write_adapter(host, Path(folder), name, adapters, invertible, safetensors)
     _write_head(host, Path(folder), head, safetensors)
-    parts = [adapter for _, adapter in adapters] + ([invertible] if invertible else [])
-    warn_of_left_out(host, parts, head.values())
+    warn_of_left_out(host, head)
 
 
 def save_fusion(
@@ -186,7 +185,7 @@ def save_fusion(
     header = _header(host, ",".join(names), dict(config)) | {"adapter_names": list(names)}
     _write_inside(host, Path(folder), FUSION_FILES, header, tensors, safetensors)
     _write_head(host, Path(folder), head, safetensors)
-    warn_of_left_out(host, [fusion for _, fusion in fusions], head.values())
+    warn_of_left_out(host, head)
 
 
 def _write_adapter(

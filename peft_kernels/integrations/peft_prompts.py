@@ -37,7 +37,7 @@ from peft_kernels._folder import (
     whole,
     write_files,
 )
-from peft_kernels._modules_to_save import HEADS
+from peft_kernels._modules_to_save import HEADS, warn_of_left_out
 from peft_kernels._names import unwrapped
 from peft_kernels.integrations._peft_prompt_config import (
     MULTITASK,
@@ -102,7 +102,8 @@ def save_prompt(
             "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS" or "FEATURE_EXTRACTION".
         base_model_name_or_path: of the model; by default what the model's config says.
         modules_to_save: modules of the model, by the ends of their names, whose parameters are
-            written too. A classifier's always are, as PEFT wants them.
+            written too. A classifier's always are, as PEFT wants them. What else trains in a frozen
+            model is left out, and a UserWarning names it.
 
     Raises:
         ValueError: several prompts and no ``task``, no or an unknown task type, no model for the
@@ -116,7 +117,10 @@ def save_prompt(
     with torch.no_grad():
         kind, tensors, fields = _contents(module, task, task_type)
     names = (*modules_to_save, *HEADS.get(task_type, ()))
-    tensors |= module_tensors(model, names, modules_to_save)
+    beside = module_tensors(model, names, modules_to_save)
+    if model is not None:
+        warn_of_left_out(model, [key.removeprefix(MODULE_PREFIX) for key in beside])
+    tensors |= beside
     given = {"task_type": task_type, "modules_to_save": list(dict.fromkeys(names)) or None}
     if base_model_name_or_path is not None:
         given["base_model_name_or_path"] = base_model_name_or_path

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_prompt(tmp_path, ours(make_gpt2, "prefix"), task_type="CAUSAL_LM")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_trains_beside_a_prompt_is_said_to_be_left_out(tmp_path):
+    model = base(make_llama).requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    prompt = ours(make_llama, "prompt")
+    with pytest.warns(UserWarning, match=r"isn't in the folder: model\.norm\.weight"):
+        save_prompt(tmp_path / "without", prompt, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_prompt(tmp_path / "with", prompt, model=model, modules_to_save=["model.norm"])
+        save_prompt(tmp_path / "head", prompt, model=base(make_classifier))
 
 
 # ---- loading fails ---------------------------------------------------------------------------
