@@ -22,6 +22,7 @@ from rich.table import Table
 
 from peft_kernels._library import backend_of
 from peft_kernels.tools import UserError
+from peft_kernels.tools.errors import Error, errors_of
 from peft_kernels.tools.measure import Budget, Timing, interleaved
 from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.peak import peak_bytes
@@ -29,6 +30,8 @@ from peft_kernels.tools.printing import show
 
 LEGEND = (
     "A ratio is the median over rounds of this time / what the title names, in the same round. "
+    "In brackets: the error against float64 of the output and, with a backward, of the gradient "
+    "to x, whichever is worse: its rms over that of the exact values. "
     "What is saved for the backward is counted beyond x and the parameters."
 )
 MISSED = "missed"
@@ -57,13 +60,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """One case, measured: for each implementation its timing, what it saves for the backward, and
-    its peak above what was there before."""
+    """One case, measured: for each implementation its timing, what it saves for the backward,
+    its peak above what was there before, and but for the bare layer its error."""
 
     case: Any
     timings: dict[str, Timing]
     saved: dict[str, int]
     peak: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    errors: dict[str, Error] = dataclasses.field(default_factory=dict)
 
     def verdict(self, fused: str) -> str:
         """The target and whether ``fused`` reaches it, or nothing where no target is set."""
@@ -71,6 +75,13 @@ class Row:
             return ""
         reached = self.timings[fused].ratio <= self.case.target
         return f"≤ {self.case.target:.2f} {'reached' if reached else MISSED}"
+
+    def ratio(self, name: str) -> str:
+        """The ratio of an implementation, and its error."""
+        if name not in self.timings:
+            return NONE
+        error = f" ({self.errors[name].rms:.1e})" if name in self.errors else ""
+        return f"{self.timings[name].ratio:.2f}{error}"
 
 
 def bench(console: Console, request: Request) -> list[Row]:
@@ -90,6 +101,7 @@ def bench(console: Console, request: Request) -> list[Row]:
     _print_conditions(console, request, cases)
     rows = [measure(suite, case, request) for case in _tracked(console, cases, "measuring")]
     rows = [weigh(suite, row, request) for row in _tracked(console, rows, "weighing")]
+    rows = [compare(suite, row, request) for row in _tracked(console, rows, "comparing")]
     for title, header, body in tables(suite, rows):
         show(console, to_rich(title, header, body))
     console.print(LEGEND, style="dim")
@@ -145,6 +157,14 @@ def weigh(suite: ModuleType, row: Row, request: Request) -> Row:
     return dataclasses.replace(row, peak={name: peak_bytes(call) for name, call in calls.items()})
 
 
+def compare(suite: ModuleType, row: Row, request: Request) -> Row:
+    """The row with each implementation's error, but the bare layer's, which computes less."""
+    found = suite.implementations(row.case, device=request.device, compiled=request.compiled)
+    others = {name: one for name, one in found.items() if name != suite.BARE}
+    exact = suite.exact(row.case, device=request.device)
+    return dataclasses.replace(row, errors=errors_of(others, exact, row.case.backward))
+
+
 # ---- output ----------------------------------------------------------------------------------
 
 
@@ -177,7 +197,7 @@ def _time_table(suite: ModuleType, rows: list[Row]) -> Cells:
     body = []
     for row in rows:
         milliseconds = f"{1e3 * row.timings[suite.BARE].median:.3g}"
-        ratios = [f"{row.timings[n].ratio:.2f}" if n in row.timings else NONE for n in rivals]
+        ratios = [row.ratio(name) for name in rivals]
         body.append([row.case.shape, milliseconds, *ratios, row.verdict(suite.FUSED)])
     return f"{rows[0].case.group}, ratio to the {suite.BARE}", header, body
 
@@ -239,6 +259,7 @@ def to_record(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "timings": {name: dataclasses.asdict(t) for name, t in row.timings.items()},
             "saved_bytes": row.saved,
             "peak_bytes": row.peak,
+            "errors": {name: dataclasses.asdict(error) for name, error in row.errors.items()},
         }
         for row in rows
     ]

@@ -36,6 +36,14 @@ class Implementation:
         dy = torch.randn_like(self._forward_only())
         return lambda: torch.autograd.grad(self.forward(x), wanted, dy)
 
+    def results(self, dy: Tensor | None) -> tuple[Tensor, ...]:
+        """The output, and with ``dy``, the gradient of it, the gradient to x."""
+        if dy is None:
+            return (self._forward_only(),)
+        x = self.x.detach().requires_grad_()
+        y = self.forward(x)
+        return y.detach(), *torch.autograd.grad(y, x, dy.to(y.dtype))
+
     def saved_bytes(self) -> int:
         """Bytes kept for the backward beyond x and the parameters."""
         x = self.x.detach().requires_grad_()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_kernels.tools import bert_layers
 from peft_kernels.tools.case import BaseCase
@@ -79,10 +79,7 @@ def implementations(
     compiled: bool = False,
 ) -> dict[str, Implementation]:
     """The layers without adapters, ours and the rivals, on the same values."""
-    torch.manual_seed(0)
-    base = bert_layers.bert(case.hidden, case.layers, case.dtype, device)
-    x = torch.randn(case.batch, case.seq, case.hidden, device=device, dtype=case.dtype)
-    ours = bert_layers.with_adapters(base, case.preset, case.size, dropout_p)
+    base, ours, x = _inputs(case, device, dropout_p)
     found = {
         BARE: bert_layers.implementation(base.float(), x.float()),
         FUSED: bert_layers.implementation(ours, x),
@@ -95,3 +92,19 @@ def implementations(
         model = bert_layers.theirs(base.to(case.dtype), case.preset, [ours], dropout_p)
         found["adapters"] = bert_layers.implementation(model, x)
     return found
+
+
+def exact(case: Case, *, device: torch.device | str = "cpu") -> Implementation:
+    """The reference on the same values in float64."""
+    _, ours, x = _inputs(case, device, 0.0)
+    return bert_layers.implementation(ours.double(), x.double(), "reference")
+
+
+def _inputs(
+    case: Case, device: torch.device | str, dropout_p: float
+) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The layers without adapters and with them, and x."""
+    torch.manual_seed(0)
+    base = bert_layers.bert(case.hidden, case.layers, case.dtype, device)
+    x = torch.randn(case.batch, case.seq, case.hidden, device=device, dtype=case.dtype)
+    return base, bert_layers.with_adapters(base, case.preset, case.size, dropout_p), x

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_kernels.tools import bert_layers
 from peft_kernels.tools.case import BaseCase
@@ -80,12 +80,7 @@ def implementations(
     compiled: bool = False,
 ) -> dict[str, Implementation]:
     """The layers without adapters, ours and the rivals, on the same values."""
-    torch.manual_seed(0)
-    base = bert_layers.bert(case.hidden, case.layers, case.dtype, device)
-    x = torch.randn(case.batch, case.seq, case.hidden, device=device, dtype=case.dtype)
-    trained = [
-        bert_layers.with_adapters(base, "pfeiffer", case.size, 0.0) for _ in range(case.adapters)
-    ]
+    base, trained, x = _inputs(case, device)
     ours = bert_layers.with_fusion(base, trained)
     found = {
         BARE: bert_layers.implementation(base.float(), x.float()),
@@ -101,3 +96,21 @@ def implementations(
         bert_layers.copy_fusions(ours, model)
         found["adapters"] = bert_layers.implementation(model, x)
     return found
+
+
+def exact(case: Case, *, device: torch.device | str = "cpu") -> Implementation:
+    """The reference on the same values in float64."""
+    base, trained, x = _inputs(case, device)
+    ours = bert_layers.with_fusion(base, trained)
+    return bert_layers.implementation(ours.double(), x.double(), "reference")
+
+
+def _inputs(case: Case, device: torch.device | str) -> tuple[nn.Module, list[nn.Module], Tensor]:
+    """The layers without adapters, the same with each of the adapters, and x."""
+    torch.manual_seed(0)
+    base = bert_layers.bert(case.hidden, case.layers, case.dtype, device)
+    x = torch.randn(case.batch, case.seq, case.hidden, device=device, dtype=case.dtype)
+    trained = [
+        bert_layers.with_adapters(base, "pfeiffer", case.size, 0.0) for _ in range(case.adapters)
+    ]
+    return base, trained, x

@@ -97,18 +97,7 @@ def implementations(
     compiled: bool = False,
 ) -> dict[str, Implementation]:
     """The bare layer, ours and its rivals, on the same values. Peers take part where installed."""
-    torch.manual_seed(0)
-    inputs = SimpleNamespace(
-        **example_inputs(
-            case.m,
-            case.n,
-            case.k,
-            case.r,
-            dtype=case.dtype,
-            adapter_dtype=torch.float32,
-            device=device,
-        )
-    )
+    inputs = _inputs(case, device)
     found = {
         BARE: _bare(inputs),
         FUSED: _ours(inputs, dropout_p, "auto"),
@@ -122,6 +111,21 @@ def implementations(
         if importlib.util.find_spec(package):
             found[package] = build(inputs, dropout_p)
     return found
+
+
+def exact(case: Case, *, device: torch.device | str = "cpu") -> Implementation:
+    """The reference on the same values in float64."""
+    inputs = vars(_inputs(case, device))
+    wide = SimpleNamespace(**{name: tensor.double() for name, tensor in inputs.items()})
+    return _ours(wide, 0.0, "reference")
+
+
+def _inputs(case: Case, device: torch.device | str) -> SimpleNamespace:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"dtype": case.dtype, "adapter_dtype": torch.float32}
+    return SimpleNamespace(
+        **example_inputs(case.m, case.n, case.k, case.r, device=device, **options)
+    )
 
 
 def _bare(inputs) -> Implementation:

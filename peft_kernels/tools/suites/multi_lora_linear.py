@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,23 +126,7 @@ def implementations(
     compiled: bool = False,
 ) -> dict[str, Implementation]:
     """The bare layer, ours and its rivals, on the same values. Peers take part where installed."""
-    torch.manual_seed(0)
-    ranks = [case.ranks[i % len(case.ranks)] for i in range(case.pool)]
-    ids = example_ids(case.rows, case.adapters, "distinct")
-    # The adapters of the batch lie anywhere in the pool.
-    ids = torch.randperm(case.pool)[: case.adapters].int()[ids.long()]
-    made: Any = example_inputs(
-        case.rows * case.seq,
-        case.n,
-        case.k,
-        ranks,
-        ids=ids,
-        dtype=case.dtype,
-        adapter_dtype=torch.float32,
-        device=device,
-    )
-    x = made["x"].view(case.rows, case.seq, case.k)
-    inputs = _Inputs(x, made["weight"], made["bias"], made["banks"][0], made["ids"], dropout_p)
+    inputs = _inputs(case, device, dropout_p)
     found = {
         BARE: _bare(inputs),
         FUSED: _ours(inputs, "auto"),
@@ -159,6 +143,34 @@ def implementations(
     if importlib.util.find_spec("peft") and not case.backward and case.pool <= 64:
         found["peft"] = _peft(inputs)
     return found
+
+
+def exact(case: Case, *, device: torch.device | str = "cpu") -> Implementation:
+    """The reference on the same values in float64."""
+    inputs = _inputs(case, device, 0.0)
+    wide = {name: getattr(inputs, name).double() for name in ("x", "weight", "bias")}
+    bank = inputs.bank._replace(a=inputs.bank.a.double(), b=inputs.bank.b.double())
+    return _ours(replace(inputs, bank=bank, **wide), "reference")
+
+
+def _inputs(case: Case, device: torch.device | str, dropout_p: float) -> _Inputs:
+    torch.manual_seed(0)
+    ranks = [case.ranks[i % len(case.ranks)] for i in range(case.pool)]
+    ids = example_ids(case.rows, case.adapters, "distinct")
+    # The adapters of the batch lie anywhere in the pool.
+    ids = torch.randperm(case.pool)[: case.adapters].int()[ids.long()]
+    made: Any = example_inputs(
+        case.rows * case.seq,
+        case.n,
+        case.k,
+        ranks,
+        ids=ids,
+        dtype=case.dtype,
+        adapter_dtype=torch.float32,
+        device=device,
+    )
+    x = made["x"].view(case.rows, case.seq, case.k)
+    return _Inputs(x, made["weight"], made["bias"], made["banks"][0], made["ids"], dropout_p)
 
 
 def _bare(inputs: _Inputs) -> Implementation:

@@ -97,13 +97,7 @@ def implementations(
     compiled: bool = False,
 ) -> dict[str, Implementation]:
     """PyTorch's attention without the prefix, ours and the rivals, on the same values; x is q."""
-    torch.manual_seed(0)
-    inputs = example_inputs(
-        case.batch, case.seq, case.heads, case.kv_heads, case.dim, case.length,
-        keys=case.keys, dtype=case.dtype, device=device,
-    )  # fmt: skip
-    if case.keys:  # a cache
-        inputs |= {name: inputs[name].contiguous() for name in ("k", "v")}
+    inputs = _inputs(case, device)
     q, *others = (tensor.requires_grad_() for tensor in inputs.values())
     k, v, prefix_k, prefix_v = others
     grouped = case.heads != case.kv_heads
@@ -136,6 +130,28 @@ def implementations(
         name: Implementation(forward, q, tuple(others), (mask,))
         for name, forward in forwards.items()
     }
+
+
+def exact(case: Case, *, device: torch.device | str = "cpu") -> Implementation:
+    """The reference on the same values in float64."""
+    q, *others = (tensor.double().requires_grad_() for tensor in _inputs(case, device).values())
+
+    def forward(q: Tensor) -> Tensor:
+        with _library.backend("reference"):
+            return prefix_attention(q, *others)
+
+    return Implementation(forward, q, tuple(others))
+
+
+def _inputs(case: Case, device: torch.device | str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    inputs = example_inputs(
+        case.batch, case.seq, case.heads, case.kv_heads, case.dim, case.length,
+        keys=case.keys, dtype=case.dtype, device=device,
+    )  # fmt: skip
+    if case.keys:  # a cache
+        inputs |= {name: inputs[name].contiguous() for name in ("k", "v")}
+    return inputs
 
 
 def _mask(case: Case, q: Tensor) -> Tensor:

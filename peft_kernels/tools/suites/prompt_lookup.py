@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,13 +102,9 @@ def implementations(
     compiled: bool = False,
 ) -> dict[str, Implementation]:
     """PEFT's way, ours and the rivals, on the same values; x is the prompt, and no dropout."""
-    torch.manual_seed(0)
     if case.layers:
         return _step(case, device)
-    inputs = example_inputs(
-        case.batch, case.seq, case.hidden, case.length,
-        dtype=case.dtype, prompt_dtype=torch.float32, device=device,
-    )  # fmt: skip
+    inputs = _inputs(case, device)
     tokens = torch.arange(case.length, device=device)
 
     def looked_up(prompt: Tensor) -> Tensor:
@@ -133,10 +129,35 @@ def implementations(
     }
 
 
-def _step(case: Case, device: torch.device | str) -> dict[str, Implementation]:
+def exact(case: Case, *, device: torch.device | str = "cpu") -> Implementation:
+    """The reference, or for a step the composition by hand, on the same values in float64."""
+    if case.layers:
+        base, batch, prompt = _step_inputs(case, device)
+        return gpt2_step.by_hand(base.double(), batch, prompt.double())
+    inputs = _inputs(case, device)
+    for name in ("embeddings", "prompts"):
+        inputs[name] = inputs[name].double()
+    prompt = inputs["prompts"][0]
+    return Implementation(lambda prompt: _ours(inputs, prompt, "reference"), prompt, ())
+
+
+def _inputs(case: Case, device: torch.device | str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return example_inputs(
+        case.batch, case.seq, case.hidden, case.length,
+        dtype=case.dtype, prompt_dtype=torch.float32, device=device,
+    )  # fmt: skip
+
+
+def _step_inputs(case: Case, device: torch.device | str) -> tuple[Any, gpt2_step.Batch, Tensor]:
+    torch.manual_seed(0)
     base = gpt2_step.gpt2(case.hidden, case.layers, case.length + case.seq).to(device)
     batch = gpt2_step.a_batch(case.batch, case.seq, device)
-    prompt = torch.randn(case.length, case.hidden, device=device)
+    return base, batch, torch.randn(case.length, case.hidden, device=device)
+
+
+def _step(case: Case, device: torch.device | str) -> dict[str, Implementation]:
+    base, batch, prompt = _step_inputs(case, device)
     found = {
         BARE: gpt2_step.by_hand(base, batch, prompt),
         FUSED: gpt2_step.ours(base, batch, prompt, as_prefix=True),
