@@ -21,14 +21,20 @@ def write(p):
 
 CHANGES = {
     "write": write,
+    "write through .data": lambda p: p.data.add_(1),
+    "one value through .data": lambda p: p.data.view(-1)[-1].add_(1),
+    "signs through .data": lambda p: p.data.neg_(),
+    "order through .data": lambda p: p.data.copy_(p.detach().flip(-1)),
     "other memory": lambda p: setattr(p, "data", p.detach() + 1),
     "other dtype": lambda p: setattr(p, "data", p.detach().double()),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_are_seen(change):
-    kept, p = Kept(), nn.Parameter(torch.ones(3))
+@pytest.mark.parametrize("shape", [(3,), (80, 70), (9000,), (2, 3, 40, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changes_are_seen(change, shape, dtype):
+    kept, p = Kept(), nn.Parameter(torch.randn(shape, dtype=dtype))
 
     def get():
         return kept.get(lambda: 2 * p, [p])
@@ -88,3 +94,15 @@ def test_modules_in_another_dtype(index):
     assert y.dtype is torch.float64
     fresh = copy.deepcopy(module)
     torch.testing.assert_close(y, call(fresh, x.double()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", range(3))
+def test_modules_whose_parameters_are_written_through_data(index):
+    module, call = list(modules())[index]
+    module.eval().requires_grad_(False)
+    x = torch.randn(4, 8)
+    for parameter in module.parameters():
+        call(module, x)
+        parameter.data.add_(torch.randn_like(parameter))
+        torch.testing.assert_close(call(module, x), call(copy.deepcopy(module), x))

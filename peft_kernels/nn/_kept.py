@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Value = TypeVar("Value")
+_FEW = 4096
 
 
 class Kept(Generic[Value]):
     """One value, and what it was made of. A copy of it holds nothing."""
 
     def __init__(self) -> None:
-        self._sources: list[tuple[Tensor, int]] = []
+        self._sources: list[tuple[Tensor, int, Tensor]] = []
         self._settings: tuple[Hashable, ...] | None = None
         self._value: Any = None
 
@@ -28,24 +30,25 @@ class Kept(Generic[Value]):
         """``make()``, without gradients; of a former call, if nothing changed since.
 
         Changes are a write to one of the tensors, another memory, dtype or device of it, other
-        ``settings``, and autocast. Writes through ``.data`` leave no trace, and nothing is kept of
-        inference tensors, whose writes aren't counted, nor while torch.compile traces.
+        ``settings``, and autocast. Writes through ``.data`` aren't counted by torch, so the values
+        are looked at too: each call reads the tensors once. Nothing is kept of tensors that can't
+        be looked at so: see :func:`can_keep`.
         """
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        if not all(map(can_keep, tensors)):
             return make()
         settings = (*settings, _autocast_dtype(tensors))
         if settings != self._settings or not self._are_sources(tensors):
             # Not an inference tensor, which other modes couldn't use.
             with torch.inference_mode(False), torch.no_grad():
                 self._value = make()
-            self._sources = [(t.detach(), t._version) for t in tensors]
+                self._sources = [(t.detach(), t._version, _mark(t)) for t in tensors]
             self._settings = settings
         return self._value
 
     def _are_sources(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._sources) and all(
-            t._version == version and _is_alias(t, source)
-            for t, (source, version) in zip(tensors, self._sources, strict=True)
+            t._version == version and _is_alias(t, source) and torch.equal(_mark(t), mark)
+            for t, (source, version, mark) in zip(tensors, self._sources, strict=True)
         )
 
 
@@ -57,13 +60,47 @@ class KeepingModule(nn.Module):
         self._kept: Kept[Any] = Kept()
 
     def train(self, mode: bool = True) -> Self:
-        # What writes through `.data` leaves no trace in a parameter's count of changes.
+        # A step of training has changed the parameters, however little.
         self._kept = Kept()
         return super().train(mode)
 
     def trains(self) -> bool:
         """Whether a value made of the parameters would need gradients."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+
+def can_keep(tensor: Tensor) -> bool:
+    """Whether a value of this tensor may be kept: each call can afford to look at its values.
+
+    It can't on a GPU, for which the host would have to wait, nor while torch.compile traces. Writes
+    to inference tensors aren't counted at all.
+    """
+    if torch.compiler.is_compiling():  # first: the rest isn't traced
+        return False
+    return tensor.device.type == "cpu" and not tensor.is_inference()
+
+
+@torch.no_grad()
+def _mark(tensor: Tensor) -> Tensor:
+    """What differs when the values do: all of a few, or of many a random sum of each row.
+
+    A row whose values change by less than its sum is rounded by counts as the same.
+    """
+    values = tensor.detach()
+    if values.numel() <= _FEW:
+        return values.clone()
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    rows = values.reshape(-1, values.shape[-1])
+    with torch.autocast("cpu", enabled=False):
+        return torch.mv(rows, _summands(rows.shape[1], rows.dtype))
+
+
+@cache
+def _summands(size: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.rand(size, generator=generator).add(0.5).to(dtype)
 
 
 def _is_alias(a: Tensor, b: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._drawn import Drawn
-from peft_kernels.nn._kept import KeepingModule
+from peft_kernels.nn._kept import KeepingModule, can_keep
 from peft_kernels.nn._replaced import has_hooks
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
@@ -31,9 +31,9 @@ class AdapterFusion(Drawn, KeepingModule):
     Three plans give the same result: "absorbed", with Q, K and V multiplied into the adapters'
     matrices, so that no product of a row is of size hidden x hidden; "query", which multiplies Q
     with the rows instead; and "direct", which makes every key and value. The one with the fewest
-    operations for the rows at hand is taken. The absorbed matrices are kept until a parameter
-    changes as long as nothing trains. Adapters that differ in their activation, or have norms or a
-    gate of their own, and scores under dropout take "direct".
+    operations for the rows at hand is taken. On a CPU the absorbed matrices are kept until a
+    parameter changes, in whatever way, as long as nothing trains. Adapters that differ in their
+    activation, or have norms or a gate of their own, and scores under dropout take "direct".
 
     Stage 2 of the paper trains this alone: ``fusion.adapters.requires_grad_(False)``, and
     :meth:`regularization` is added to the loss.
@@ -149,7 +149,7 @@ class AdapterFusion(Drawn, KeepingModule):
         """The plan for this many rows: "absorbed", "query" or "direct"."""
         if not self._can_absorb() or (self.training and self.dropout > 0):
             return "direct"
-        if not self.trains():
+        if not self.trains() and can_keep(self.query.weight):
             return "absorbed"
         size, adapters = self.hidden_size, len(self.adapters)
         ranks = sum(adapter.bottleneck_size for adapter in self._bottlenecks()) + adapters
