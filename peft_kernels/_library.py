@@ -43,13 +43,13 @@ def define(
     ``triton`` names the launcher as ``module:function``; that module is imported at the first call,
     so importing the package never imports Triton.
     """
-    reference = _outside_autocast(reference)
+    reference = outside_autocast(reference)
     defaults = {op: reference, op + "_ref": reference}
     launcher = None
     if triton is None:
         _WITHOUT_TRITON.add(op)
     elif HAS_TRITON:
-        launcher = _outside_autocast(_imported_at_first_call(triton))
+        launcher = outside_autocast(_imported_at_first_call(triton))
         defaults[op + "_triton"] = launcher
     for name, kernel in defaults.items():
         LIBRARY.define(name + schema)
@@ -71,7 +71,7 @@ def _imported_at_first_call(target: str) -> Callable:
     return lambda *args: resolve()(*args)
 
 
-def _outside_autocast(kernel: Callable) -> Callable:
+def outside_autocast(kernel: Callable) -> Callable:
     """Runs ``kernel`` with autocast off: an op's dtypes are settled before it is dispatched."""
 
     @functools.wraps(kernel)

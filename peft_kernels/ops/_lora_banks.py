@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops._dtypes import acc_dtype
+from peft_kernels.ops._transforms import has_values, is_batched, wants_composition
 
 PAGE = 8  # rank rows
 PLANS = ("auto", "decode", "grouped", "single")
@@ -143,7 +144,12 @@ def check_ids(x: Tensor, slots: int, routing: Routing) -> None:
     count = ids.numel()
     if m and (count == 0 or m % count):
         raise ValueError(f"ids must serve x's {m} rows in equal parts; got {count} ids")
-    if count and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if wants_composition() and is_batched(ids):
+        raise ValueError(
+            "ids can't be mapped over by vmap, for every row looks its adapter up by its id; map "
+            "over x alone, or put the rows in one batch"
+        )
+    if has_values(ids):
         low, high = (bound.item() for bound in torch.aminmax(ids))
         if low < -1 or high >= slots:
             raise ValueError(f"ids must be in [-1, {slots}); got {low if low < -1 else high}")

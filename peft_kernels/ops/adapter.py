@@ -27,12 +27,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
 
 # residual [m, n] is what is added besides x; adds_x says that x is added too.
 _INPUTS = (
@@ -161,6 +161,11 @@ def adapter_bwd_ref(
     return dx, dres, d_down, d_down_bias, up, up_sum, d_pre_norm, d_norm
 
 
+@_library.outside_autocast
+def _composition(x, *rest) -> Tensor:
+    return adapter_fwd_ref(x, *rest)[0]
+
+
 # ---- shapes ----------------------------------------------------------------------------------
 
 
@@ -233,13 +238,26 @@ class _Adapter(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, residual, *weights, norm_weight, norm_bias, z, statistics, seed = ctx.saved_tensors
         down_weight, down_bias, up_weight, up_bias, scale, pre_norm_weight, pre_norm_bias = weights
         pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant = ctx.options
         needs = ctx.needs_input_grad
         needs_x, needs_residual, needs_scale = needs[0], needs[1], needs[6]
+        if wants_gradient_composition(dy):
+
+            def composed(x, residual, *weights):
+                norms = (*weights[5:7], pre_norm_eps, *weights[7:], norm_eps)
+                options = activation, adds_x, dropout_p, seed
+                return _composition(x, residual, *weights[:5], *norms, *options)
+
+            tensors = (x, residual, *weights, norm_weight, norm_bias)
+            asked = [*needs[:9], *needs[10:12]]
+            asked[1] = needs_residual and norm_weight is not None
+            found = gradients_of(composed, tensors, asked, dy)
+            if needs_residual and norm_weight is None:
+                found[1] = dy  # of a plain sum, whose terms aren't kept
+            return *found[:9], None, *found[9:], *(None,) * 6
         dy = dy.contiguous()
         bwd = _library.get_op("adapter_bwd", variant)
         dx, dt, d_down, d_down_bias, up, up_sum, d_pre_norm, d_norm = bwd(
@@ -361,7 +379,9 @@ def adapter(
     )
     variant = _library.variant(x.dtype)
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if trained and torch.is_grad_enabled():
+    if wants_composition():
+        y = _composition(*inputs)
+    elif trained and torch.is_grad_enabled():
         y = _Adapter.apply(*inputs, variant)
     else:
         y, _, _ = _library.get_op("adapter_fwd", variant)(*inputs)

@@ -34,11 +34,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
 
 # query is x where it is None. sizes are the adapters' bottlenecks; they add up to R.
 _INPUTS = (
@@ -117,6 +117,12 @@ def adapter_fusion_bwd_ref(
     return dx, dq, dd, dd_bias, ds, ds_bias, dm, dv
 
 
+@_library.outside_autocast
+def _composition(x, *rest) -> tuple[Tensor, Tensor]:
+    y, _, _, p = adapter_fusion_fwd_ref(x, *rest)
+    return y, p.detach()
+
+
 # ---- shapes ----------------------------------------------------------------------------------
 
 
@@ -179,11 +185,17 @@ class _AdapterFusion(torch.autograd.Function):
         return y, p
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         *tensors, z, w, p = ctx.saved_tensors
         sizes, activation, variant = ctx.options
         needs = ctx.needs_input_grad
+        d_residual = dy if needs[10] else None
+        if wants_gradient_composition(dy):
+
+            def composed(*tensors):
+                return _composition(*tensors, sizes, activation, None)[0]
+
+            return *gradients_of(composed, tensors, needs[:8], dy), None, None, d_residual, None
         bwd = _library.get_op("adapter_fusion_bwd", variant)
         pairs = (needs[2] or needs[3], needs[4] or needs[5], needs[6] or needs[7])
         gradients = bwd(
@@ -193,7 +205,7 @@ class _AdapterFusion(torch.autograd.Function):
             gradient.to(tensor.dtype) if needed else None
             for gradient, tensor, needed in zip(gradients, tensors, needs, strict=False)
         ]
-        return *found, None, None, dy if needs[10] else None, None
+        return *found, None, None, d_residual, None
 
 
 # ---- absorbed matrices -----------------------------------------------------------------------
@@ -318,7 +330,9 @@ def adapter_fusion(
     )
     variant = _library.variant(x.dtype)
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if trained and torch.is_grad_enabled():
+    if wants_composition():
+        y, p = _composition(*inputs)
+    elif trained and torch.is_grad_enabled():
         y, p = _AdapterFusion.apply(*inputs, variant)
     else:
         y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)

@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
 
 FWD_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale,"
@@ -77,6 +77,15 @@ def lora_linear_bwd_ref(
     return dx, da, db
 
 
+@_library.outside_autocast
+def _composition(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed) -> Tensor:
+    """y by way of the dtype of sums, so that each gradient is rounded once."""
+    acc = acc_dtype(x)
+    wide_bias = None if bias is None else bias.to(acc)
+    wide = x.to(acc), weight.to(acc), wide_bias, lora_a, lora_b
+    return lora_linear_fwd_ref(*wide, scale, dropout_p, seed)[0].to(x.dtype)
+
+
 # ---- shapes ----------------------------------------------------------------------------------
 
 
@@ -121,10 +130,17 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, lora_a, lora_b, s, scale, seed = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        if wants_gradient_composition(dy):
+
+            def composed(x, weight, lora_a, lora_b):
+                return _composition(x, weight, None, lora_a, lora_b, scale, ctx.dropout_p, seed)
+
+            needs = needs_x, needs_weight, needs_a, needs_b
+            dx, dw, da, db = gradients_of(composed, (x, weight, lora_a, lora_b), needs, dy)
+            return dx, dw, dy.sum(0) if needs_bias else None, da, db, *(None,) * 4
         dy = dy.contiguous()
         bwd = _library.get_op("lora_linear_bwd", ctx.variant)
         dx, da, db = bwd(
@@ -188,7 +204,9 @@ def lora_linear(
     inputs = (rows, weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
     trained = lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
     trained = trained or x.requires_grad or (bias is not None and bias.requires_grad)
-    if trained and torch.is_grad_enabled():
+    if wants_composition():
+        y = _composition(*inputs)
+    elif trained and torch.is_grad_enabled():
         y = _LoRALinear.apply(*inputs, variant)
     else:
         y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)

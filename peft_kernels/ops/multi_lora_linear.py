@@ -16,12 +16,12 @@ which other adapters share it, and neither does anything else about a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor
@@ -37,6 +37,12 @@ from peft_kernels.ops._lora_banks import (
     check_ids,
     route,
     sort_by_adapter,
+)
+from peft_kernels.ops._transforms import (
+    gradients_of,
+    is_batched,
+    wants_composition,
+    wants_gradient_composition,
 )
 
 __all__ = [
@@ -166,6 +172,38 @@ def multi_lora_linear_bwd_ref(
     return dx.to(x.dtype), da, db
 
 
+@_library.outside_autocast
+def _composition(x, weight, bias, trained, banks, dropout, rows, receivers, ids) -> Tensor:
+    """y, or without a weight what is added to it; trained adapters are read where they receive.
+
+    By way of the dtype of sums, so that each gradient is rounded once.
+    """
+    dtype, acc = x.dtype, acc_dtype(x)
+    x = x.to(acc)
+    sizes = _sizes(trained, receivers)
+    a, b, tables, ranks, scales = banks
+    parts = [x.new_zeros(x.shape[0], matrix.shape[1], dtype=acc) for matrix in b]
+    for i, g in _groups(x, a, b, tables, ranks, scales, ids, *dropout):
+        own_a, own_b = _received(i, g, rows, sizes, receivers) or (g.a, g.b)
+        delta = g.scale * ((g.dropped(x) @ own_a.to(acc).T) @ own_b.to(acc))
+        parts[i] = parts[i].index_add(0, g.rows, delta)
+    delta = torch.cat(parts, 1)
+    if weight is None:
+        return delta
+    base = F.linear(x, weight.to(acc), None if bias is None else bias.to(acc))
+    return (base + delta).to(dtype)
+
+
+def _received(bank: int, group: _Group, rows, sizes, receivers) -> tuple[Tensor, Tensor] | None:
+    """The tensors that receive the gradients of a group's adapter, if it is trained."""
+    first = int(rows[bank][group.slot]) if rows else -1
+    if first < 0:
+        return None
+    starts = [0, *accumulate(sizes[bank])]
+    index = 2 * sum(len(size) for size in sizes[:bank]) + starts.index(first)
+    return receivers[index], receivers[index + len(sizes[bank])]
+
+
 # ---- shapes ----------------------------------------------------------------------------------
 
 
@@ -244,12 +282,24 @@ class _MultiLoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, ids, order, starts, s, *tensors = ctx.saved_tensors
         needs_x, needs_base, needs_bias = ctx.needs_input_grad[:3]
         banks, dropout, rows, receivers = ctx.call.split(tensors)
         sizes = _sizes(ctx.call.trained, receivers)
+        silent = len(tensors) - len(receivers)
+        if wants_gradient_composition(dy):
+
+            def composed(x, weight, *receivers):
+                rest = ctx.call.trained, banks, dropout, rows, receivers, ids
+                return _composition(x, weight, None, *rest)
+
+            needs = needs_x, needs_base and not ctx.adds, *ctx.needs_input_grad[8 + silent :]
+            dx, d_base, *grads = gradients_of(composed, (x, weight, *receivers), needs, dy)
+            if ctx.adds:
+                d_base = dy if needs_base else None
+            d_bias = dy.sum(0) if needs_bias else None
+            return dx, d_base, d_bias, *(None,) * (5 + silent), *grads
         dy = dy.contiguous()
         bwd = _library.get_op("multi_lora_linear_bwd", ctx.call.variant)
         dx, da, db = bwd(
@@ -260,7 +310,6 @@ class _MultiLoRALinear(torch.autograd.Function):
         for i, size in enumerate(sizes):
             grads += [*da[i].split(size), *db[i].split(size)]
         d_base = (dy if ctx.adds else dy.T @ x) if needs_base else None
-        silent = len(tensors) - len(receivers)
         return (
             dx if needs_x else None,
             d_base,
@@ -386,7 +435,8 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
     """Checks the rest of the arguments and runs the op, through autograd where it is wanted."""
     routing = ids if isinstance(ids, Routing) else Routing(ids)
     dropouts = None if dropout is None else _as_sequence(dropout)
-    wants_trained = trained is not None and torch.is_grad_enabled()
+    composed = wants_composition()
+    wants_trained = trained is not None and (composed or torch.is_grad_enabled())
     trained = _as_sequence(trained) if wants_trained else ()
     check_banks(x, base, banks, n)
     check_ids(x, banks[0].ranks.shape[0], routing)
@@ -395,20 +445,27 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
     columns = [list(field) for field in zip(*banks, strict=True)]
     drops = [list(field) for field in zip(*dropouts, strict=True)] if dropouts else [[], []]
     variant = _library.variant(x.dtype)
+    counts = tuple(len(t.a) for t in trained)
+    receivers = [tensor for t in trained for tensor in (*t.a, *t.b)]
+    rows = [t.rows for t in trained]
+    if composed:
+        if adds and is_batched(x) and not is_batched(base):
+            raise ValueError("y must be mapped over by vmap as x is, to be written in place")
+        weight = None if adds else base
+        y = _composition(x, weight, bias, counts, columns, drops, rows, receivers, ids)
+        return base.add_(y) if adds else y
     grad = torch.is_grad_enabled() and (
         x.requires_grad
         or base.requires_grad
         or (bias is not None and bias.requires_grad)
-        or any(tensor.requires_grad for t in trained for tensor in (*t.a, *t.b))
+        or any(tensor.requires_grad for tensor in receivers)
     )
     if grad:
-        counts = tuple(len(t.a) for t in trained)
         call = _Call(len(banks), dropouts is not None, counts, plan, variant)
         flat = [tensor for field in (*columns, *drops) for tensor in field]
-        receivers = [tensor for t in trained for tensor in (*t.a, *t.b)]
         return _MultiLoRALinear.apply(
             x, base, bias, adds, ids, routing.order, routing.starts, call,
-            *flat, *(t.rows for t in trained), *receivers,
+            *flat, *rows, *receivers,
         )  # fmt: skip
     rest = (*columns, ids, routing.order, routing.starts, *drops, plan)
     if adds:

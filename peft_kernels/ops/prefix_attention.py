@@ -27,10 +27,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._transforms import (
+    gradients_of,
+    has_values,
+    wants_composition,
+    wants_gradient_composition,
+)
 
 # prefix_k, prefix_v: a bank [P, Hkv, L, D] in q's dtype; prefix_ids int32 [B], -1 for none, or None
 # where all rows use the bank's only one. mask: bool or float, expanded to [B, Hq, S, T]. starts,
@@ -186,6 +191,40 @@ def prefix_attention_bwd_ref(
     return dq, dk, dv, d_prefix_k, d_prefix_v
 
 
+@_library.outside_autocast
+def _composition(
+    q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale
+) -> Tensor:
+    """Each row with a copy of its prefix before its text."""
+    acc, (rows, heads, queries, _) = acc_dtype(q), q.shape
+
+    def joined(prefix: Tensor, text: Tensor) -> Tensor:
+        own = prefix.to(q.dtype).to(acc)
+        if prefix_ids is None:
+            chosen = own.expand(rows, -1, -1, -1)
+        else:
+            chosen = own[prefix_ids.clamp_min(0).long()]
+        return torch.cat([chosen, text.to(acc)], 2).repeat_interleave(heads // k.shape[1], 1)
+
+    scores = (q.to(acc) * scale) @ joined(prefix_k, k).mT
+    length = prefix_k.shape[2]
+    seen = _visible(q, k, mask, starts, ends, is_causal)
+    if seen is not None or prefix_ids is not None:
+        before = scores.new_zeros(rows, 1, 1, length)
+        if prefix_ids is not None:
+            before = before.masked_fill((prefix_ids < 0)[:, None, None, None], float("-inf"))
+        text = scores.new_zeros(1, 1, 1, k.shape[2]) if seen is None else seen
+        parts = (before, length), (text, k.shape[2])
+        full = [part.expand(rows, heads, queries, size) for part, size in parts]
+        scores = scores + torch.cat(full, -1)
+    # A constant to subtract; a query that sees nothing has weights of 0.
+    largest = scores.detach().amax(-1, keepdim=True)
+    weights = torch.exp(scores - largest.masked_fill(largest == float("-inf"), 0.0))
+    total = weights.sum(-1, keepdim=True)
+    out = (weights / total.masked_fill(total == 0, 1.0)) @ joined(prefix_v, v)
+    return out.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 # ---- shapes ----------------------------------------------------------------------------------
 
 
@@ -240,28 +279,33 @@ class _PrefixAttention(torch.autograd.Function):
         inputs = (q, k, v, *bank, prefix_ids, mask, starts, ends)
         fwd = _library.get_op("prefix_attention_fwd", variant)
         out, lse = fwd(*inputs, is_causal, scale)
-        ctx.save_for_backward(*inputs, out, lse)
+        ctx.save_for_backward(*inputs, out, lse, prefix_k, prefix_v)
         ctx.options = options
-        ctx.prefix_dtypes = prefix_k.dtype, prefix_v.dtype
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         is_causal, scale, variant = ctx.options
         needs = ctx.needs_input_grad
+        *tensors, prefix_k, prefix_v = ctx.saved_tensors
+        if wants_gradient_composition(dout):
+
+            def composed(*inputs):
+                return _composition(*inputs, *tensors[5:9], is_causal, scale)
+
+            inputs = (*tensors[:3], prefix_k, prefix_v)
+            return *gradients_of(composed, inputs, needs[:5], dout), *(None,) * 7
         bwd = _library.get_op("prefix_attention_bwd", variant)
         dq, dk, dv, d_prefix_k, d_prefix_v = bwd(
-            _unit_stride(dout), *ctx.saved_tensors, is_causal, scale,
+            _unit_stride(dout), *tensors, is_causal, scale,
             needs[0], needs[1] or needs[2], needs[3] or needs[4],
         )  # fmt: skip
-        dtype_k, dtype_v = ctx.prefix_dtypes
         return (
             dq if needs[0] else None,
             dk if needs[1] else None,
             dv if needs[2] else None,
-            d_prefix_k.to(dtype_k) if needs[3] else None,
-            d_prefix_v.to(dtype_v) if needs[4] else None,
+            d_prefix_k.to(prefix_k.dtype) if needs[3] else None,
+            d_prefix_v.to(prefix_v.dtype) if needs[4] else None,
             *(None,) * 7,
         )
 
@@ -331,8 +375,10 @@ def prefix_attention(
     tensors = tuple(_unit_stride(tensor) for tensor in (q, k, v, prefix_k, prefix_v))
     options = is_causal, q.shape[-1] ** -0.5 if scale is None else float(scale)
     variant = _library.variant(q.dtype)
+    inputs = (*tensors, prefix_ids, attn_mask, starts, ends, *options)
+    if wants_composition():
+        return _composition(*inputs)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        inputs = (*tensors, prefix_ids, attn_mask, starts, ends, *options)
         return _PrefixAttention.apply(*inputs, variant)
     bank = (tensor.to(q.dtype) for tensor in tensors[3:])
     fwd = _library.get_op("prefix_attention_fwd", variant)
@@ -412,7 +458,7 @@ def _check_integers(name: str, tensor: Tensor, q: Tensor, least: int, most: int)
         shape, rows = tuple(tensor.shape), q.shape[0]
         raise ValueError(f"{name} has shape {shape}, but must be [B] = [{rows}]")
     _check_device(name, tensor, q)
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+    if not has_values(tensor):
         return
     low, high = (int(bound) for bound in torch.aminmax(tensor))
     if low < least or high > most:

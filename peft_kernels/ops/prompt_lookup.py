@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype
+from peft_kernels.ops._transforms import has_values, wants_composition, wants_gradient_composition
 
 IGNORED = -100  # the label that losses leave out
 POSITIONS = ("front", "after_bos", "after_padding")
@@ -105,6 +105,45 @@ def prompt_lookup_bwd_ref(d_out, task_ids, positions, prompts, needs_embeddings,
     return d_embeddings, d_prompts
 
 
+@_library.outside_autocast
+def _composition(embeddings, prompts, task_ids, positions, mask, labels) -> tuple[Tensor, ...]:
+    """Every place reads its row of [prompt; text]."""
+    (batch, length), (_, seq, d) = positions.shape, embeddings.shape
+    slots = (positions[:, :, None] == torch.arange(length + seq, device=positions.device)).any(1)
+    source = torch.where(slots, slots.cumsum(1) - 1, length + (~slots).cumsum(1) - 1)
+    ids = positions.new_zeros(batch) if task_ids is None else task_ids
+    has_prompt = ids >= 0
+    own = prompts.to(acc_dtype(prompts))[ids.clamp_min(0).long()]
+    own = own.masked_fill(~has_prompt[:, None, None], 0.0).to(embeddings.dtype)
+
+    def spread(filler: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([filler, text], 1).gather(1, source)
+
+    index = source[:, :, None].expand(batch, length + seq, d)
+    out = torch.cat([own, embeddings], 1).gather(1, index)
+    ones = torch.ones_like(embeddings[:, :, 0], dtype=torch.int64)
+    real = spread(has_prompt.long()[:, None].expand(batch, length), ones if mask is None else mask)
+    real = (real != 0).long()
+    position_ids = (real.cumsum(1) - 1).clamp_min(0)
+    if labels is None:
+        return out, real, position_ids, real.new_empty(0)
+    return out, real, position_ids, spread(labels.new_full((batch, length), IGNORED), labels)
+
+
+def _gradient_composition(d_out, task_ids, positions, prompts) -> tuple[Tensor, Tensor]:
+    """d_embeddings and d_prompts, by a function of d_out that is differentiable."""
+    (batch, length), (_, total, d) = positions.shape, d_out.shape
+    slots = (positions[:, :, None] == torch.arange(total, device=positions.device)).any(1)
+    places = slots.to(torch.uint8).argsort(stable=True, dim=1)  # of the text, then of the prompt
+    text, prompt = d_out.gather(1, places[:, :, None].expand(batch, total, d)).split(
+        [total - length, length], 1
+    )
+    ids = positions.new_zeros(batch) if task_ids is None else task_ids
+    rows = prompt.to(acc_dtype(d_out)).masked_fill((ids < 0)[:, None, None], 0.0)
+    sums = rows.new_zeros(prompts, length, d)
+    return text, sums.index_add(0, ids.clamp_min(0).long(), rows)
+
+
 # ---- shapes ----------------------------------------------------------------------------------
 
 
@@ -146,11 +185,14 @@ class _PromptLookup(torch.autograd.Function):
         return out, *integers
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, *_):
         task_ids, positions = ctx.saved_tensors
         prompts, dtype, front, variant = ctx.options
         needs_embeddings, needs_prompts, *_ = ctx.needs_input_grad
+        if wants_gradient_composition(d_out):
+            text, sums = _gradient_composition(d_out, task_ids, positions, prompts)
+            d_prompts = sums.to(dtype) if needs_prompts else None
+            return text if needs_embeddings else None, d_prompts, *(None,) * 6
         gathers = needs_embeddings and not front
         d_embeddings = d_prompts = None
         if gathers or needs_prompts:
@@ -224,7 +266,9 @@ def prompt_lookup(
         None if labels is None else labels.to(torch.int64),
     )
     variant = _library.variant(embeddings.dtype)
-    if torch.is_grad_enabled() and (embeddings.requires_grad or prompts.requires_grad):
+    if wants_composition():
+        out = _composition(*inputs)
+    elif torch.is_grad_enabled() and (embeddings.requires_grad or prompts.requires_grad):
         front = isinstance(position, str) and position == "front"
         out = _PromptLookup.apply(*inputs, front, variant)
     else:
@@ -287,7 +331,7 @@ def _check(embeddings, prompts, task_ids, mask, labels) -> None:
             raise TypeError(f"{name} must be bool or an integer; got {tensor.dtype}")
         _check_device(name, tensor, embeddings)
     _check_device("prompts", prompts, embeddings)
-    if task_ids is not None and _has_values(task_ids):
+    if task_ids is not None and has_values(task_ids):
         low, high = (bound.item() for bound in torch.aminmax(task_ids))
         if low < -1 or high >= prompts.shape[0]:
             wrong = low if low < -1 else high
@@ -304,7 +348,7 @@ def _check_positions(embeddings: Tensor, length: int, positions: Tensor) -> None
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"position must be int32 or int64; got {positions.dtype}")
     _check_device("position", positions, embeddings)
-    if not _has_values(positions):
+    if not has_values(positions):
         return
     low, high = (bound.item() for bound in torch.aminmax(positions))
     if low < 0 or high >= total:
@@ -318,11 +362,6 @@ def _check_device(name: str, tensor: Tensor, embeddings: Tensor) -> None:
         raise ValueError(
             f"{name} must be on the embeddings' device {embeddings.device}; got {tensor.device}"
         )
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: they are there, and without waiting for a GPU."""
-    return tensor.numel() > 0 and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # ---- example inputs, for tests and benchmarks ------------------------------------------------
