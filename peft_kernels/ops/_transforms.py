@@ -67,6 +67,16 @@ def is_batched(tensor: Tensor) -> bool:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether values can be looked at: they are there, one for all, and no GPU is waited for."""
-    if tensor.numel() == 0 or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    if tensor.numel() == 0 or tensor.device.type != "cpu":
         return False
     return not (wants_composition() and is_batched(tensor))
+
+
+def is_recorded() -> bool:
+    """Whether a tracer (of torch.jit, make_fx, aot_function) records the present call."""
+    mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    if mode(keys.PROXY) is not None or mode(keys.FAKE) is not None:
+        return True
+    return torch._C._get_tracing_state() is not None

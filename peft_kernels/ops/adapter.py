@@ -32,6 +32,7 @@ from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._graphs import define_in_graphs, is_traced
 from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
 
 # residual [m, n] is what is added besides x; adds_x says that x is added too.
@@ -295,6 +296,22 @@ class _Adapter(torch.autograd.Function):
         )
 
 
+def _run(*arguments) -> Tensor:
+    *inputs, variant = arguments
+    return _library.get_op("adapter_fwd", variant)(*inputs)[0]
+
+
+_in_graphs = define_in_graphs(
+    "adapter",
+    FWD_SCHEMA,
+    outputs=(0,),
+    fake=_fwd_fake,
+    run=_run,
+    apply=_Adapter.apply,
+    composition=_composition,
+)
+
+
 # ---- public ----------------------------------------------------------------------------------
 
 
@@ -381,10 +398,12 @@ def adapter(
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     if wants_composition():
         y = _composition(*inputs)
+    elif is_traced():
+        y = _in_graphs(*inputs)
     elif trained and torch.is_grad_enabled():
         y = _Adapter.apply(*inputs, variant)
     else:
-        y, _, _ = _library.get_op("adapter_fwd", variant)(*inputs)
+        y = _run(*inputs, variant)
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n))
 
 

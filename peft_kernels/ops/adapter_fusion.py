@@ -38,6 +38,7 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._graphs import define_in_graphs, is_traced
 from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
 
 # query is x where it is None. sizes are the adapters' bottlenecks; they add up to R.
@@ -208,6 +209,23 @@ class _AdapterFusion(torch.autograd.Function):
         return *found, None, None, d_residual, None
 
 
+def _run(*arguments) -> tuple[Tensor, Tensor]:
+    *inputs, variant = arguments
+    y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)
+    return y, p
+
+
+_in_graphs = define_in_graphs(
+    "adapter_fusion",
+    FWD_SCHEMA,
+    outputs=(0, 3),
+    fake=_fwd_fake,
+    run=_run,
+    apply=_AdapterFusion.apply,
+    composition=_composition,
+)
+
+
 # ---- absorbed matrices -----------------------------------------------------------------------
 
 
@@ -332,10 +350,12 @@ def adapter_fusion(
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     if wants_composition():
         y, p = _composition(*inputs)
+    elif is_traced():
+        y, p = _in_graphs(*inputs)
     elif trained and torch.is_grad_enabled():
         y, p = _AdapterFusion.apply(*inputs, variant)
     else:
-        y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)
+        y, p = _run(*inputs, variant)
     if x.dim() == 2:
         return y, p
     return torch.ops.aten._unsafe_view.default(y, (*lead, n)), p.reshape(*lead, -1)

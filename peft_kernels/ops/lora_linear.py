@@ -22,6 +22,7 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._graphs import define_in_graphs, is_traced
 from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
 
 FWD_SCHEMA = (
@@ -156,6 +157,22 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
+def _run(*arguments) -> Tensor:
+    *inputs, variant = arguments
+    return _library.get_op("lora_linear_fwd", variant)(*inputs)[0]
+
+
+_in_graphs = define_in_graphs(
+    "lora_linear",
+    FWD_SCHEMA,
+    outputs=(0,),
+    fake=_fwd_fake,
+    run=_run,
+    apply=_LoRALinear.apply,
+    composition=_composition,
+)
+
+
 # ---- public ----------------------------------------------------------------------------------
 
 
@@ -206,10 +223,12 @@ def lora_linear(
     trained = trained or x.requires_grad or (bias is not None and bias.requires_grad)
     if wants_composition():
         y = _composition(*inputs)
+    elif is_traced():
+        y = _in_graphs(*inputs)
     elif trained and torch.is_grad_enabled():
         y = _LoRALinear.apply(*inputs, variant)
     else:
-        y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)
+        y = _run(*inputs, variant)
     if x.dim() == 2:
         return y
     # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.

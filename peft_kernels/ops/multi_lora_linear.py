@@ -26,6 +26,7 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._graphs import define_in_graphs, is_traced
 from peft_kernels.ops._lora_banks import (
     PAGE,
     BankDropout,
@@ -41,6 +42,7 @@ from peft_kernels.ops._lora_banks import (
 from peft_kernels.ops._transforms import (
     gradients_of,
     is_batched,
+    is_recorded,
     wants_composition,
     wants_gradient_composition,
 )
@@ -319,6 +321,50 @@ class _MultiLoRALinear(torch.autograd.Function):
         )
 
 
+def _run(*arguments) -> Tensor:
+    *inputs, variant = arguments
+    return _library.get_op("multi_lora_linear_fwd", variant)(*inputs)[0]
+
+
+def _apply_in_graphs(x, weight, bias, *arguments) -> Tensor:
+    *banks, ids, order, starts, dropout_p, seeds, plan, variant = arguments
+    call = _Call(len(banks[0]), bool(dropout_p), (), plan, variant)
+    flat = [tensor for field in (*banks, dropout_p, seeds) for tensor in field]
+    return _MultiLoRALinear.apply(x, weight, bias, False, ids, order, starts, call, *flat)
+
+
+def _composition_in_graphs(x, weight, bias, *arguments) -> Tensor:
+    *banks, ids, _, _, dropout_p, seeds, _ = arguments
+    return _composition(x, weight, bias, (), banks, (dropout_p, seeds), [], [], ids)
+
+
+_in_graphs = define_in_graphs(
+    "multi_lora_linear",
+    FWD_SCHEMA,
+    outputs=(0,),
+    fake=_fwd_fake,
+    run=_run,
+    apply=_apply_in_graphs,
+    composition=_composition_in_graphs,
+)
+
+
+def _check_in_graphs(adds: bool, inputs: Sequence[Tensor], receivers: Sequence[Tensor]) -> None:
+    """Of what a graph would lose the gradient in silence."""
+    instead = (
+        "trace under torch.no_grad() for inference, or train in eager mode or with torch.compile"
+    )
+    if any(tensor.requires_grad for tensor in receivers):
+        raise ValueError(
+            f"trained gets no gradient in a graph of torch.jit.trace or torch.export; {instead}"
+        )
+    if adds and any(tensor.requires_grad for tensor in inputs):
+        raise ValueError(
+            "x and y get no gradient through multi_lora_add_ in a graph of torch.jit.trace or"
+            f" torch.export; {instead}"
+        )
+
+
 def _sizes(trained: Sequence[int], receivers: Sequence[Tensor]) -> list[list[int]]:
     """The rank of every trained adapter, bank by bank; receivers are A, ..., B, ... of each."""
     sizes, first = [], 0
@@ -449,11 +495,22 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
     receivers = [tensor for t in trained for tensor in (*t.a, *t.b)]
     rows = [t.rows for t in trained]
     if composed:
+        if is_recorded():
+            raise ValueError(
+                "a torch.func transform of a routed bank can't be recorded in a graph, for what is "
+                "computed goes by the values of ids; record torch.autograd.grad instead"
+            )
         if adds and is_batched(x) and not is_batched(base):
             raise ValueError("y must be mapped over by vmap as x is, to be written in place")
         weight = None if adds else base
         y = _composition(x, weight, bias, counts, columns, drops, rows, receivers, ids)
         return base.add_(y) if adds else y
+    rest = (*columns, ids, routing.order, routing.starts, *drops, plan)
+    if is_traced():
+        if torch.is_grad_enabled():
+            _check_in_graphs(adds, (x, base), receivers)
+        if not adds:
+            return _in_graphs(x, base, bias, *rest)
     grad = torch.is_grad_enabled() and (
         x.requires_grad
         or base.requires_grad
@@ -467,11 +524,10 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
             x, base, bias, adds, ids, routing.order, routing.starts, call,
             *flat, *rows, *receivers,
         )  # fmt: skip
-    rest = (*columns, ids, routing.order, routing.starts, *drops, plan)
     if adds:
         _library.get_op("multi_lora_linear_add", variant)(base, x, *rest)
         return base
-    return _library.get_op("multi_lora_linear_fwd", variant)(x, base, bias, *rest)[0]
+    return _run(x, base, bias, *rest, variant)
 
 
 def _as_sequence(value):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._graphs import define_in_graphs, is_traced
 from peft_kernels.ops._transforms import (
     gradients_of,
     has_values,
@@ -310,6 +311,23 @@ class _PrefixAttention(torch.autograd.Function):
         )
 
 
+def _run(q, k, v, prefix_k, prefix_v, *arguments) -> Tensor:
+    *rest, variant = arguments
+    bank = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+    return _library.get_op("prefix_attention_fwd", variant)(q, k, v, *bank, *rest)[0]
+
+
+_in_graphs = define_in_graphs(
+    "prefix_attention",
+    FWD_SCHEMA,
+    outputs=(0,),
+    fake=_fwd_fake,
+    run=_run,
+    apply=_PrefixAttention.apply,
+    composition=_composition,
+)
+
+
 # ---- public ----------------------------------------------------------------------------------
 
 
@@ -378,12 +396,11 @@ def prefix_attention(
     inputs = (*tensors, prefix_ids, attn_mask, starts, ends, *options)
     if wants_composition():
         return _composition(*inputs)
+    if is_traced():
+        return _in_graphs(*inputs)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _PrefixAttention.apply(*inputs, variant)
-    bank = (tensor.to(q.dtype) for tensor in tensors[3:])
-    fwd = _library.get_op("prefix_attention_fwd", variant)
-    out, _ = fwd(*tensors[:3], *bank, prefix_ids, attn_mask, starts, ends, *options)
-    return out
+    return _run(*inputs, variant)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

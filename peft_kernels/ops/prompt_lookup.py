@@ -27,6 +27,7 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype
+from peft_kernels.ops._graphs import define_in_graphs, is_traced
 from peft_kernels.ops._transforms import has_values, wants_composition, wants_gradient_composition
 
 IGNORED = -100  # the label that losses leave out
@@ -209,6 +210,27 @@ class _PromptLookup(torch.autograd.Function):
         )
 
 
+def _run(*arguments) -> tuple[Tensor, ...]:
+    *inputs, variant = arguments
+    return _library.get_op("prompt_lookup_fwd", variant)(*inputs)
+
+
+def _apply(*arguments) -> tuple[Tensor, ...]:
+    *inputs, variant = arguments
+    return _PromptLookup.apply(*inputs, False, variant)
+
+
+_in_graphs = define_in_graphs(
+    "prompt_lookup",
+    FWD_SCHEMA,
+    outputs=(0, 1, 2, 3),
+    fake=_fwd_fake,
+    run=_run,
+    apply=_apply,
+    composition=_composition,
+)
+
+
 # ---- public ----------------------------------------------------------------------------------
 
 
@@ -268,11 +290,13 @@ def prompt_lookup(
     variant = _library.variant(embeddings.dtype)
     if wants_composition():
         out = _composition(*inputs)
+    elif is_traced():
+        out = _in_graphs(*inputs)
     elif torch.is_grad_enabled() and (embeddings.requires_grad or prompts.requires_grad):
         front = isinstance(position, str) and position == "front"
         out = _PromptLookup.apply(*inputs, front, variant)
     else:
-        out = _library.get_op("prompt_lookup_fwd", variant)(*inputs)
+        out = _run(*inputs, variant)
     prompted, mask, position_ids, out_labels = out
     return PromptedInputs(prompted, mask, position_ids, None if labels is None else out_labels)
 

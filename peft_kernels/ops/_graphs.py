@@ -1,0 +1,72 @@
+"""Ops as they stand in the graphs of ``torch.jit.trace`` and ``torch.export``.
+
+Such a graph holds ops and no autograd Functions, so that what is run from it can train only if the
+op itself is differentiable: ``peft_kernels::<op>`` is, which ``peft_kernels::<op>_fwd`` is not.
+Eager calls and torch.compile keep to the Function, which costs less a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from peft_kernels._library import LIBRARY, NAMESPACE, variant
+from peft_kernels.ops._transforms import wants_composition
+
+
+def is_traced() -> bool:
+    """Whether the present call is recorded in a graph that may be trained later."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+
+
+def define_in_graphs(
+    op: str,
+    fwd_schema: str,
+    *,
+    outputs: tuple[int, ...],
+    fake: Callable,
+    run: Callable,
+    apply: Callable,
+    composition: Callable,
+) -> Callable:
+    """Defines ``peft_kernels::<op>`` with the arguments of ``<op>_fwd`` and some of its outputs.
+
+    Args:
+        outputs: their indices among those of ``<op>_fwd``.
+        fake: the shape function of ``<op>_fwd``.
+        run: computes them without a gradient, given the arguments and the backend's suffix.
+        apply: computes them through the autograd Function, given the same.
+        composition: computes them in differentiable operations, given the arguments.
+
+    Returns:
+        The op.
+    """
+
+    def chosen(found):
+        return found[0] if len(outputs) == 1 else tuple(found[i] for i in outputs)
+
+    def differentiable(keyset, *args):
+        if wants_composition():
+            return composition(*args)
+        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return apply(*args, variant(args[0].dtype))
+        with torch._C._AutoDispatchBelowAutograd():
+            return defined.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    returned = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
+    LIBRARY.define(f"{op}{fwd_schema.split('->')[0]} -> {returned}")
+    LIBRARY.impl(op, lambda *args: run(*args, variant(args[0].dtype)), "CompositeExplicitAutograd")
+    LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(
+        f"{NAMESPACE}::{op}", lambda *args: chosen(fake(*args)), lib=LIBRARY
+    )
+    defined = getattr(torch.ops.peft_kernels, op).default
+    return defined
+
+
+def _requires_grad(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(map(_requires_grad, value))
