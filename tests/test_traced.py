@@ -151,7 +151,7 @@ def test_opcheck_of_the_op_in_graphs(name, monkeypatch):
     record = lambda *inputs: calls.append(inputs) or defined(*inputs)  # noqa: E731 a spy
     defined = module._in_graphs
     monkeypatch.setattr(module, "_in_graphs", record)
-    monkeypatch.setattr(module, "is_traced", lambda: True)
+    monkeypatch.setattr(module, "is_special", lambda: True)
     with torch.no_grad():
         case.op(*case.inputs)
     (inputs,) = calls

@@ -16,11 +16,6 @@ from peft_kernels._library import LIBRARY, NAMESPACE, variant
 from peft_kernels.ops._transforms import wants_composition
 
 
-def is_traced() -> bool:
-    """Whether the present call is recorded in a graph that may be trained later."""
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
-
-
 def define_in_graphs(
     op: str,
     fwd_schema: str,

@@ -15,6 +15,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def is_special() -> bool:
+    """Whether a transform or a tracer is around the present call, one check for what is rare."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
+    )
+
+
 def wants_composition() -> bool:
     """Whether the present call is inside a torch.func transform or under forward-mode AD."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -32,8 +32,13 @@ from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs, is_traced
-from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
+from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._transforms import (
+    gradients_of,
+    is_special,
+    wants_composition,
+    wants_gradient_composition,
+)
 
 # residual [m, n] is what is added besides x; adds_x says that x is added too.
 _INPUTS = (
@@ -396,14 +401,12 @@ def adapter(
     )
     variant = _library.variant(x.dtype)
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if wants_composition():
-        y = _composition(*inputs)
-    elif is_traced():
-        y = _in_graphs(*inputs)
+    if is_special():
+        y = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
     elif trained and torch.is_grad_enabled():
         y = _Adapter.apply(*inputs, variant)
     else:
-        y = _run(*inputs, variant)
+        y, _, _ = _library.get_op("adapter_fwd", variant)(*inputs)
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n))
 
 

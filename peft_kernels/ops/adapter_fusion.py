@@ -38,8 +38,13 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs, is_traced
-from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
+from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._transforms import (
+    gradients_of,
+    is_special,
+    wants_composition,
+    wants_gradient_composition,
+)
 
 # query is x where it is None. sizes are the adapters' bottlenecks; they add up to R.
 _INPUTS = (
@@ -348,14 +353,12 @@ def adapter_fusion(
     )
     variant = _library.variant(x.dtype)
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if wants_composition():
-        y, p = _composition(*inputs)
-    elif is_traced():
-        y, p = _in_graphs(*inputs)
+    if is_special():
+        y, p = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
     elif trained and torch.is_grad_enabled():
         y, p = _AdapterFusion.apply(*inputs, variant)
     else:
-        y, p = _run(*inputs, variant)
+        y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)
     if x.dim() == 2:
         return y, p
     return torch.ops.aten._unsafe_view.default(y, (*lead, n)), p.reshape(*lead, -1)

@@ -22,8 +22,13 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs, is_traced
-from peft_kernels.ops._transforms import gradients_of, wants_composition, wants_gradient_composition
+from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._transforms import (
+    gradients_of,
+    is_special,
+    wants_composition,
+    wants_gradient_composition,
+)
 
 FWD_SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale,"
@@ -221,14 +226,12 @@ def lora_linear(
     inputs = (rows, weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
     trained = lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
     trained = trained or x.requires_grad or (bias is not None and bias.requires_grad)
-    if wants_composition():
-        y = _composition(*inputs)
-    elif is_traced():
-        y = _in_graphs(*inputs)
+    if is_special():
+        y = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
     elif trained and torch.is_grad_enabled():
         y = _LoRALinear.apply(*inputs, variant)
     else:
-        y = _run(*inputs, variant)
+        y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)
     if x.dim() == 2:
         return y
     # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.

@@ -26,7 +26,7 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs, is_traced
+from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._lora_banks import (
     PAGE,
     BankDropout,
@@ -43,6 +43,7 @@ from peft_kernels.ops._transforms import (
     gradients_of,
     is_batched,
     is_recorded,
+    is_special,
     wants_composition,
     wants_gradient_composition,
 )
@@ -481,7 +482,8 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
     """Checks the rest of the arguments and runs the op, through autograd where it is wanted."""
     routing = ids if isinstance(ids, Routing) else Routing(ids)
     dropouts = None if dropout is None else _as_sequence(dropout)
-    composed = wants_composition()
+    special = is_special()
+    composed = special and wants_composition()
     wants_trained = trained is not None and (composed or torch.is_grad_enabled())
     trained = _as_sequence(trained) if wants_trained else ()
     check_banks(x, base, banks, n)
@@ -506,7 +508,7 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
         y = _composition(x, weight, bias, counts, columns, drops, rows, receivers, ids)
         return base.add_(y) if adds else y
     rest = (*columns, ids, routing.order, routing.starts, *drops, plan)
-    if is_traced():
+    if special:
         if torch.is_grad_enabled():
             _check_in_graphs(adds, (x, base), receivers)
         if not adds:
@@ -527,7 +529,7 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
     if adds:
         _library.get_op("multi_lora_linear_add", variant)(base, x, *rest)
         return base
-    return _run(x, base, bias, *rest, variant)
+    return _library.get_op("multi_lora_linear_fwd", variant)(x, base, bias, *rest)[0]
 
 
 def _as_sequence(value):

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs, is_traced
+from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._transforms import (
     gradients_of,
     has_values,
+    is_special,
     wants_composition,
     wants_gradient_composition,
 )
@@ -394,10 +395,8 @@ def prefix_attention(
     options = is_causal, q.shape[-1] ** -0.5 if scale is None else float(scale)
     variant = _library.variant(q.dtype)
     inputs = (*tensors, prefix_ids, attn_mask, starts, ends, *options)
-    if wants_composition():
-        return _composition(*inputs)
-    if is_traced():
-        return _in_graphs(*inputs)
+    if is_special():
+        return _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _PrefixAttention.apply(*inputs, variant)
     return _run(*inputs, variant)

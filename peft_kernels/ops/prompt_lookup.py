@@ -27,8 +27,13 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype
-from peft_kernels.ops._graphs import define_in_graphs, is_traced
-from peft_kernels.ops._transforms import has_values, wants_composition, wants_gradient_composition
+from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._transforms import (
+    has_values,
+    is_special,
+    wants_composition,
+    wants_gradient_composition,
+)
 
 IGNORED = -100  # the label that losses leave out
 POSITIONS = ("front", "after_bos", "after_padding")
@@ -288,15 +293,13 @@ def prompt_lookup(
         None if labels is None else labels.to(torch.int64),
     )
     variant = _library.variant(embeddings.dtype)
-    if wants_composition():
-        out = _composition(*inputs)
-    elif is_traced():
-        out = _in_graphs(*inputs)
+    if is_special():
+        out = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
     elif torch.is_grad_enabled() and (embeddings.requires_grad or prompts.requires_grad):
         front = isinstance(position, str) and position == "front"
         out = _PromptLookup.apply(*inputs, front, variant)
     else:
-        out = _run(*inputs, variant)
+        out = _library.get_op("prompt_lookup_fwd", variant)(*inputs)
     prompted, mask, position_ids, out_labels = out
     return PromptedInputs(prompted, mask, position_ids, None if labels is None else out_labels)
 
