@@ -67,9 +67,14 @@ class Prefixes:
 
 
 class Recording:
-    """Keeps the keys and values that each attention module attends to, ``[B, Hkv, T, D]``."""
+    """Keeps the keys and values that each attention module attends to, ``[B, Hkv, T, D]``.
 
-    def __init__(self) -> None:
+    Args:
+        of: the module whose one call is recorded.
+    """
+
+    def __init__(self, of: nn.Module) -> None:
+        self.of, self.has_begun = of, False
         self.pairs: dict[nn.Module, Pair] = {}
 
     def was_asked(self, module: nn.Module) -> bool:
@@ -97,22 +102,30 @@ def using(state: State | None) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Recording]:
-    """Within it, a forward of the model fills the recording, differentiably where gradients are on.
+def recording(module: nn.Module) -> Iterator[Recording]:
+    """Within it, a call of the module fills the recording, differentiably where gradients are on.
 
     The model must have been prepared (:func:`peft_kernels.integrations.prefix.attention_places`).
-    Layers aren't checkpointed meanwhile: what reentrant checkpointing keeps has no graph.
+    Its layers aren't checkpointed meanwhile: see :class:`_checkpointing.CarryingCheckpoint`.
     """
-    switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    for module in switched:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    kept = Recording()
-    try:
-        with using(kept):
-            yield kept
-    finally:
-        for module in switched:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+    kept = Recording(module)
+    with using(kept):
+        yield kept
+
+
+def begins_recorded(module: nn.Module) -> bool:
+    """Whether the call that begins is the one to be recorded.
+
+    Another one inside it, as a hook makes, isn't: it has its own prefixes.
+    """
+    state = current_state()
+    if not isinstance(state, Recording):
+        return False
+    if state.of is module and not state.has_begun:
+        state.has_begun = True
+        return True
+    set_state(None)
+    return False
 
 
 def attend(

@@ -21,19 +21,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from peft_kernels._calls import Frames, carried, carrying
-from peft_kernels.integrations._attention import Prefixes, State, current_state, using
+from peft_kernels.integrations._attention import (
+    Prefixes,
+    Recording,
+    State,
+    current_state,
+    using,
+)
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 class CarryingCheckpoint:
-    """A checkpointing function that takes along what the running forward carries."""
+    """A checkpointing function that takes along what the running forward carries.
+
+    What is recorded isn't checkpointed: what reentrant checkpointing keeps has no graph.
+    """
 
     def __init__(self, checkpoint: Callable) -> None:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         state = current_state()
+        if isinstance(state, Recording):
+            return function(*args, **kwargs)
         if isinstance(state, Prefixes) and torch.is_grad_enabled() and self.is_reentrant():
             state, args = _with_leaves(state, args)
         return self.checkpoint(partial(_resume, carried(), state, function), *args, **kwargs)

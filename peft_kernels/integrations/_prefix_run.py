@@ -21,6 +21,7 @@ from peft_kernels.integrations._attention import (
     Pair,
     Prefixes,
     Recording,
+    begins_recorded,
     current_state,
     set_state,
 )
@@ -169,6 +170,7 @@ def _hook(module: nn.Module, before: Callable) -> None:
 
 
 def _take_ids(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    begins_recorded(module)
     module.__dict__[PREFIX_HOOK].row_ids.begin_call(kwargs.pop("prefix_ids", None))
     return args, kwargs
 
@@ -182,14 +184,14 @@ def _generate(
 
 
 def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    if isinstance(current_state(), Recording):
-        return
-    attached, path = module.__dict__["_prefix_stack"]
-    _guard.check_in_place(module, attached.paths[path])
     carry(module)
     for child in module.children():
         for layer in child.children() if isinstance(child, nn.ModuleList) else ():
             carry(layer)
+    if isinstance(current_state(), Recording):
+        return
+    attached, path = module.__dict__["_prefix_stack"]
+    _guard.check_in_place(module, attached.paths[path])
     first = _first_input(args, kwargs)
     ids = attached.row_ids.of_batch(first.shape[0], first.device)
     asked = kwargs.get("output_attentions")

@@ -198,7 +198,7 @@ def _pairs(run: Any, module: nn.Module, prompts: Tensor, used: Tensor | None, le
     weight = getattr(run.embedding(), "weight", prompts)
     chosen = chosen[:, :length].to(weight.dtype)
     positions = torch.arange(length, device=chosen.device)[None]
-    with recording(module) as kept:
+    with recording(run.decoder) as kept:
         run.decoder(
             inputs_embeds=chosen,
             position_ids=positions.expand(chosen.shape[0], -1),

@@ -23,8 +23,7 @@ from peft_kernels.integrations import _guard
 from peft_kernels.integrations._attention import (
     SOURCE,
     Prefixes,
-    Recording,
-    current_state,
+    begins_recorded,
     set_state,
 )
 from peft_kernels.integrations._hooks import (
@@ -189,7 +188,7 @@ def _generate(
 def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     run: PromptRun = module.__dict__[PROMPT_HOOK]
     frame = _begin(run, module)
-    if isinstance(current_state(), Recording):
+    if begins_recorded(module):
         return None
     inputs = _named(module, args, kwargs)
     run.row_ids.begin_call(inputs.pop("task_ids", None))

@@ -148,6 +148,9 @@ def remove_prefix(model: nn.Module) -> PrefixTuning:
 def prefix_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator[None]:
     """Within it, each row of the model's batch has the prefix with its id.
 
+    The ids belong to the thread or asyncio task that enters the block. A call that another thread
+    makes takes them as its argument ``prefix_ids``, or runs in ``contextvars.copy_context()``.
+
     Args:
         model: a model with a prefix.
         ids: one id for each row, in [-1, tasks); -1: that row has no prefix.

@@ -129,6 +129,9 @@ def remove_prompt(model: nn.Module) -> Prompt:
 def task_ids(model: nn.Module, ids: Tensor | Sequence[int] | None) -> Iterator[None]:
     """Within it, each row of the model's batch has the prompt of its task.
 
+    The ids belong to the thread or asyncio task that enters the block. A call that another thread
+    makes takes them as its argument ``task_ids``, or runs in ``contextvars.copy_context()``.
+
     Args:
         model: a model with a prompt.
         ids: one id for each row, in [-1, tasks); -1: that row has no prompt.
