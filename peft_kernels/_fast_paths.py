@@ -25,11 +25,16 @@ def choose_fast_paths(model: nn.Module) -> None:
                 _choose(module, switch, off)
 
 
-def _choose(module: nn.Module, switch: str, off: object) -> None:
-    adapted = any(
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there are LoRA layers, a pool's or bottleneck adapters in it."""
+    return any(
         isinstance(part, (LoRALinear, MultiLoRALinear)) or "adapter" in part._modules
-        for part in module.modules()
+        for part in model.modules()
     )
+
+
+def _choose(module: nn.Module, switch: str, off: object) -> None:
+    adapted = has_adapters(module)
     if adapted and _BEFORE not in vars(module):
         vars(module)[_BEFORE] = getattr(module, switch)
         setattr(module, switch, off)

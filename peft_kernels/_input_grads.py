@@ -33,6 +33,16 @@ def let_gradients_through(model: nn.Module) -> None:
             host.register_forward_pre_hook(_AskOfInput(blocks), with_kwargs=True)
 
 
+def let_gradients_be(model: nn.Module) -> None:
+    """Takes the hooks of :func:`let_gradients_through` out of a model without adapters."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Ask):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _embeddings_of(host: nn.Module) -> nn.Module | None:
     find: Any = getattr(host, "get_input_embeddings", None)
     try:

@@ -50,6 +50,11 @@ def remember(model: nn.Module, **settings: Any) -> None:
     unwrapped(model).__dict__[_SETTINGS] = settings_of(model) | given
 
 
+def forget(model: nn.Module) -> None:
+    """Drops what was remembered, when the layers it was about are gone."""
+    unwrapped(model).__dict__.pop(_SETTINGS, None)
+
+
 def batches_seen(model: nn.Module) -> dict[str, int]:
     """How many batches each module with running statistics has seen, by name."""
     counts = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from peft_kernels._folder import (
     whole,
     write_files,
 )
+from peft_kernels._in_place import check_in_place
 from peft_kernels._modules_to_save import (
     TASK_TYPES,
     fill,
@@ -39,7 +41,7 @@ from peft_kernels._modules_to_save import (
     writable_task_type,
 )
 from peft_kernels._names import check_late_parameters, gathered, plain_modules, unwrapped
-from peft_kernels.nn._bases import check_bases, check_memory
+from peft_kernels.nn._bases import check_bases, check_memory, is_sharded
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
 from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
 
@@ -142,7 +144,11 @@ def save_adapter(
     Raises:
         ValueError: there is no LoRALinear below ``model``, an unknown task type or module, or
             something trains that the format has no place for, such as the base of a LoRA layer.
+        RuntimeError: something else replaced one that was there, as ``resize_token_embeddings``
+            does.
         NotADirectoryError: ``folder`` is a file.
+        A layer whose B is zero still, where others were trained, gets a RuntimeWarning: nothing
+        called it, or its adapter would have had gradients.
     """
     with gathered(model):
         _save(unwrapped(model), folder, task_type, modules_to_save)
@@ -154,10 +160,12 @@ def _save(
     task_type: str | None,
     modules_to_save: Sequence[str],
 ) -> None:
+    check_in_place(model)
     settings = settings_of(model)
     layers = _lora_layers(model)
     if not layers or "" in layers:
         raise ValueError("model must have LoRALinear layers below it; it has none")
+    _warn_of_untrained(layers)
     adapted = {
         name: AdaptedLayer(
             Adapter(layer.lora_a.detach(), layer.lora_b.detach()),
@@ -171,6 +179,19 @@ def _save(
     task_type = writable_task_type(model, task_type or settings.get("task_type"))
     names, modules = modules_to_save_of(model, modules_to_save, task_type)
     write_adapter(model, adapted, folder, task_type=task_type, names=names, modules=modules)
+
+
+def _warn_of_untrained(layers: Mapping[str, LoRALinear]) -> None:
+    known = {name: layer.lora_b for name, layer in layers.items() if not is_sharded(layer.lora_b)}
+    untrained = [name for name, lora_b in known.items() if not lora_b.detach().any()]
+    if untrained and len(untrained) < len(known):
+        warnings.warn(
+            f"lora_b is zero as at first in {len(untrained)} of {len(known)} layers, e.g. "
+            f"{untrained[0]}, and others were trained: was it ever called in training? A model "
+            "that reads a layer's weight and doesn't call the layer leaves its adapter out",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def write_adapter(

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._fast_paths import choose_fast_paths, has_adapters
+from peft_kernels._in_place import check_in_place, let_go
+from peft_kernels._input_grads import let_gradients_be
+from peft_kernels._modules_to_save import forget
 from peft_kernels._names import plain_modules, unwrapped
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.nn._off import turned_off
@@ -82,10 +85,11 @@ def unload(model: Model, merge: bool) -> Model:
             weight is tied to another module's: once merged the two differ, and a model that ties
             them would lose one.
         TypeError: a layer was given another forward, was compiled by itself or parametrized.
-        RuntimeError: with ``merge``, a weight is sharded.
+        RuntimeError: with ``merge``, a weight is sharded; a layer was replaced by something else.
         Nothing is changed when one is raised.
     """
     layers = lora_layers(model)
+    check_in_place(model)
     for name, layer in layers.items():
         if fault := fault_of_instance(layer):
             raise TypeError(f"{name or 'model'} {fault}")
@@ -95,8 +99,12 @@ def unload(model: Model, merge: bool) -> Model:
     plain: dict[nn.Module, nn.Module] = {
         layer: layer.plain(merged=merge) for layer in layers.values()
     }
+    let_go(model, plain)
     replace_modules(model, plain)
     choose_fast_paths(model)
+    forget(model)
+    if not has_adapters(model):
+        let_gradients_be(model)
     return plain.get(model, model)  # type: ignore[return-value]
 
 

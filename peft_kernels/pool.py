@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from peft_kernels import checkpoint
 from peft_kernels._calls import unwrap, wrap
-from peft_kernels._fast_paths import choose_fast_paths
-from peft_kernels._input_grads import let_gradients_through
+from peft_kernels._fast_paths import choose_fast_paths, has_adapters
+from peft_kernels._in_place import keep_in_place, let_go
+from peft_kernels._input_grads import let_gradients_be, let_gradients_through
 from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Router, Selection
@@ -150,6 +151,7 @@ class AdapterPool:
         replace_modules(model, {targets[name]: layer for name, layer in layers.items()})
         for parameter in self._thawed:
             parameter.requires_grad_(False)
+        keep_in_place(model, layers.values())
         choose_fast_paths(model)
         let_gradients_through(model)
         for method, around in self._arounds():
@@ -187,8 +189,11 @@ class AdapterPool:
             unwrap(self._model, method, around)
         for module in self._holders:
             unwrap(module, "zero_grad", zero_grads)
+        let_go(self._model, layers.values())
         replace_modules(self._model, {layer: layer.plain() for layer in layers.values()})
         choose_fast_paths(self._model)
+        if not has_adapters(self._model):
+            let_gradients_be(self._model)
         self._thaw()
         self._thawed, self._holders = [], []
 

@@ -12,14 +12,32 @@ import torch
 from torch import nn
 
 from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._in_place import keep_in_place, let_go, replaced_layers
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._modules_to_save import batches_seen, check_task_type, remember, settings_of
 from peft_kernels._names import check_late_parameters, plain_modules, replace_child, unwrapped
 from peft_kernels.nn._bases import check_bases, is_conv1d
+from peft_kernels.nn._uncalled import uncalled_layers
+from peft_kernels.nn.adapter_fusion import AdapterFusion
+from peft_kernels.nn.bottleneck import BottleneckAdapter
+from peft_kernels.nn.invertible import InvertibleAdapter
 from peft_kernels.nn.lora import LoRALinear, check_settings
+from peft_kernels.nn.p_tuning import PTuning
+from peft_kernels.nn.prefix_tuning import PrefixTuning
+from peft_kernels.nn.prompt_tuning import PromptTuning
 
 ALL_LINEAR = "all-linear"
 SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
+
+# What this package puts into models: "all-linear" means the model's own layers.
+_ADDED = (
+    AdapterFusion,
+    BottleneckAdapter,
+    InvertibleAdapter,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 Value = TypeVar("Value")
@@ -59,7 +77,10 @@ def swap_linear(
             wrappers (DistributedDataParallel, torch.compile, activation checkpointing and others).
         target_modules: which layers. A list holds full names, or endings of names that begin at a
             dot. A str is a regular expression that must match the full name, or ``"all-linear"``:
-            every nn.Linear and Conv1D except the output embeddings.
+            every nn.Linear and Conv1D except the output embeddings, adapters that were put in
+            before, and, with a warning, layers that are never called: nn.MultiheadAttention reads
+            the weight of its out_proj, VideoMAE's and WavLM's attention those of their projections.
+            A class that does so may say it: ``uncalled_linears = ("up", "down")``.
         r, alpha: rank and alpha where no pattern says otherwise.
         dropout, use_rslora, init, adapter_dtype: as in LoRALinear.
         rank_pattern, alpha_pattern: rank, alpha by layer. A key is a regular expression that must
@@ -76,7 +97,8 @@ def swap_linear(
 
     Raises:
         ValueError: a pattern of ``target_modules`` that selects nothing, a value out of range.
-        TypeError: a target that isn't a linear layer, or is a LoRALinear already.
+        TypeError: a target that isn't a linear layer, is a LoRALinear already, or is read and never
+            called, so that it would have no effect.
         Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
         matches no target gets a RuntimeWarning, as in PEFT.
     """
@@ -193,12 +215,27 @@ def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> V
 
 
 def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
-    head = _head(unwrapped(model), task_type)
-    return [
-        name
+    head, uncalled = _head(unwrapped(model), task_type), uncalled_layers(model)
+    added = {
+        part
+        for module in model.modules()
+        if isinstance(module, _ADDED)
+        for part in module.modules()
+    }
+    linear = {
+        name: module
         for name, module in plain_modules(model).items()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
-    ]
+        if module not in added
+    }
+    if idle := [name for name, module in linear.items() if module in uncalled]:
+        warnings.warn(
+            f"all-linear leaves out layers whose weight is read and which are never called, e.g. "
+            f"{idle[0]} (by {type(uncalled[linear[idle[0]]].owner).__name__}); {len(idle)} in all",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return [name for name, module in linear.items() if module not in uncalled]
 
 
 def _head(model: nn.Module, task_type: str | None) -> nn.Module | None:
@@ -283,6 +320,7 @@ def swap_targets(
         raise
     remember(model, batches=batches_seen(model) | settings_of(model).get("batches", {}))
     replace_modules(model, swapped)
+    keep_in_place(model, swapped.values())
     _freeze_all_but_adapters(model)
     choose_fast_paths(model)
     let_gradients_through(model)
@@ -314,6 +352,15 @@ def replace_modules(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) ->
         for name, child in list(parent._modules.items()):
             if child is not None and child in swapped:
                 replace_child(parent, name, swapped[child])
+
+
+def give_up_replaced(model: nn.Module) -> None:
+    """Has the model go on without those adapters whose layers were replaced by something else.
+
+    Else its forward and :func:`peft_kernels.save_adapter` raise: what replaced them, such as
+    ``resize_token_embeddings``, rarely meant to.
+    """
+    let_go(model, replaced_layers(model))
 
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels._fast_paths import choose_fast_paths
-from peft_kernels._input_grads import let_gradients_through
+from peft_kernels._fast_paths import choose_fast_paths, has_adapters
+from peft_kernels._input_grads import let_gradients_be, let_gradients_through
 from peft_kernels._modules_to_save import freeze
 from peft_kernels._names import plain_modules, plain_name, replace_module, submodule, unwrapped
 from peft_kernels.integrations._blocks import (
@@ -35,6 +35,7 @@ from peft_kernels.integrations._blocks import (
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._off import is_off
 from peft_kernels.nn._replaced import hand_on_hooks, has_given_forward
+from peft_kernels.nn._uncalled import uncalled_layers
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import PRESETS, BottleneckAdapter
 
@@ -121,12 +122,17 @@ def insert_adapter(
     Raises:
         ValueError: no such path, an unknown style, a module that has a child ``adapter``, or a
             "parallel" one in a layer whose norms aren't known.
+        TypeError: a module that is never called, so that an adapter after it would do nothing.
     """
     check_choice("style", style, tuple(_HOOKS))
     try:
         module = submodule(model, path)
     except AttributeError as error:
         raise ValueError(f"path must name a module of the model; got {path!r}") from error
+    if type(module).forward is nn.Module.forward and not has_given_forward(module):
+        raise TypeError(f"{path} must be a module that is called; {type(module).__name__} isn't")
+    if uncalled := uncalled_layers(unwrapped(model)).get(module):
+        raise TypeError(f"{path} {uncalled.fault}")
     if "adapter" in module._modules:
         raise ValueError(f"{path} has a module named adapter already")
     keepers = _keepers(model, plain_name(model, path)) if style == "parallel" else []
@@ -220,6 +226,8 @@ def remove_adapters(model: nn.Module) -> None:
             elif hook in (_keep_input, _pass_on_input):
                 del module._forward_hooks[key]
     choose_fast_paths(unwrapped(model))
+    if not has_adapters(model):
+        let_gradients_be(model)
 
 
 # ---- post-LayerNorm ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.nn._replaced import fault_of_replacement
+from peft_kernels.nn._uncalled import uncalled_layers
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 BASE_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
@@ -101,10 +102,12 @@ def check_bases(
     model: nn.Module, targets: Mapping[str, nn.Module], *, takes_values: bool = False
 ) -> None:
     """:func:`check_base` for layers of a model by name, and for what they are parts of."""
-    owners = dict(_parts_of_peft(model))
+    owners, uncalled = dict(_parts_of_peft(model)), uncalled_layers(model)
     for name, module in targets.items():
         if owner := owners.get(module):
             raise TypeError(f"{name} is a part of {owner}, a layer of PEFT's: {_PEFT}")
+        if module in uncalled:
+            raise TypeError(f"{name} {uncalled[module].fault}")
         check_base(module, name, takes_values=takes_values)
 
 

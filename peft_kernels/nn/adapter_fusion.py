@@ -54,6 +54,8 @@ class AdapterFusion(Drawn, KeepingModule):
         ValueError: no adapters, several hidden sizes, an unknown preset, a value out of range.
     """
 
+    uncalled_linears = ("query", "key", "value")  # but in the plan "direct"
+
     attention: Tensor | None
     value: nn.Linear | None
 

@@ -138,6 +138,7 @@ class BottleneckAdapter(KeptFactor, Drawn):
         TypeError: a size that isn't an int.
     """
 
+    uncalled_linears = ("down", "up", "gate")
     _factor = "scaling"
     scaling: float | Tensor
     norm_before: nn.LayerNorm | None

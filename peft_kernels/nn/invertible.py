@@ -46,6 +46,8 @@ class InvertibleAdapter(Drawn):
         TypeError: a hidden_size that isn't an int.
     """
 
+    uncalled_linears = ("F.0", "F.2", "G.0", "G.2")
+
     @torch.inference_mode(False)
     def __init__(
         self,

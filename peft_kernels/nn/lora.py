@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,14 +41,14 @@ def alpha_of(scale: float, r: int, use_rslora: bool) -> float:
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-14) else alpha
 
 
-def check_weight(value: Any, layer: Any) -> None:
-    """Raises a ValueError if a matrix isn't of the layer's shape, which its adapter has too."""
-    shape = layer._matrix(value).shape if isinstance(value, nn.Parameter) else ()
-    if len(shape) == 2 and shape != (layer.out_features, layer.in_features):
+def check_weight(value: Any, n: int, k: int, stored: Callable[[Tensor], Tensor]) -> None:
+    """Raises a ValueError if a new weight isn't of the size [n, k] that its adapter has."""
+    # Sharded Parameters, of fewer dimensions, are for those who shard them.
+    if isinstance(value, nn.Parameter) and value.dim() == 2 and stored(value).shape != (n, k):
         raise ValueError(
-            f"weight must stay [{layer.out_features}, {layer.in_features}], for its adapter is of "
-            f"that size; got {list(shape)}. Resize the model before it gets adapters, or after "
-            "peft_kernels.unload"
+            f"weight must stay [{n}, {k}], for its adapter is of that size; got "
+            f"{list(stored(value).shape)}. Resize the model before it gets adapters, or after "
+            "unload() or, of a pool, detach()"
         )
 
 
@@ -263,27 +264,37 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
-        if self.unmerged_weight is not None or is_off(self):
-            plain = self.base_weight if is_off(self) else self.weight
-            return F.linear(x, self._matrix(plain), self.bias)
-        weight = self._matrix(self.weight)
-        return lora_linear(
-            x,
-            weight,
-            self.lora_a,
-            self.lora_b,
-            bias=self.bias,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        if is_off(self):
+            return F.linear(x, self._matrix(self.base_weight), self.bias)
+        base = self.unmerged_weight
+        if base is not None:
+            if base.shape != self.weight.shape:
+                self._check_weight(base)
+            return F.linear(x, self._matrix(self.weight), self.bias)
+        try:
+            return lora_linear(
+                x,
+                self._matrix(self.weight),
+                self.lora_a,
+                self.lora_b,
+                bias=self.bias,
+                scale=self.scale,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+        except ValueError:
+            self._check_weight(self.weight)  # a resize in place, of what it is tied to
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "_origin" in self.__dict__:
             if self.merged and value is self.unmerged_weight:
                 return  # what was tied is tied again: the base stays the base
             self._require(merged=False)
-            check_weight(value, self)
+            self._check_weight(value)
         super().__setattr__(name, value)
+
+    def _check_weight(self, value: Any) -> None:
+        check_weight(value, self.lora_b.shape[0], self.lora_a.shape[1], self._matrix)
 
     def _require(self, *, merged: bool) -> None:
         if self.merged is not merged:

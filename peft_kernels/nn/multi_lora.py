@@ -133,8 +133,11 @@ class MultiLoRALinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "_origin" in self.__dict__:
-            check_weight(value, self)
+            self._check_weight(value)
         super().__setattr__(name, value)
+
+    def _check_weight(self, value: Any) -> None:
+        check_weight(value, self.pages_b.shape[1], self.pages_a.shape[1], self._matrix)
 
     def plain(self) -> nn.Module:
         """The layer whose place this took, with the Parameters, hooks and mode of this one."""
@@ -170,15 +173,19 @@ class MultiLoRALinear(nn.Linear):
                 dropout = here.dropout()
             if selection.trained and torch.is_grad_enabled():
                 trained = self._trained(selection.trained)
-        return multi_lora_linear(
-            x,
-            self._matrix(self.weight),
-            self.bank,
-            unrouted_routing(self.unrouted) if routing is None else routing,
-            bias=self.bias,
-            dropout=dropout,
-            trained=trained,
-        )
+        try:
+            return multi_lora_linear(
+                x,
+                self._matrix(self.weight),
+                self.bank,
+                unrouted_routing(self.unrouted) if routing is None else routing,
+                bias=self.bias,
+                dropout=dropout,
+                trained=trained,
+            )
+        except ValueError:
+            self._check_weight(self.weight)  # a resize in place, of what it is tied to
+            raise
 
     def _trained(self, slots: Sequence[int]) -> Trained | None:
         """Those of ``slots`` that want gradients here. Others must not get zeros for theirs."""

@@ -1,0 +1,98 @@
+"""Layers that must stay where they were put: what else replaces them takes their adapters along."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from peft_kernels._names import plain_modules, unwrapped
+
+
+class Place(NamedTuple):
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+
+
+class InPlace:
+    """A model's forward pre-hook, which raises if a layer has gone.
+
+    ``resize_token_embeddings`` makes a new output layer, ``prune_heads`` new projections, of plain
+    nn.Linear: without this the model would go on without those adapters.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+
+    def __call__(self, model: nn.Module, args: Any = ()) -> None:
+        for place in self.places:
+            if place.parent._modules.get(place.name) is not place.layer:
+                self._look_closer(model, place)
+
+    def gone(self) -> list[Place]:
+        return [place for place in self.places if not _is_there(place)]
+
+    def _look_closer(self, model: nn.Module, place: Place) -> None:
+        if _is_there(place):
+            return
+        paths = (path for path, module in plain_modules(model).items() if module is place.parent)
+        path = ".".join(filter(None, (next(paths, ""), place.name)))
+        kind, now = type(place.layer).__name__, place.parent._modules.get(place.name)
+        raise RuntimeError(
+            f"{path} was a {kind} with its adapter, and is now {type(now).__name__} without: "
+            "something replaced it, as resize_token_embeddings() and prune_heads() do. Do that "
+            "before swap_linear, load_adapter or AdapterPool.attach, or after unload() or detach()."
+            " If this adapter is to be given up: peft_kernels.swap.give_up_replaced(model)"
+        )
+
+
+def _is_there(place: Place) -> bool:
+    """Whether the layer is where it was put, or inside a wrapper or another's layer there."""
+    now = place.parent._modules.get(place.name)
+    return now is not None and any(module is place.layer for module in now.modules())
+
+
+def keep_in_place(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """From now on a forward of the model raises if one of these layers below it was replaced."""
+    root = unwrapped(model)
+    guard = next(_guards(root), None)
+    if guard is None:
+        guard = InPlace()
+        root.register_forward_pre_hook(guard)
+    kept = set(layers)
+    guard.places += [
+        Place(parent, name, child)
+        for parent in root.modules()
+        for name, child in parent._modules.items()
+        if child is not None and child in kept
+    ]
+
+
+def let_go(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Undoes :func:`keep_in_place` for these layers, wherever in the model it was done."""
+    gone = set(layers)
+    for module in model.modules():
+        for key, guard in list(module._forward_pre_hooks.items()):
+            if isinstance(guard, InPlace):
+                guard.places = [place for place in guard.places if place.layer not in gone]
+                if not guard.places:
+                    del module._forward_pre_hooks[key]
+
+
+def check_in_place(model: nn.Module) -> None:
+    """Raises a RuntimeError if a layer of the model was replaced since :func:`keep_in_place`."""
+    for module in model.modules():
+        for guard in _guards(module):
+            guard(module)
+
+
+def replaced_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that were put into the model and replaced by something else since."""
+    guards = (guard for module in model.modules() for guard in _guards(module))
+    return [place.layer for guard in guards for place in guard.gone()]
+
+
+def _guards(module: nn.Module) -> Iterator[InPlace]:
+    return (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, InPlace))
