@@ -49,9 +49,9 @@ class InPlace:
 
 
 def _is_there(place: Place) -> bool:
-    """Whether the layer is where it was put, or inside a wrapper or another's layer there."""
+    """Whether the layer, or a copy of it, is where it was put, or inside of what is there."""
     now = place.parent._modules.get(place.name)
-    return now is not None and any(module is place.layer for module in now.modules())
+    return now is not None and any(isinstance(m, type(place.layer)) for m in now.modules())
 
 
 def keep_in_place(model: nn.Module, layers: Collection[nn.Module]) -> None:
