@@ -190,7 +190,7 @@ def _warn_of_untrained(layers: Mapping[str, LoRALinear]) -> None:
             f"{untrained[0]}, and others were trained: was it ever called in training? A model "
             "that reads a layer's weight and doesn't call the layer leaves its adapter out",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
