@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from peft_kernels._names import plain_modules, unwrapped
 
 
 class Place(NamedTuple):
+    path: str
     parent: nn.Module
     name: str
     layer: nn.Module
+
+    def is_kept(self) -> bool:
+        """Whether the layer, or a copy of it, is where it was put, or inside of what is there."""
+        now = self.parent._modules.get(self.name)
+        if now is self.layer:
+            return True
+        if torch.compiler.is_compiling():  # which can't trace what looks into wrappers
+            return not isinstance(now, nn.Linear) or isinstance(now, type(self.layer))
+        return now is not None and any(isinstance(m, type(self.layer)) for m in now.modules())
 
 
 class InPlace:
@@ -28,30 +39,18 @@ class InPlace:
 
     def __call__(self, model: nn.Module, args: Any = ()) -> None:
         for place in self.places:
-            if place.parent._modules.get(place.name) is not place.layer:
-                self._look_closer(model, place)
+            if not place.is_kept():
+                kind, now = type(place.layer), type(place.parent._modules.get(place.name))
+                raise RuntimeError(
+                    f"{place.path} was a {kind.__name__} with its adapter, and is now "
+                    f"{now.__name__} without: something replaced it, as resize_token_embeddings() "
+                    "and prune_heads() do. Do that before swap_linear, load_adapter or "
+                    "AdapterPool.attach, or after unload() or detach(). If this adapter is to be "
+                    "given up: peft_kernels.swap.give_up_replaced(model)"
+                )
 
     def gone(self) -> list[Place]:
-        return [place for place in self.places if not _is_there(place)]
-
-    def _look_closer(self, model: nn.Module, place: Place) -> None:
-        if _is_there(place):
-            return
-        paths = (path for path, module in plain_modules(model).items() if module is place.parent)
-        path = ".".join(filter(None, (next(paths, ""), place.name)))
-        kind, now = type(place.layer).__name__, place.parent._modules.get(place.name)
-        raise RuntimeError(
-            f"{path} was a {kind} with its adapter, and is now {type(now).__name__} without: "
-            "something replaced it, as resize_token_embeddings() and prune_heads() do. Do that "
-            "before swap_linear, load_adapter or AdapterPool.attach, or after unload() or detach()."
-            " If this adapter is to be given up: peft_kernels.swap.give_up_replaced(model)"
-        )
-
-
-def _is_there(place: Place) -> bool:
-    """Whether the layer, or a copy of it, is where it was put, or inside of what is there."""
-    now = place.parent._modules.get(place.name)
-    return now is not None and any(isinstance(m, type(place.layer)) for m in now.modules())
+        return [place for place in self.places if not place.is_kept()]
 
 
 def keep_in_place(model: nn.Module, layers: Collection[nn.Module]) -> None:
@@ -62,8 +61,9 @@ def keep_in_place(model: nn.Module, layers: Collection[nn.Module]) -> None:
         guard = InPlace()
         root.register_forward_pre_hook(guard)
     kept = set(layers)
+    paths = {module: path for path, module in plain_modules(root).items()}
     guard.places += [
-        Place(parent, name, child)
+        Place(paths[child], parent, name, child)
         for parent in root.modules()
         for name, child in parent._modules.items()
         if child is not None and child in kept
