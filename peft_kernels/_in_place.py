@@ -22,8 +22,6 @@ class Place(NamedTuple):
         now = self.parent._modules.get(self.name)
         if now is self.layer:
             return True
-        if torch.compiler.is_compiling():  # which can't trace what looks into wrappers
-            return not isinstance(now, nn.Linear) or isinstance(now, type(self.layer))
         return now is not None and any(isinstance(m, type(self.layer)) for m in now.modules())
 
 
@@ -31,13 +29,16 @@ class InPlace:
     """A model's forward pre-hook, which raises if a layer has gone.
 
     ``resize_token_embeddings`` makes a new output layer, ``prune_heads`` new projections, of plain
-    nn.Linear: without this the model would go on without those adapters.
+    nn.Linear: without this the model would go on without those adapters. A forward that
+    torch.compile has traced isn't looked after.
     """
 
     def __init__(self) -> None:
         self.places: list[Place] = []
 
     def __call__(self, model: nn.Module, args: Any = ()) -> None:
+        if torch.compiler.is_compiling():  # which can't have modules known by another way
+            return
         for place in self.places:
             if not place.is_kept():
                 kind, now = type(place.layer), type(place.parent._modules.get(place.name))
