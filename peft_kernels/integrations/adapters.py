@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from peft_kernels._folder import tensors_in, whole, write_files
 from peft_kernels._modules_to_save import warn_of_left_out
-from peft_kernels._names import unwrapped
+from peft_kernels._names import check_late_parameters, unwrapped
 from peft_kernels.integrations._adapters_config import (
     DEFAULTS,
     FLAGS,
@@ -311,6 +311,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             model's adapter; what the config asks for isn't offered; keys or shapes that don't fit.
         Nothing is changed when one is raised.
     """
+    check_late_parameters(model, "load the adapter")
     host = host_of(model)
     loaded = _read_adapter(host, Path(folder))
     head = _checked_head(host, Path(folder))
@@ -349,6 +350,7 @@ def load_fusion(
             parallel ones have their input added twice, gates and LayerNorms after are left out.
         Nothing is changed when one is raised.
     """
+    check_late_parameters(model, "load the fusion")
     host, folder = host_of(model), Path(folder)
     where, header = _read_header(host, folder, FUSION_FILES)
     names = header.get("adapter_names") or header["name"]

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from peft_kernels._fast_paths import choose_fast_paths, has_adapters
 from peft_kernels._input_grads import let_gradients_be, let_gradients_through
 from peft_kernels._modules_to_save import freeze
-from peft_kernels._names import plain_modules, plain_name, replace_module, submodule, unwrapped
+from peft_kernels._names import (
+    check_late_parameters,
+    plain_modules,
+    plain_name,
+    replace_module,
+    submodule,
+    unwrapped,
+)
 from peft_kernels.integrations._blocks import (
     POST_NORM,
     PRE_NORM,
@@ -79,7 +86,8 @@ def insert_adapters(
     Raises:
         ValueError: an unknown preset, a model with no block that is known, or one that has adapters
             already; a block whose norms aren't known, for "houlsby" and "parallel", which need to
-            know what they do.
+            know what they do; a model in FullyShardedDataParallel. One in DistributedDataParallel
+            gets a RuntimeWarning.
         TypeError: a block that is sharded, or offloaded.
         The model is unchanged when one is raised.
     """
@@ -93,6 +101,7 @@ def insert_adapters(
     if taken := [path for path, module, _ in places if "adapter" in module._modules]:
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
     check_places(places)
+    check_late_parameters(model, "insert the adapters")
     made = [
         adapter_for(module, preset, overrides_at(path, overrides), path)
         for path, module, _ in places
