@@ -1,0 +1,239 @@
+"""Tiny models of transformers' families, and whether each method computes in them what it should.
+
+A check compares with what the model itself computes, in eager attention and float64, without this
+package: a prefix made of a text's keys and values with that text in the rows, a prompt with its
+embeddings in the rows, LoRA with its product added to the weights, adapters with their formula
+after the sublayer's output.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from peft_kernels.integrations.prefix import add_prefix, prefix_for, text_values
+from peft_kernels.integrations.soft_prompts import add_prompt
+from peft_kernels.integrations.transformers import adapters_of, insert_adapters
+from peft_kernels.nn import PromptTuning
+from peft_kernels.swap import swap_linear
+
+METHODS = ("LoRA", "adapters", "prefix", "prompt")
+L, S = 3, 5
+TOLERANCE = 1e-5  # of the largest output; some models round to float32 on their way
+LARGEST = 250_000  # parameters of a model that counts as tiny
+SIZES = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("attention_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff"), 48),
+    **dict.fromkeys(("ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "vocab_size"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "head_dim"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "patch_size"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "type_vocab_size"), 2),
+    **dict.fromkeys(("attention_window", "local_attention", "image_size"), 8),
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = {
+    "decoders": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "encoders": "MODEL_FOR_MASKED_LM_MAPPING",
+}
+
+
+@contextmanager
+def default_dtype() -> Iterator[None]:
+    """Within it, what a model makes on its way is in float64 too."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Family:
+    """A class of models, and one of it.
+
+    Args:
+        kind: "decoders" or "encoders".
+        model: in eager attention and float64, with weights large enough for attention to matter.
+    """
+
+    def __init__(self, kind: str, model: nn.Module) -> None:
+        self.kind, self.model, self.name = kind, model, type(model).__name__
+
+    def copy(self) -> Any:
+        return copy.deepcopy(self.model)
+
+
+def families(kind: str) -> Iterator[Family]:
+    """A tiny model of each class that can be built so."""
+    mapping = getattr(modeling_auto, KINDS[kind])
+    seen = set()
+    for config in mapping:
+        classes = mapping[config]
+        for model in classes if isinstance(classes, tuple | list) else (classes,):
+            if model.__name__ not in seen and (made := _built(config, model)) is not None:
+                seen.add(model.__name__)
+                yield Family(kind, made)
+
+
+def _built(config: Any, model: Any) -> nn.Module | None:
+    names = set(inspect.signature(config.__init__).parameters)
+    any_name = not names - {"self", "args", "kwargs"}
+    options = {k: v for k, v in SIZES.items() if any_name or k in names}
+    torch.manual_seed(0)
+    try:
+        configured = config(**options)
+        with torch.device("meta"):
+            if sum(p.numel() for p in model(configured).parameters()) > LARGEST:
+                return None
+        configured._attn_implementation = "eager"
+        with default_dtype():
+            made = model(configured).double().eval()
+            _out(made, _tokens(1, S))
+    except Exception:  # what it raises says nothing here: this configuration isn't one of its own
+        return None
+    with torch.no_grad():
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return made
+
+
+# ---- the checks ----------------------------------------------------------------------------------
+
+
+def check(family: Family, method: str) -> str:
+    """"right", "wrong: ..." or the text of the error, a ValueError, that says why not."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings(), torch.no_grad(), default_dtype():
+        warnings.simplefilter("ignore")
+        try:
+            return _CHECKS[method](family)
+        except ValueError as error:
+            return str(error)
+
+
+def _tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(3, 60, (rows, length))
+
+
+def _out(model: nn.Module, ids: Tensor | None = None, **inputs: Any) -> Tensor:
+    if ids is not None:
+        inputs["input_ids"] = ids
+    text = inputs["inputs_embeds"] if ids is None else ids
+    inputs.setdefault("attention_mask", torch.ones(text.shape[:2], dtype=torch.long))
+    output = model(**inputs)
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _verdict(found: Tensor, expected: Tensor, bare: Tensor) -> str:
+    """Whether two outputs are the same; they must differ from the bare model's to show anything."""
+    scale = expected.abs().max()
+    if not (expected - bare).abs().max() > 1e3 * TOLERANCE * scale:
+        return "wrong: the check shows nothing"
+    error = ((found - expected).abs().max() / scale).item()
+    return "right" if error < TOLERANCE else f"wrong: by {error:.1e}"
+
+
+def _prefix(family: Family) -> str:
+    model, ids, text = family.copy(), _tokens(2, S), _tokens(1, L).expand(2, -1)
+    prefix = prefix_for(model, L, sites=["self"], tasks=2)
+    first = family.kind == "decoders"
+    rows = torch.cat([text, ids] if first else [ids, text], 1)
+    expected = _out(family.model, rows)
+    expected = expected[:, L:] if first else expected[:, :S]
+    made = text_values(model, input_ids=rows, attention_mask=torch.ones_like(rows))["self"]
+    kept = slice(0, L) if first else slice(S, None)
+    prefix.fit([(k[:, :, kept], v[:, :, kept]) for k, v in made])
+    try:
+        add_prefix(model, prefix, shift_positions=first)
+    except ValueError as error:
+        if not first or "shift_positions" not in str(error):
+            raise
+        return f"unshifted: {error}"
+    bare = _out(family.model, ids)
+    verdict = _verdict(_out(model, ids, prefix_ids=[0, 1]), expected, bare)
+    if verdict == "right":
+        mask = torch.tensor([[1] * S, [1] * (S - 2) + [0] * 2])
+        without = _out(model, ids, attention_mask=mask, prefix_ids=[-1, -1])
+        error = (without - _out(family.model, ids, attention_mask=mask))[mask.bool()].abs().max()
+        if not error < TOLERANCE * bare.abs().max():
+            return f"wrong: by {error:.1e} in padded rows without a prefix"
+    return verdict
+
+
+def _prompt(family: Family) -> str:
+    model, ids = family.copy(), _tokens(2, S)
+    embedding = model.get_input_embeddings()
+    prompt = PromptTuning(L, embedding.weight.shape[1], init="normal", std=3.0, tasks=1).double()
+    add_prompt(model, prompt)
+    found = _out(model, ids)
+    text = family.model.get_input_embeddings()(ids)
+    rows = torch.cat([prompt.prompts().expand(2, -1, -1), text], 1)
+    expected = _out(family.model, inputs_embeds=rows)[:, L:]
+    return _verdict(found, expected, _out(family.model, ids))
+
+
+def _lora(family: Family) -> str:
+    model, expected, ids = family.copy(), family.copy(), _tokens(2, S)
+    swapped = swap_linear(model, "all-linear", 2, alpha=4.0)
+    for path in swapped:
+        layer, weight = model.get_submodule(path), expected.get_submodule(path).weight
+        nn.init.normal_(layer.lora_b)
+        product = 2.0 * layer.lora_b.double() @ layer.lora_a.double()
+        weight += product if weight.shape == product.shape else product.T
+    return _verdict(_out(model, ids), _out(expected, ids), _out(family.model, ids))
+
+
+def _adapters(family: Family) -> str:
+    model, expected, ids = family.copy(), family.copy(), _tokens(2, S)
+    insert_adapters(model, "houlsby", size=4)
+    for path, adapter in adapters_of(model).items():
+        nn.init.normal_(adapter.up.weight)
+        _adapt(expected.get_submodule(path.rpartition(".")[0]), adapter)
+    return _verdict(_out(model, ids), _out(expected, ids), _out(family.model, ids))
+
+
+def _adapt(module: Any, adapter: Any) -> None:
+    """The formula of Houlsby's adapter, in a model that has none."""
+
+    def update(x: Tensor) -> Tensor:
+        return adapter.up(torch.nn.functional.silu(adapter.down(x)))
+
+    def after_norm(hidden: Tensor, given: Tensor, **_: Any) -> Tensor:
+        f = module.dense(hidden)
+        return module.LayerNorm(f + given + update(f))
+
+    def after(module: Any, args: tuple, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        first = first + update(first)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    if hasattr(module, "LayerNorm"):
+        module.forward = after_norm
+    else:
+        module.register_forward_hook(after)
+
+
+_CHECKS = {"LoRA": _lora, "adapters": _adapters, "prefix": _prefix, "prompt": _prompt}
