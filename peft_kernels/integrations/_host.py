@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -108,7 +109,21 @@ def _why_no_prompt(model: Any) -> str | None:
         return f"gives no input embeddings ({error})"
     if not isinstance(embedding, nn.Module):
         return "gives no input embeddings"
+    if not isinstance(embedding, nn.Embedding) and not _gives_a_tensor(embedding):
+        return f"has embeddings that give more than a tensor ({type(embedding).__name__})"
     passes_on = not isinstance(model, PreTrainedModel)  # as PEFT's models do
     if "inputs_embeds" not in parameters(model.__class__) and not passes_on:
         return "takes no inputs_embeds, where a prompt would stand"
     return None
+
+
+@torch.no_grad()
+def _gives_a_tensor(embedding: nn.Module) -> bool:
+    weight = next(embedding.parameters(), None)
+    if weight is None:
+        return False
+    try:
+        made = embedding(torch.zeros(1, 1, dtype=torch.long, device=weight.device))
+    except (RuntimeError, TypeError, ValueError):  # it isn't one of tokens
+        return False
+    return isinstance(made, torch.Tensor)

@@ -26,7 +26,22 @@ from peft_kernels.integrations._attention import (
 _T5 = ("T5Attention", "MT5Attention")
 _BERT = tuple(
     f"{family}{kind}Attention"
-    for family in ("Bert", "Roberta", "XLMRoberta", "Electra", "Camembert")
+    for family in (
+        "Bert",
+        "BertGeneration",
+        "Camembert",
+        "Data2VecText",
+        "Electra",
+        "Ernie",
+        "LayoutLM",
+        "MegatronBert",
+        "RemBert",
+        "RoCBert",
+        "Roberta",
+        "RobertaPreLayerNorm",
+        "XLMRoberta",
+        "XLMRobertaXL",
+    )
     for kind in ("Self", "SdpaSelf", "Cross")
 )
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from peft_kernels.integrations import _own_attention
+from peft_kernels.integrations import _own_attention, _own_encoders
 
 
 class Place(NamedTuple):
@@ -26,8 +26,9 @@ def attention_places(model: nn.Module) -> list[Place]:
     """The model's attention modules that can take a prefix, by path.
 
     Known are those of transformers' that call the function which ``config._attn_implementation``
-    names (Llama, Mistral, Qwen, GPT-2, OPT, BART and others), T5's, and BERT's, RoBERTa's and
-    ELECTRA's self-attention.
+    names (Llama, Mistral, Qwen, GPT-2, OPT, BART, ViT and others), T5's, those of BERT's kind
+    (RoBERTa, ELECTRA, ERNIE, ...), DistilBERT's, MPNet's, ModernBERT's, and ALBERT's, whose layers
+    share a module, and so a prefix. docs/families.md says it of each class.
 
     Raises:
         ValueError: no such module, or several stacks of them that attend to the same.
@@ -36,6 +37,7 @@ def attention_places(model: nn.Module) -> list[Place]:
     if not places:
         raise ValueError(
             f"model has no attention module that can take a prefix; got {type(model).__name__}"
+            f"{_reasons(model)}"
         )
     _check_one_stack(model, places)
     return places
@@ -54,6 +56,12 @@ def _check_one_stack(model: nn.Module, places: list[Place]) -> None:
                 f"model must have one attention module a layer that takes a prefix; "
                 f"{type(model).__name__} has more: pass one of its parts, {' or '.join(owners)}"
             )
+
+
+def _reasons(model: nn.Module) -> str:
+    attention = (m for m in model.modules() if type(m).__name__.endswith("Attention"))
+    found = {type(m).__name__: why for m in attention if (why := why_not(m)) is not None}
+    return "".join(f", whose {kind} {why}" for kind, why in sorted(found.items()))
 
 
 def parent_path(path: str, levels: int = 1) -> str:
@@ -90,17 +98,49 @@ def _sizes(module: Any) -> tuple[int, int] | None:
         return module.n_heads, module.key_value_proj_dim
     if _own_attention.is_bert(module):
         return module.num_attention_heads, module.attention_head_size
-    if not calls_the_interface(module) or not hasattr(module, "head_dim"):
+    if (sizes := _own_encoders.own_sizes(module)) is not None:
+        return sizes
+    if not calls_the_interface(module) or why_not(module) is not None:
         return None
-    if hasattr(module, "k_proj"):
-        return module.k_proj.weight.shape[0] // module.head_dim, module.head_dim
-    return module.num_heads, module.head_dim
+    size = next(getattr(module, name) for name in _HEAD_SIZES if hasattr(module, name))
+    for name in ("k_proj", "key", "k_lin"):
+        if hasattr(module, name):
+            return getattr(module, name).weight.shape[0] // size, size
+    heads = next((h for name in _HEADS if (h := getattr(module, name, None)) is not None), None)
+    if heads is None:
+        heads = next(h for name in _HEADS if (h := getattr(module.config, name, None)) is not None)
+    return heads, size
+
+
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
+_HEADS = ("kv_heads", "num_key_value_heads", "num_heads", "num_attention_heads")
 
 
 def calls_the_interface(module: Any) -> bool:
     """Whether its forward takes its attention function from the table under the config's name."""
-    named = type(module).__name__.endswith("Attention")
-    return named and _own_attention.calls_interface(module.__class__)
+    kind = type(module).__name__
+    if not kind.endswith("Attention") or not any(hasattr(module, name) for name in _HEAD_SIZES):
+        return False
+    return hasattr(module, "config") and _own_attention.calls_interface(module.__class__)
+
+
+def why_not(module: Any) -> str | None:
+    """What an attention module does that attention with a prefix doesn't; None: nothing known."""
+    config = getattr(module, "config", None)
+    if hasattr(module, "prepare_dynamic_mask"):
+        return "masks keys by their values"
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "caps its scores"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "caps its scores"
+    if hasattr(module, "sinks"):
+        return "attends to sinks"
+    if type(module).__name__ in _DISENTANGLED:
+        return "scores each key by its distance too, which a prefix' keys don't have"
+    return None
+
+
+_DISENTANGLED = ("DisentangledSelfAttention", "DebertaSelfAttention", "DebertaV2SelfAttention")
 
 
 def _site(model: Any, stack: str, module: Any, path: str) -> str:

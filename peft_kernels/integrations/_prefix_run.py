@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels._calls import keep_apart, stop_keeping_apart, unwrap, wrap
-from peft_kernels.integrations import _guard, _own_attention
+from peft_kernels.integrations import _guard, _own_attention, _own_encoders
 from peft_kernels.integrations._attention import (
     SOURCE,
     Pair,
@@ -110,6 +110,7 @@ def take_over(places: Sequence[Place]) -> None:
     """Has modules that compute their attention themselves attend with a prefix."""
     for place in places:
         _own_attention.take_over(place.module)
+        _own_encoders.take_over(place.module)
         if _own_attention.is_t5(place.module):
             # The relative position bias of a stack is its first layer's.
             first: Any = next(p.module for p in places if p.stack == place.stack and p.layer == 0)
@@ -141,6 +142,9 @@ def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> Non
         if (owner := position_owner(model, stack)) is not None:
             owner.__dict__["_prefix_shift"] = attached
             _hook(owner, _shift_positions)
+        elif (owner := padded_position_owner(model, stack)) is not None:
+            owner.__dict__["_prefix_shift"] = attached
+            _hook(owner, _shift_padded)
         elif (table := position_table(model, stack)) is not None:
             table.__dict__["_prefix_shift"] = attached
             _hook(table, _shift_table)
@@ -154,12 +158,26 @@ def position_table(model: nn.Module, stack: str) -> nn.Module | None:
 
 def position_owner(model: nn.Module, stack: str) -> nn.Module | None:
     """The module at or above a stack that takes ``position_ids`` counting from 0."""
+    owner = _takes_positions_above(model, stack)
+    return None if owner is None or _counts_from_padding(owner) else owner
+
+
+def padded_position_owner(model: nn.Module, stack: str) -> nn.Module | None:
+    """The module that takes ``position_ids`` counting from behind padding's, as RoBERTa's."""
+    owner = _takes_positions_above(model, stack)
+    return owner if owner is not None and _counts_from_padding(owner) else None
+
+
+def _counts_from_padding(module: Any) -> bool:
+    return hasattr(getattr(module, "embeddings", None), "padding_idx")
+
+
+def _takes_positions_above(model: nn.Module, stack: str) -> nn.Module | None:
     path: str = stack
     while True:
         module = model.get_submodule(path)
         if takes_positions(module):
-            embeddings = getattr(module, "embeddings", None)
-            return None if hasattr(embeddings, "padding_idx") else module
+            return module
         if not path:
             return None
         path = parent_path(path)
@@ -204,7 +222,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _first_input(args: tuple, kwargs: dict) -> Tensor:
     """The ids, embeddings or hidden states that a stack is called with."""
-    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+    for name in ("input_ids", "inputs_embeds", "hidden_states", "x"):
         if kwargs.get(name) is not None:
             return kwargs[name]
     return next(x for x in args if isinstance(x, Tensor))
@@ -229,6 +247,28 @@ def _shift_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
     positions = positions + attached.shift(text.shape[0], text.device)
     past = past_length(kwargs.get("past_key_values"))
     _check_room(module, positions, attached.length + past + text.shape[1])
+    return (), kwargs | {"position_ids": positions}
+
+
+def _shift_padded(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Positions that count real tokens from behind padding's, which padding keeps."""
+    if isinstance(current_state(), Recording):
+        return args, kwargs
+    attached, first = module.__dict__["_prefix_shift"], module.embeddings.padding_idx + 1
+    kwargs = {**dict(zip(parameters(module.__class__), args, strict=False)), **kwargs}
+    text, positions = _first_input((), kwargs), kwargs.get("position_ids")
+    past = past_length(kwargs.get("past_key_values"))
+    if positions is None and kwargs.get("input_ids") is not None:
+        real = (text != first - 1).long()
+        positions = (real.cumsum(1) + past) * real + first - 1
+    elif positions is None:
+        counted = torch.arange(first + past, first + past + text.shape[1], device=text.device)
+        positions = counted.expand(text.shape[:2])
+    real = (positions != first - 1).long()
+    positions = positions + real * attached.shift(text.shape[0], text.device)
+    room = module.embeddings.position_embeddings.num_embeddings
+    if first + attached.length + past + text.shape[1] > room:
+        _check_last(positions, room)
     return (), kwargs | {"position_ids": positions}
 
 
@@ -282,4 +322,4 @@ def _check_last(positions: Tensor, room: int) -> None:
 
 
 _MARKS = ("_prefix_stack", "_prefix_shift", "_bias_weight", "_before")
-_HOOKS = (_take_ids, _begin, _shift_positions, _shift_table)
+_HOOKS = (_take_ids, _begin, _shift_positions, _shift_padded, _shift_table)

@@ -276,8 +276,11 @@ def _returns_dict(module: Any, inputs: dict[str, Any]) -> bool:
 def _learned_positions(model: Any) -> tuple[int, int | None]:
     """The id of the first position, and how many a learned table has; None without a table."""
     base = model.base_model
-    padding = getattr(getattr(base, "embeddings", None), "padding_idx", None)
+    embeddings = getattr(base, "embeddings", None)
+    padding, counted = (getattr(embeddings, x, None) for x in ("padding_idx", "position_ids"))
     first = 0 if padding is None else padding + 1
+    if padding is None and isinstance(counted, Tensor) and counted.numel():
+        first = int(counted.flatten()[0])  # 2 in Nystromformer
     tables = ("wpe", "position_embeddings", "embed_positions")
     for name, module in base.named_modules():
         if name.rpartition(".")[2] in tables and isinstance(module, nn.Embedding):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.integrations import _own_attention
+from peft_kernels.integrations import _own_attention, _own_encoders
 from peft_kernels.integrations._attention import SOURCE, Pair, recording
 from peft_kernels.integrations._hooks import PREFIX_HOOK
 from peft_kernels.integrations._host import having, host_of
@@ -36,6 +36,7 @@ from peft_kernels.integrations._prefix_run import (
     Attached,
     attach,
     detach,
+    padded_position_owner,
     position_owner,
     position_table,
     take_over,
@@ -107,7 +108,9 @@ def add_prefix(
             before the text: what Li & Liang's and PEFT's prefix in the cache does. By default where
             a single decoder takes position ids (GPT-2, OPT, Llama, ...). Ids that aren't given are
             then counted over the attention mask's tokens, so that padding doesn't move the text.
-            False leaves the model's positions alone. True for PEFT's prefixes of T5 and BART, whose
+            False leaves the model's positions alone, as the default does in encoders: PEFT's prefix
+            moves those of BERT's family by L, and so does True here. (RoBERTa's count from behind
+            padding's, which stays where it is.) True for PEFT's prefixes of T5 and BART too, whose
             decoders' positions they shift: T5's relative ones then count the prefix, whose scores
             otherwise have no bias, and its keys are concatenated with the text's for that.
 
@@ -280,7 +283,7 @@ def shifts_positions(model: Any, places: Sequence[Place], asked: bool | None) ->
     """Whether positions are to be shifted; the default is for single decoders."""
     stacks = sorted({place.stack for place in places})
     if asked is None:
-        encodes = any(_own_attention.is_bert(place.module) for place in places)
+        encodes = any(_is_encoders(place.module) for place in places)
         owner = position_owner(model, stacks[0])
         return len(stacks) == 1 and owner is not None and not encodes
     if asked and not all(_can_shift(model, place) for place in places if place.site == "self"):
@@ -294,5 +297,11 @@ def shifts_positions(model: Any, places: Sequence[Place], asked: bool | None) ->
 def _can_shift(model: nn.Module, place: Place) -> bool:
     if _own_attention.is_t5(place.module):
         return True
-    shifted = position_owner(model, place.stack) or position_table(model, place.stack)
-    return shifted is not None
+    ways = (position_owner, padded_position_owner, position_table)
+    return any(way(model, place.stack) is not None for way in ways)
+
+
+def _is_encoders(module: Any) -> bool:
+    """Whether it is an encoder's, or of a family of encoders."""
+    own = _own_attention.is_bert(module) or _own_encoders.own_sizes(module) is not None
+    return own or not getattr(module, "is_causal", True)
