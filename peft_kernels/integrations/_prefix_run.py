@@ -222,10 +222,10 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _first_input(args: tuple, kwargs: dict) -> Tensor:
     """The ids, embeddings or hidden states that a stack is called with."""
-    for name in ("input_ids", "inputs_embeds", "hidden_states", "x"):
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
         if kwargs.get(name) is not None:
             return kwargs[name]
-    return next(x for x in args if isinstance(x, Tensor))
+    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
 
 # ---- positions -----------------------------------------------------------------------------------
