@@ -47,10 +47,11 @@ def strict():
 
 @cases
 def test_theirs_loads_in_ours(tmp_path, make, method):
-    model = theirs(make, method)
+    dtype = torch.float64 if method == "lstm" else torch.float32  # its rounding depends on its rows
+    model = theirs(make, method).to(dtype)
     expected = their_logits(model, make, method)
     model.save_pretrained(tmp_path)
-    host = base(make)
+    host = base(make).to(dtype)
     module = load_prompt(tmp_path, model=host)
     assert all(p.requires_grad for p in module.parameters())
     assert_close(our_logits(host, module, make, method), expected, bare(make, method))
