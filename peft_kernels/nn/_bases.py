@@ -23,7 +23,10 @@ FAKE_TENSOR = "torch._subclasses.fake_tensor.FakeTensor"
 DTENSOR = "torch.distributed.tensor.DTensor"
 
 _OURS = {
-    "peft_kernels.nn.lora.LoRALinear": ("must be a plain linear layer; it is a LoRALinear already"),
+    "peft_kernels.nn.lora.LoRALinear": (
+        "must be a plain linear layer; it is a LoRALinear already, which has one adapter (for "
+        "several by name: AdapterPool, or PEFT; for other values: switch())"
+    ),
     "peft_kernels.nn.multi_lora.MultiLoRALinear": (
         "must be a plain linear layer; it serves an AdapterPool already: detach() that first"
     ),

@@ -105,7 +105,12 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
     While merged, ``weight`` is another Parameter holding ``weight + scale * lora_b @ lora_a``, and
     forward is ``F.linear`` alone, without dropout. The base Parameter is kept, untouched: unmerging
     restores every bit, other modules tied to it never change, and a merged layer costs one more
-    weight in memory. ``state_dict`` always holds the base weight.
+    weight in memory. ``state_dict`` always holds the base weight, and warns of it while merged:
+    :func:`peft_kernels.unload` makes a plain layer with the merged one.
+
+    Whoever reads ``weight`` rather than calling the layer gets the base weight, or while merged the
+    merged one: another library's fused loss or MLP goes without the adapter. Merge first, or call
+    the layer.
 
     The state dict has ``scale`` beside the Parameters, as ``_extra_state``; one without it, as of a
     plain ``nn.Linear``, leaves the layer's as it is.
