@@ -65,8 +65,9 @@ def swap_linear(
     Each new layer keeps the Parameters of the one it replaces
     (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
     names is matched by the first and replaced under all of them. A layer has one adapter: for
-    several by name there is :class:`peft_kernels.AdapterPool`, or PEFT itself. Afterwards only adapters require
-    gradients, those of earlier swaps included; unfreeze a newly initialised head yourself.
+    several by name there is :class:`peft_kernels.AdapterPool`, or PEFT itself. Afterwards only
+    adapters require gradients, those of earlier swaps included; unfreeze a newly initialised head
+    yourself.
 
     Reentrant gradient checkpointing gives nothing a gradient behind frozen embeddings. In a model
     of transformers', the embeddings' output is made to require gradients at each forward that is so
