@@ -166,6 +166,11 @@ def attend(
     """
     state = _STATE.get()
     if isinstance(state, Recording):
+        if module in state.pairs:
+            raise ValueError(
+                f"{type(module).__name__} attends more than once in a forward, as a module that "
+                "several layers share does: a text has no one pair of keys and values there"
+            )
         state.pairs[module] = (k, v)
         prefixes = None
     elif state is None and (source := module.__dict__.get(SOURCE)) is not None:

@@ -104,8 +104,9 @@ def _sizes(module: Any) -> tuple[int, int] | None:
         return None
     size = next(getattr(module, name) for name in _HEAD_SIZES if hasattr(module, name))
     for name in ("k_proj", "key", "k_lin"):
-        if hasattr(module, name):
-            return getattr(module, name).weight.shape[0] // size, size
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is not None:
+            return weight.shape[0] // size, size
     heads = next((h for name in _HEADS if (h := getattr(module, name, None)) is not None), None)
     if heads is None:
         heads = next(h for name in _HEADS if (h := getattr(module.config, name, None)) is not None)
@@ -133,6 +134,8 @@ def why_not(module: Any) -> str | None:
         return "caps its scores"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "caps its scores"
+    if hasattr(module, "lambda_q1"):
+        return "takes the difference of two attentions"
     if hasattr(module, "sinks"):
         return "attends to sinks"
     if type(module).__name__ in _DISENTANGLED:

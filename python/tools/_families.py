@@ -51,6 +51,7 @@ SIZES = {
     **dict.fromkeys(("attention_window", "image_size"), 8),
     "word_embed_proj_dim": 32,
     "reference_compile": False,
+    "trigram_input": False,  # by which a text reads the embedding of what is behind it
     "num_hidden_groups": 2,
     "layer_types": ["full_attention"] * 2,
     "pad_token_id": 0,

@@ -9,6 +9,7 @@ from prefix_models import L, assert_close, hidden, tokens, transformers
 from peft_kernels.integrations.prefix import (
     add_prefix,
     attention_places,
+    init_from_text,
     prefix_for,
     prefix_shapes,
     remove_prefix,
@@ -127,6 +128,8 @@ def test_alberts_layers_share_their_prefix():
     found = hidden(model(ids))
     assert (found - bare).abs().max() > 1e-3
     assert_close(found, hidden(expected(ids)), 1e-6)
+    with pytest.raises(ValueError, match="attends more than once in a forward"):
+        init_from_text(model, prefix, ids[0])
 
 
 @pytest.mark.parametrize("name", ["DistilBert", "Albert", "MPNet", "ModernBert"])
