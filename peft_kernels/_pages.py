@@ -105,7 +105,8 @@ class PageBook:
         if slot is None:
             raise PoolFullError(
                 f"the pool is full: all of its {self.slot_count} adapters (max_adapters) are "
-                f"there, so {name!r} has no place",
+                f"there, so {name!r} has no place: attach with a larger capacity or max_adapters, "
+                "or unload one",
                 None,
             )
         pages: dict[str, tuple[int, ...]] = {}

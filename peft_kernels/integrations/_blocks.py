@@ -167,4 +167,7 @@ def _hidden_size(module: nn.Module) -> int:
             return submodule(module, name).out_features  # type: ignore[return-value]
         except AttributeError:
             continue
-    raise ValueError(f"model has a block whose hidden size can't be told: {type(module).__name__}")
+    raise ValueError(
+        f"model has a block whose hidden size can't be told: {type(module).__name__}. Put adapters "
+        "after its modules with insert_adapter"
+    )

@@ -50,6 +50,8 @@ class Attached:
         tasks, length: P and L.
     """
 
+    moves_positions = False  # whether the text's start behind the prefix
+
     def __init__(
         self, evaluate: Evaluate, places: Sequence[Place], tasks: int, length: int
     ) -> None:
@@ -103,6 +105,7 @@ def attach(model: nn.Module, attached: Attached, places: Sequence[Place], shift:
         keep_apart(stack)
         _hook(stack, _begin)
     if shift:
+        attached.moves_positions = True
         _shift(model, attached, places)
 
 

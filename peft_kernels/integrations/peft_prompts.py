@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ from peft_kernels.integrations._peft_prompt_host import (
     load_modules,
     module_tensors,
 )
+from peft_kernels.integrations.prefix import leaves_positions
 from peft_kernels.nn._template import Input, Slots, Template
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_tuning import PrefixTuning
@@ -89,7 +91,9 @@ def save_prompt(
     prefix' keys and values and not the MLP that made them; nor dropout, ensembles, templates,
     verbalizers and the place where a prompt stands, which in PEFT is the front, before padding.
     It can't be trained on from: for that keep the module's own ``state_dict()`` (and
-    ``PrefixTuning.config()``), beside the optimizer's.
+    ``PrefixTuning.config()``), beside the optimizer's. Nor does it say whether a prefix shifts the
+    text's positions, as PEFT's does: a prefix in ``model`` that leaves them alone, as encoders' do
+    by default, gets a UserWarning, since PEFT computes something else with its folder.
 
     Args:
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
@@ -120,6 +124,7 @@ def save_prompt(
     beside = module_tensors(model, names, modules_to_save)
     if model is not None:
         warn_of_left_out(model, [key.removeprefix(MODULE_PREFIX) for key in beside])
+        _warn_of_positions(model, module)
     tensors |= beside
     given = {"task_type": task_type, "modules_to_save": list(dict.fromkeys(names)) or None}
     if base_model_name_or_path is not None:
@@ -131,6 +136,17 @@ def save_prompt(
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     write_files(Path(folder), contents)
+
+
+def _warn_of_positions(model: nn.Module, module: nn.Module) -> None:
+    if leaves_positions(model, module):
+        warnings.warn(
+            "module leaves the text's positions where they are, and PEFT's prefix moves them "
+            "behind itself: PEFT will compute something else with this folder. Add and train a "
+            "prefix for PEFT with add_prefix(model, prefix, shift_positions=True)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _contents(module: Any, task: int | None, task_type: str) -> Contents:

@@ -294,6 +294,16 @@ def shifts_positions(model: Any, places: Sequence[Place], asked: bool | None) ->
     return asked
 
 
+def leaves_positions(model: nn.Module, prefix: nn.Module) -> bool:
+    """Whether this prefix is in the model and leaves positions alone that could be shifted."""
+    for host in model.modules():
+        if PREFIX_HOOK in host.__dict__ and host._modules.get(CHILD) is prefix:
+            places = attention_places(host)
+            shifts = host.__dict__[PREFIX_HOOK].moves_positions
+            return not shifts and all(_can_shift(host, place) for place in places)
+    return False
+
+
 def _can_shift(model: nn.Module, place: Place) -> bool:
     if _own_attention.is_t5(place.module):
         return True

@@ -96,7 +96,8 @@ def insert_adapters(
     if not places:
         raise ValueError(
             f"model has no block that adapters can go into; got {type(model).__name__}, and blocks "
-            f"need the parts {', '.join(sorted(POST_NORM))} or {', '.join(sorted(PRE_NORM))}"
+            f"need the parts {', '.join(sorted(POST_NORM))} or {', '.join(sorted(PRE_NORM))}: "
+            "insert_adapter puts an adapter after any module"
         )
     if taken := [path for path, module, _ in places if "adapter" in module._modules]:
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
@@ -119,7 +120,7 @@ def insert_adapter(
     """Puts an adapter after any module: its output y becomes ``adapter(y, residual=y)``.
 
     The adapter becomes the module's child ``adapter``. Where the module returns a tuple, its first
-    element is adapted.
+    element is adapted. Nothing is frozen.
 
     Args:
         model: the model.
@@ -131,9 +132,14 @@ def insert_adapter(
     Raises:
         ValueError: no such path, an unknown style, a module that has a child ``adapter``, or a
             "parallel" one in a layer whose norms aren't known.
-        TypeError: a module that is never called, so that an adapter after it would do nothing.
+        TypeError: a module that is never called, so that an adapter after it would do nothing; an
+            adapter that isn't a module.
     """
     check_choice("style", style, tuple(_HOOKS))
+    if not isinstance(adapter, nn.Module):
+        raise TypeError(
+            f"adapter must be a module, such as nn.BottleneckAdapter; got {type(adapter).__name__}"
+        )
     try:
         module = submodule(model, path)
     except AttributeError as error:

@@ -214,6 +214,9 @@ def test_any_module_by_its_path():
         insert_adapter(model, "nowhere", adapter)
     with pytest.raises(ValueError, match=r"style must be one of.*'sideways'"):
         insert_adapter(model, "1", adapter, style="sideways")
+    with pytest.raises(TypeError, match=r"adapter must be a module.*; got int"):
+        insert_adapter(model, "1", 32)
+    assert not model[1]._modules
 
 
 def test_bad_input():

@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from peft_prompt_models import (
+    IDS,
+    MASK,
     D,
     L,
     assert_close,
@@ -20,6 +22,7 @@ from peft_prompt_models import (
     make_llama,
     our_logits,
     ours,
+    out_of,
     peft,
     tensors_of,
     their_logits,
@@ -28,6 +31,7 @@ from peft_prompt_models import (
 from torch import nn
 
 from peft_kernels.integrations.peft_prompts import load_prompt, save_prompt
+from peft_kernels.integrations.prefix import add_prefix, remove_prefix
 from peft_kernels.nn import PrefixTuning, PromptTuning, Template
 from peft_kernels.nn._template import Input, Slots
 
@@ -66,6 +70,23 @@ def test_ours_loads_in_theirs(tmp_path, make, method):
     save_prompt(tmp_path, module, model=host)
     loaded = peft.PeftModel.from_pretrained(base(make), tmp_path).eval()
     assert_close(their_logits(loaded, make, method), expected, bare(make, method))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [make_classifier, make_llama])
+def test_a_prefix_that_leaves_positions_alone_is_said_to_be_another_in_peft(tmp_path, make):
+    host, module = base(make), ours(make, "prefix")
+    add_prefix(host, module, shift_positions=False)
+    expected = out_of(host(IDS, attention_mask=MASK))
+    with pytest.warns(UserWarning, match="PEFT will compute something else.*shift_positions=True"):
+        save_prompt(tmp_path, module, model=host)
+    loaded = peft.PeftModel.from_pretrained(base(make), tmp_path).eval()
+    assert (their_logits(loaded, make, "prefix") - expected).abs().max() > 1e-3
+    add_prefix(host, remove_prefix(host), shift_positions=True)
+    expected = out_of(host(IDS, attention_mask=MASK))
+    save_prompt(tmp_path, module, model=host)  # a warning is an error here
+    loaded = peft.PeftModel.from_pretrained(base(make), tmp_path).eval()
+    assert_close(their_logits(loaded, make, "prefix"), expected, bare(make, "prefix"))
 
 
 @cases
