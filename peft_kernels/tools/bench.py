@@ -287,10 +287,10 @@ def outputs(request: Request) -> Iterator[tuple[str, Path]]:
 def write(console: Console, suite: ModuleType, request: Request, rows: list[Row]) -> None:
     record, chart = request.out / RECORD, request.out / CHART
     _write_text("--out", record, json.dumps(to_record(rows), indent=2))
-    console.print(f"numbers: {record}")
+    console.print(f"numbers: {record}", soft_wrap=True)
     if request.markdown:
         _write_text("--markdown", request.markdown, to_markdown(suite, rows))
-        console.print(f"tables:  {request.markdown}")
+        console.print(f"tables:  {request.markdown}", soft_wrap=True)
     if importlib.util.find_spec("matplotlib") is None:
         console.print("chart:   none, for matplotlib is not installed")
         return
@@ -300,7 +300,7 @@ def write(console: Console, suite: ModuleType, request: Request, rows: list[Row]
         save_chart(chart, suite, list(grouped(rows)))
     except OSError as error:
         raise unwritable("--out", chart, error) from error
-    console.print(f"chart:   {chart}")
+    console.print(f"chart:   {chart}", soft_wrap=True)
 
 
 def _write_text(name: str, path: Path, text: str) -> None:

@@ -87,7 +87,7 @@ def tune(
     path = _plans.save_cache({_plans.device_key(device): measured})
     console = console or Console()
     show(console, _table(measurements, device))
-    console.print(f"{len(measured)} buckets written to {path}")
+    console.print(f"{len(measured)} buckets written to {path}", soft_wrap=True)
     return measurements
 
 
@@ -205,7 +205,8 @@ def print_cached(console: Console, found: dict[str, Any]) -> None:
             table.add_row(bucket, plan)
         show(console, table)
     count = sum(map(len, found["plans"].values()))
-    console.print(f"{count} buckets in {found['cache']}; other plans are chosen by arithmetic")
+    rest = "other plans are chosen by arithmetic"
+    console.print(f"{count} buckets in {found['cache']}; {rest}", soft_wrap=True)
 
 
 def _table(measurements: list[Measurement], device: torch.device) -> Table:
