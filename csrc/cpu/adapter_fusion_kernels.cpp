@@ -246,13 +246,19 @@ inline void add_strip(const Matrix& factor, const Strip& s, const float* x, cons
   }
 }
 
+// In runs of a lane, as products are.
 inline float sum_of_row(const float* values, int64_t count) {
-  Vec lanes{};
-  int64_t i = 0;
-  for (; i + V <= count; i += V) lanes += load(values + i);
-  float total = sum(lanes);
-  for (; i < count; i++) total += values[i];
-  return total;
+  constexpr int64_t LANE_RUN = 16 * V;
+  const int64_t whole = count / V * V;
+  Vec total{};
+  for (int64_t i = 0; i < whole;) {
+    Vec run{};
+    for (const int64_t end = std::min(whole, i + LANE_RUN); i < end; i += V) run += load(values + i);
+    total += run;
+  }
+  float rest = 0;
+  for (int64_t i = whole; i < count; i++) rest += values[i];
+  return sum(total) + rest;
 }
 
 inline void add_sums(const Gradient& g, int64_t row, int64_t rows) {

@@ -145,16 +145,17 @@ void adapter_fwd(const AdapterForward& forward, const Parallel& parallel) {
 
 // ---- backward --------------------------------------------------------------------------------
 
-// A thread's sums for one gradient: those of each block are summed on their own first.
+constexpr int64_t BLOCK_ROWS = 240;  // at most: sums of few rows are added up one after the other
+
+// The threads' sums for one gradient.
 struct PartialSums {
   const Matrix* out;  // null: not wanted
   int64_t tasks;
   int64_t size = out ? out->rows * out->cols : 0;
   Scratch data{tasks * size};
 
-  float* of(int64_t task) const { return out ? data + task * size : nullptr; }
-  void clear(int64_t task) const {
-    if (size) std::memset(of(task), 0, size * sizeof(float));
+  RowSums of(int64_t task, int64_t rows) const {
+    return {out ? data + task * size : nullptr, size, rows};
   }
   // In the order of the tasks, so the same inputs give the same bits.
   void store(const Parallel& parallel) const {
@@ -174,18 +175,15 @@ struct PartialSums {
 // The sums over one block's rows, which are added to the thread's: the rounding error of many rows
 // grows with the number of blocks.
 struct BlockSums {
-  const PartialSums& total;
-  int64_t task;
-  Scratch buffer{total.size};
-  float* data = total.out ? static_cast<float*>(buffer) : nullptr;
+  const RowSums& total;
+  Scratch buffer{total.size()};
+  float* data = total.size() ? static_cast<float*>(buffer) : nullptr;
 
-  BlockSums(const PartialSums& sums, int64_t index) : total(sums), task(index) { clear(); }
-  void clear() const {
-    if (data) std::memset(data, 0, total.size * sizeof(float));
+  explicit BlockSums(const RowSums& sums) : total(sums) {
+    if (data) std::memset(data, 0, total.size() * sizeof(float));
   }
   void flush() const {
-    for (int64_t i = 0; i < total.size; i++) total.of(task)[i] += data[i];
-    clear();
+    if (data) end_run(total.size(), data, total.next());
   }
 };
 
@@ -230,18 +228,33 @@ struct BackwardSums {
   }
 };
 
+// What one thread sums up.
+struct TaskSums {
+  RowSums down, down_bias, up, up_sum, pre_norm, norm;
+
+  TaskSums(const BackwardSums& s, int64_t task, int64_t rows)
+      : down(s.down.of(task, rows)), down_bias(s.down_bias.of(task, rows)), up(s.up.of(task, rows)),
+        up_sum(s.up_sum.of(task, rows)), pre_norm(s.pre_norm.of(task, rows)),
+        norm(s.norm.of(task, rows)) {}
+
+  template <class F>
+  void each(F f) {
+    for (RowSums* one : {&down, &down_bias, &up, &up_sum, &pre_norm, &norm}) f(*one);
+  }
+};
+
 // A thread's way through its rows, by blocks of which all that is made stays in its L2.
 struct BackwardTask {
   const Backward& p;
-  const BackwardSums& sums;
-  int64_t task, block;
+  TaskSums& sums;
+  int64_t block;
   bool drops = p.in.dropout;
   Scratch x_rows{p.in.x.dtype == DType::f32 ? 0 : block * p.k};
   Scratch h_rows{p.pre_norm ? block * p.k : 0};
   Scratch dt_rows{block * p.n}, factors{drops ? block * p.n : 0};
   Scratch a_rows{block * p.r}, dz_rows{block * p.r};
   Scratch residual{ROWS * p.n}, dy_rows{ROWS * p.n}, dx_rows{ROWS * p.k};
-  BlockSums norm_sums{sums.norm, task}, pre_norm_sums{sums.pre_norm, task};
+  BlockSums norm_sums{sums.norm}, pre_norm_sums{sums.pre_norm};
 
   // dt: dy, or dy taken back through the LayerNorm of a t that is computed again.
   Rows grad_of_sum(int64_t row, int64_t rows, Rows x, Rows factor) const {
@@ -288,8 +301,8 @@ struct BackwardTask {
       h = normed;
     }
     const Rows dz{dz_rows, 1, p.r};
-    add_outer_and_sums(dz, p.r, h, rows, p.k, sums.down.of(task), nullptr);
-    add_outer_and_sums({}, 0, {dz_rows, p.r, 1}, rows, p.r, nullptr, sums.down_bias.of(task));
+    add_outer_and_sums(dz, p.r, h, rows, p.k, sums.down.next(), nullptr);
+    add_outer_and_sums({}, 0, {dz_rows, p.r, 1}, rows, p.r, nullptr, sums.down_bias.next());
   }
 
   // dx, and the gradients of the LayerNorm of x.
@@ -320,7 +333,7 @@ struct BackwardTask {
     const Rows dt = grad_of_sum(row, rows, x, factor), g = grad_of_update(rows, dt);
     if (p.b.up) {
       const Rows a{a_rows, 1, p.r};
-      add_outer_and_sums(a, p.r, g, rows, p.n, sums.up.of(task), sums.up_sum.of(task));
+      add_outer_and_sums(a, p.r, g, rows, p.n, sums.up.next(), sums.up_sum.next());
     }
     if (p.needs_dz) {
       project(g, rows, p.n, p.up_panels, p.r, 1, dz_rows);
@@ -329,24 +342,26 @@ struct BackwardTask {
     if (p.b.d_down) add_down(row, rows, x);
     if (p.needs_dh) grad_of_x(row, rows, x, dt);
     norm_sums.flush(), pre_norm_sums.flush();
+    sums.each([&](RowSums& one) { one.end_block(rows); });
   }
 };
 
 void adapter_bwd(const AdapterBackward& backward, const Parallel& parallel) {
   const Backward p{backward};
   const int64_t widest = std::max<int64_t>({p.k, p.n, 1});
-  const int64_t block = std::max<int64_t>(ROWS, BLOCK_FLOATS / widest / ROWS * ROWS);
+  const int64_t wanted = std::min(BLOCK_ROWS, BLOCK_FLOATS / widest / ROWS * ROWS);
+  const int64_t block = std::max<int64_t>(ROWS, wanted);
   const int64_t affordable = PARTIAL_FLOATS / std::max<int64_t>(p.r * (p.k + p.n), 1);
   const int64_t most = std::min(p.m / MIN_TASK_ROWS, affordable);
   const int64_t tasks = std::clamp<int64_t>(most, 1, parallel.threads);
   const BackwardSums sums(backward, tasks);
   if (p.m) p.pack(parallel);
   parallel(tasks, [&](int64_t task) {
-    const int64_t end = p.m * (task + 1) / tasks;
-    for (const PartialSums* sum : sums.all()) sum->clear(task);
-    const BackwardTask blocks{p, sums, task, block};
-    for (int64_t row = p.m * task / tasks; row < end; row += block)
-      blocks.run(row, std::min(block, end - row));
+    const int64_t begin = p.m * task / tasks, end = p.m * (task + 1) / tasks;
+    TaskSums task_sums(sums, task, end - begin);
+    const BackwardTask blocks{p, task_sums, block};
+    for (int64_t row = begin; row < end; row += block) blocks.run(row, std::min(block, end - row));
+    task_sums.each([](RowSums& one) { one.finish(); });
   });
   for (const PartialSums* sum : sums.all()) sum->store(parallel);
 }

@@ -70,7 +70,7 @@ template <int R>
 __attribute__((noinline)) void multiply_panel(Rows a, int64_t depth, const float* panel,
                                               float (&out)[ROWS][LANES]) {
   Vec tile[ROWS][VECS]{};
-  if (depth <= RUN)
+  if (depth <= RUN)  // one run
     accumulate_run<R, true>(depth, a, panel, LANES, tile);
   else
     accumulate<R, true>(depth, a, panel, LANES, tile);
@@ -185,6 +185,13 @@ inline Rows dropout_rows(const Dropout& dropout, int64_t row, int64_t rows, int6
 
 // ---- LayerNorm -------------------------------------------------------------------------------
 
+// Calls f(begin, count) for runs of a row, whose sums are added up in double.
+template <class F>
+PK_INLINE void by_runs(int64_t n, F f) {
+  constexpr int64_t NORM_RUN = 32 * V;
+  for (int64_t j = 0; j < n; j += NORM_RUN) f(j, std::min(NORM_RUN, n - j));
+}
+
 template <int R>
 PK_INLINE void add_row_sums(Rows rows, int64_t n, Vec (&sums)[ROWS]) {
   by_vectors(n, [&](int64_t j, auto lanes) {
@@ -192,19 +199,28 @@ PK_INLINE void add_row_sums(Rows rows, int64_t n, Vec (&sums)[ROWS]) {
   });
 }
 
-// The deviation is taken around the mean: E[t^2] - E[t]^2 loses it where the mean is large.
+// The deviation is taken around the mean: E[t^2] - E[t]^2 loses it where the mean is large. What is
+// left of the mean then is the rounding of the first sum.
 template <int R>
 PK_INLINE void set_statistics(Rows t, int64_t n, const Vec (&sums)[ROWS], float eps,
                               RowStatistics statistics) {
-  Vec squares[R]{};
+  double squares[R]{}, rests[R]{};
   for (int i = 0; i < R; i++) statistics.mean(i) = sum(sums[i]) / n;
-  by_vectors(n, [&](int64_t j, auto lanes) {
-    for (int i = 0; i < R; i++) {
-      const Vec d = keep(load(t, i, j, lanes) - statistics.mean(i), lanes);
-      squares[i] += d * d;
-    }
+  by_runs(n, [&](int64_t begin, int64_t count) {
+    Vec square[R]{}, rest[R]{};
+    by_vectors(count, [&](int64_t j, auto lanes) {
+      for (int i = 0; i < R; i++) {
+        const Vec d = keep(load(t, i, begin + j, lanes) - statistics.mean(i), lanes);
+        square[i] += d * d;
+        rest[i] += d;
+      }
+    });
+    for (int i = 0; i < R; i++) squares[i] += sum(square[i]), rests[i] += sum(rest[i]);
   });
-  for (int i = 0; i < R; i++) statistics.scale(i) = 1 / std::sqrt(sum(squares[i]) / n + eps);
+  for (int i = 0; i < R; i++) {
+    statistics.mean(i) += float(rests[i] / n);
+    statistics.scale(i) = float(1 / std::sqrt(squares[i] / n + eps));
+  }
 }
 
 // out = LN(t); the two may be the same rows.
@@ -236,27 +252,33 @@ PK_INLINE Vec rounded(Vec product) {
 template <int R>
 PK_INLINE void normalize_backward(Rows dy, Rows t, int64_t n, RowStatistics statistics,
                                   const float* weight, float* sums, Rows add, OutRows out) {
-  Vec of_d[R]{}, of_d_t[R]{};
+  double of_d[R]{}, of_d_t[R]{};
   const auto t_hat = [&](int64_t i, int64_t j, auto lanes) {
     return (load(t, i, j, lanes) - statistics.mean(i)) * statistics.scale(i);
   };
-  by_vectors(n, [&](int64_t j, auto lanes) {
-    const Vec w = load(weight + j, lanes);
-    Vec weight_sum{}, bias_sum{};
-    for (int i = 0; i < R; i++) {
-      const Vec grad = load(dy, i, j, lanes), hat = t_hat(i, j, lanes), d = rounded(grad * w);
-      of_d[i] += d;
-      of_d_t[i] += d * hat;
-      weight_sum += grad * hat;
-      bias_sum += grad;
-    }
-    if (!sums) return;
-    store(sums + j, load(sums + j, lanes) + weight_sum, lanes);
-    store(sums + n + j, load(sums + n + j, lanes) + bias_sum, lanes);
+  by_runs(n, [&](int64_t begin, int64_t count) {
+    Vec run_d[R]{}, run_d_t[R]{};
+    by_vectors(count, [&](int64_t offset, auto lanes) {
+      const int64_t j = begin + offset;
+      const Vec w = load(weight + j, lanes);
+      Vec weight_sum{}, bias_sum{};
+      for (int i = 0; i < R; i++) {
+        const Vec grad = load(dy, i, j, lanes), hat = t_hat(i, j, lanes), d = rounded(grad * w);
+        run_d[i] += d;
+        run_d_t[i] += d * hat;
+        weight_sum += grad * hat;
+        bias_sum += grad;
+      }
+      if (!sums) return;
+      store(sums + j, load(sums + j, lanes) + weight_sum, lanes);
+      store(sums + n + j, load(sums + n + j, lanes) + bias_sum, lanes);
+    });
+    for (int i = 0; i < R; i++) of_d[i] += sum(run_d[i]), of_d_t[i] += sum(run_d_t[i]);
   });
   if (!out.data) return;
   float mean[R], projection[R];
-  for (int i = 0; i < R; i++) mean[i] = sum(of_d[i]) / n, projection[i] = sum(of_d_t[i]) / n;
+  for (int i = 0; i < R; i++)
+    mean[i] = float(of_d[i] / n), projection[i] = float(of_d_t[i] / n);
   by_vectors(n, [&](int64_t j, auto lanes) {
     const Vec w = load(weight + j, lanes);
     for (int i = 0; i < R; i++) {

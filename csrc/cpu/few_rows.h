@@ -38,8 +38,9 @@ constexpr int64_t FEW_ROWS_DOT = 8;
 constexpr int64_t FEW_ROWS_AXPY = 8;
 constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
 constexpr int64_t MIN_AXPY_COLUMNS = 256;
-constexpr int64_t AXPY_RUN = 256;
+constexpr int64_t AXPY_RUN = 128;
 constexpr int AXPY_DEPTH = 4;          // rows of G per pass over those sums
+constexpr int64_t DOT_RUN = 64;        // products that a lane sums one after the other
 
 inline float bias_at(const Sweep& s, int64_t j) {
   if (!s.bias) return 0;
@@ -57,20 +58,26 @@ inline void add_bias(const Sweep& s, int64_t j, int64_t count, float* values) {
 template <int R, int C, class T>
 PK_INLINE void dot_block(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
                          float (&dots)[4][4]) {
-  Vec acc[R][C]{};
-  int64_t p = 0;
-  for (; p + V <= depth; p += V) {
-    Vec gs[C];
-    for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
-    for (int i = 0; i < R; i++) {
-      const Vec xs = load(x + i * x_row + p);
-      for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
+  const int64_t whole = depth / V * V;
+  Vec totals[R][C]{};
+  for (int64_t p = 0; p < whole;) {
+    Vec acc[R][C]{};
+    for (const int64_t end = std::min(whole, p + DOT_RUN * V); p < end; p += V) {
+      Vec gs[C];
+      for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
+      for (int i = 0; i < R; i++) {
+        const Vec xs = load(x + i * x_row + p);
+        for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
+      }
     }
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) totals[i][j] += acc[i][j];
   }
   for (int i = 0; i < R; i++)
     for (int j = 0; j < C; j++) {
-      dots[i][j] += sum(acc[i][j]);
-      for (int64_t q = p; q < depth; q++) dots[i][j] += x[i * x_row + q] * widen(g[j * g_row + q]);
+      float rest = 0;
+      for (int64_t q = whole; q < depth; q++) rest += x[i * x_row + q] * widen(g[j * g_row + q]);
+      dots[i][j] += sum(totals[i][j]) + rest;
     }
 }
 
@@ -199,14 +206,7 @@ PK_INLINE void axpy_block(int64_t m, const float* x, int64_t x_row, const T* g, 
         sums[i * width + j] += x[i * x_row + p] * widen(g[p * g_row + j]);
 }
 
-// totals += sums; sums = 0.
-inline void end_run(int64_t count, float* sums, float* totals) {
-  for (int64_t i = 0; i < count; i++) totals[i] += sums[i];
-  std::memset(sums, 0, count * sizeof(float));
-}
-
-// G with c contiguous: rows of G scaled by elements of X and summed, in runs as in tile.h, but
-// shorter ones: sums that lie in L1 cost little to add up.
+// G with c contiguous: rows of G scaled by elements of X and summed, in runs as in tile.h.
 inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
   const Scratch x_buffer(m * d);
@@ -216,12 +216,12 @@ inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t units = round_up(c, LANES) / LANES;
   const int64_t tasks = std::min<int64_t>(parallel.threads, units);
   parallel(tasks, [&](int64_t task) {
-    const Scratch panel(s.r * LANES), sums(m * width), totals(d > AXPY_RUN ? m * width : 0);
+    const Scratch panel(s.r * LANES), sums(m * width), totals(m * width);
     const int64_t end = std::min(c, units * (task + 1) / tasks * LANES);
     for (int64_t col = units * task / tasks * LANES; col < end; col += width) {
       const int64_t cols = std::min(width, end - col);
-      few_axpy_start(s, col, cols, width, panel, sums);
-      if (d > AXPY_RUN) std::memset(totals, 0, m * width * sizeof(float));
+      few_axpy_start(s, col, cols, width, panel, totals);
+      std::memset(sums, 0, m * width * sizeof(float));
       with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
         const int64_t row = s.g.row_stride, whole = d / AXPY_DEPTH * AXPY_DEPTH;
         for (int64_t p = 0; p < whole; p += AXPY_DEPTH) {
@@ -233,9 +233,8 @@ inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
             for (int64_t j = 0; j < cols; j++)
               sums[i * width + j] += x[i * d + p] * widen(g[p * row + j]);
       });
-      if (d > AXPY_RUN)
-        for (int64_t i = 0; i < m * width; i++) sums[i] += totals[i];
-      for (int64_t i = 0; i < m; i++) store_row(s.out, i, col, sums + i * width, cols);
+      end_run(m * width, sums, totals);
+      for (int64_t i = 0; i < m; i++) store_row(s.out, i, col, totals + i * width, cols);
     }
   });
 }

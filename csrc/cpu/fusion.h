@@ -15,7 +15,6 @@ namespace peft_kernels::PK_ISA {
 
 constexpr int64_t FUSION_BLOCK = 208 * 1024;  // floats of a block's panels: most of a 1 MB L2
 constexpr int64_t LEAST_PANELS = 2, MOST_PANELS = 8;
-constexpr int64_t DEPTH_RUN = 256;  // of a product, as in BLAS: runs of 768 have twice its error
 constexpr int64_t SUM_RUN = 16;   // products of a bottleneck that are summed one after the other
 constexpr int64_t UNPACKED = 64;  // columns
 
@@ -99,15 +98,6 @@ inline void unpack_rows(Panels from, int64_t row, int64_t rows, const Matrix& m,
     unpack_panel(from[i / LANES], row + i, std::min<int64_t>(LANES, rows - i), m, added);
 }
 
-template <int R>
-PK_INLINE void add_run(int64_t depth, Rows a, const float* b, int64_t b_step,
-                       Vec (&run)[ROWS][VECS]) {
-  if (a.step == 1)
-    accumulate_run<R, true>(depth, a, b, b_step, run);
-  else
-    accumulate_run<R, false>(depth, a, b, b_step, run);
-}
-
 // out[b][j] += sum_p g(j, p) in[b][p] for rows [begin, end) of g.
 inline void add_product_rows(const Matrix& g, int64_t begin, int64_t end, Panels in, Panels out,
                              int64_t count) {
@@ -117,17 +107,13 @@ inline void add_product_rows(const Matrix& g, int64_t begin, int64_t end, Panels
       const Rows rows = float_rows(g, j, R, 0, g.cols, buffer);
       for (int64_t b = 0; b < count; b++) {
         float* to = out[b] + j * LANES;
-        for (int64_t p = 0; p < g.cols; p += DEPTH_RUN) {
-          // Added in memory: sums kept in registers next to the run's would spill on AVX2.
-          Vec run[ROWS][VECS]{};
-          const int64_t depth = std::min(DEPTH_RUN, g.cols - p);
-          add_run<R>(depth, rows.at(0, p), in[b] + p * LANES, LANES, run);
-          for (int i = 0; i < R; i++)
-            for (int v = 0; v < VECS; v++) {
-              float* sum = to + i * LANES + v * V;
-              store(sum, load(sum) + run[i][v]);
-            }
-        }
+        Vec tile[ROWS][VECS]{};
+        accumulate<R>(g.cols, rows, in[b], LANES, tile);
+        for (int i = 0; i < R; i++)
+          for (int v = 0; v < VECS; v++) {
+            float* sum = to + i * LANES + v * V;
+            store(sum, load(sum) + tile[i][v]);
+          }
       }
     });
 }

@@ -4,6 +4,7 @@
 // gradient by rows of its adapter. How rows and columns are blocked together changes no bit.
 #pragma once
 #include <atomic>
+#include <utility>
 
 #include "multi_lora_linear.h"
 #include "rank_products.h"
@@ -15,6 +16,7 @@ constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's regis
 constexpr int TILE_ROWS = 6;                   // of an update
 constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
+constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
 
 // Threads take the units one by one, as their ranks may differ much.
 template <class F>
@@ -38,20 +40,26 @@ inline int64_t page_rows(const Group& group, int64_t page) {
 template <int R, int C, class T>
 PK_INLINE void dots(int64_t depth, const float* const* x, const T* g, int64_t g_row,
                     float (&sums)[DOT_ROWS][DOT_COLS]) {
-  Vec acc[R][C]{};
-  int64_t p = 0;
-  for (; p + V <= depth; p += V) {
-    Vec gs[C];
-    for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
-    for (int i = 0; i < R; i++) {
-      const Vec xs = load(x[i] + p);
-      for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
+  const int64_t whole = depth / V * V;
+  Vec totals[R][C]{};
+  for (int64_t p = 0; p < whole;) {
+    Vec acc[R][C]{};
+    for (const int64_t end = std::min(whole, p + DOT_RUN * V); p < end; p += V) {
+      Vec gs[C];
+      for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
+      for (int i = 0; i < R; i++) {
+        const Vec xs = load(x[i] + p);
+        for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
+      }
     }
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) totals[i][j] += acc[i][j];
   }
   for (int i = 0; i < R; i++)
     for (int j = 0; j < C; j++) {
-      sums[i][j] = sum(acc[i][j]);
-      for (int64_t q = p; q < depth; q++) sums[i][j] += x[i][q] * widen(g[j * g_row + q]);
+      float rest = 0;
+      for (int64_t q = whole; q < depth; q++) rest += x[i][q] * widen(g[j * g_row + q]);
+      sums[i][j] = sum(totals[i][j]) + rest;
     }
 }
 
@@ -157,8 +165,11 @@ PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int6
                            int64_t cols) {
   const Pages& pages = to.t.pages;
   const int64_t rank = to.group.rank, step = pages.data.row_stride;
-  Vec sums[R][VECS]{};
+  Vec sums[R][VECS]{}, before[R][VECS]{};
   for (int64_t page = 0; page * PAGE < rank; page++) {
+    if (page && page % RUN_PAGES == 0)
+      for (int a = 0; a < R; a++)
+        for (int v = 0; v < VECS; v++) before[a][v] += std::exchange(sums[a][v], Vec{});
     const T* b = base + pages.row(to.group.slot, page) * step + col;
     for (int64_t q = 0; q < page_rows(to.group, page); q++, b += step) {
       Vec lanes[VECS];
@@ -171,6 +182,9 @@ PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int6
       }
     }
   }
+  if (rank > RUN)
+    for (int a = 0; a < R; a++)
+      for (int v = 0; v < VECS; v++) sums[a][v] += before[a][v];
   for (int a = 0; a < R; a++) {
     if (WHOLE && to.in_place) {
       float* y = reinterpret_cast<float*>(to.t.y.at(to.row(i + a), to.t.column + col));
@@ -204,9 +218,12 @@ void expand_row(const Addend& to, const T* base, const float* z, int64_t i, int6
                 int64_t cols) {
   const Pages& pages = to.t.pages;
   const int64_t step = pages.data.row_stride;
-  alignas(64) float sums[SUM_COLUMNS];
-  std::memset(sums, 0, round_up(cols, V) * sizeof(float));
-  for (int64_t page = 0; page * PAGE < to.group.rank; page++) {
+  const int64_t rank = to.group.rank, width = round_up(cols, V);
+  alignas(64) float sums[SUM_COLUMNS], before[SUM_COLUMNS];
+  std::memset(sums, 0, width * sizeof(float));
+  if (rank > RUN) std::memset(before, 0, width * sizeof(float));
+  for (int64_t page = 0; page * PAGE < rank; page++) {
+    if (page && page % RUN_PAGES == 0) end_run(width, sums, before);
     const T* b = base + pages.row(to.group.slot, page) * step + col;
     const int64_t count = page_rows(to.group, page);
     int64_t q = 0;
@@ -214,6 +231,7 @@ void expand_row(const Addend& to, const T* base, const float* z, int64_t i, int6
       add_rank_rows<4>(z + page * PAGE + q, b + q * step, step, cols, sums);
     for (; q < count; q++) add_rank_rows<1>(z + page * PAGE + q, b + q * step, step, cols, sums);
   }
+  for (int64_t j = 0; rank > RUN && j < cols; j++) sums[j] += before[j];
   to.add(i, col, cols, sums);
 }
 
@@ -278,9 +296,10 @@ inline void outer(const Outer& t, const Parallel& parallel) {
   for_units(t.work, parallel, [&](const Unit& unit, const Group& group, const int64_t* rows) {
     const int64_t rank = group.rank, col = unit.part_begin, cols = unit.part_end - col;
     const bool masked = t.masked && group.dropout.threshold != 0;
-    const Scratch x(OUTER_ROWS * cols), u(OUTER_ROWS * rank), sums(rank * cols);
+    const Scratch x(OUTER_ROWS * cols), u(OUTER_ROWS * rank);
     const Scratch factors(masked ? cols : 0);
-    std::memset(sums, 0, rank * cols * sizeof(float));
+    const Scratch sums(rank * cols);
+    RowSums row_sums(sums, rank * cols, unit.end - unit.begin);
     for (int64_t row = unit.begin; row < unit.end; row += OUTER_ROWS) {
       const int64_t count = std::min(OUTER_ROWS, unit.end - row);
       for (int64_t i = 0; i < count; i++) {
@@ -294,8 +313,10 @@ inline void outer(const Outer& t, const Parallel& parallel) {
         const float* s = t.s.data + rows[row + i] * t.s.stride;
         for (int64_t q = 0; q < rank; q++) u[i * rank + q] = s[q];
       }
-      add_outer({u, 1, rank}, rank, {x, cols, 1}, count, cols, sums);
+      add_outer({u, 1, rank}, rank, {x, cols, 1}, count, cols, row_sums.next());
+      row_sums.end_block(count);
     }
+    row_sums.finish();
     const float factor = t.scaled ? group.scale : 1;
     for (int64_t q = 0; q < rank; q++) {
       for (int64_t j = 0; j < cols; j++) sums[q * cols + j] *= factor;

@@ -101,7 +101,7 @@ class Inputs {
           .q = heads_of(q_, "q"), .k = heads_of(k_, "k"), .v = heads_of(v_, "v"),
           .prefix_k = heads_of(prefix_k_, "prefix_k"), .prefix_v = heads_of(prefix_v_, "prefix_v"),
           .mask = mask_ ? &*mask_ : nullptr, .starts = starts_.data(), .ends = ends_.data(),
-          .is_causal = is_causal, .scale = static_cast<float>(scale), .order = order_.data(),
+          .is_causal = is_causal, .scale = scale, .order = order_.data(),
           .segments = segments_.data(), .segment_count = int64_t(segments_.size())};
     for (const Heads& other : {in.k, in.v, in.prefix_k, in.prefix_v})
       STD_TORCH_CHECK(other.dtype == in.q.dtype, "k, v and the prefix must have q's dtype");

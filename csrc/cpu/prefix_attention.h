@@ -34,7 +34,7 @@ struct PrefixAttentionInputs {
   const AttentionMask* mask;          // null for none
   const int32_t *starts, *ends;       // the real keys of a row's text; null for all
   bool is_causal;
-  float scale;
+  double scale;
   const int64_t* order;
   const Segment* segments;  // by prefix
   int64_t segment_count;

@@ -68,14 +68,14 @@ template <int N, class T>
 PK_INLINE void add_weighted(const float* weights, const T* values, int64_t token, int64_t count,
                             float* out) {
   Vec sums[N];
-  for (int v = 0; v < N; v++) sums[v] = load(out + v * V);
+  for (int v = 0; v < N; v++) sums[v] = Vec{};
   for (int64_t j = 0; j < count; j++)
 #pragma GCC unroll 8
     for (int v = 0; v < N; v++) {
       sums[v] += weights[j] * load(values + j * token + v * V);
       if (N > 1) __builtin_prefetch(values + (j + PREFETCHED) * token + v * V);
     }
-  for (int v = 0; v < N; v++) store(out + v * V, sums[v]);
+  for (int v = 0; v < N; v++) store(out + v * V, load(out + v * V) + sums[v]);
 }
 
 template <class T>
@@ -91,15 +91,19 @@ void add_weighted_values(const float* weights, int64_t weights_row, int64_t n, c
       for (; d + COLUMN_VECS * V <= dim; d += COLUMN_VECS * V)
         add_weighted<COLUMN_VECS>(w, from + d, token, keys, to + d);
       for (; d + V <= dim; d += V) add_weighted<1>(w, from + d, token, keys, to + d);
-      for (; d < dim; d++)
-        for (int64_t e = 0; e < keys; e++) to[d] += w[e] * widen(from[e * token + d]);
+      for (; d < dim; d++) {
+        float sum = 0;
+        for (int64_t e = 0; e < keys; e++) sum += w[e] * widen(from[e * token + d]);
+        to[d] += sum;
+      }
     }
 }
 
 // One block of keys [key, key + width), all of the prefix or all of the text.
 inline void attend_directly(const QueryBlock& block, const Heads& keys, const Heads& values,
                             int64_t row, int64_t token, int64_t key, int64_t width, const float* q,
-                            int64_t q_row, OnlineSoftmax& softmax, float* scores, float* out) {
+                            int64_t q_row, OnlineSoftmax& softmax, float* scores, float* sums,
+                            float* out) {
   const Unit& unit = block.unit;
   const int64_t dim = unit.in.dim;
   with_type(keys.dtype, keys.at(row, unit.head, token), [&](auto* data) {
@@ -110,24 +114,27 @@ inline void attend_directly(const QueryBlock& block, const Heads& keys, const He
     if (unit.in.mask) unit.add_mask(block.first + i, key, n, scores + i * KEYS);
     softmax.add(i, scores + i * KEYS, n);
     std::fill(scores + i * KEYS + n, scores + i * KEYS + width, 0.0f);
-    for (int64_t d = 0; d < dim; d++) out[i * q_row + d] *= softmax.factor[i];
   }
+  std::memset(sums, 0, block.n * q_row * sizeof(float));
   with_type(values.dtype, values.at(row, unit.head, token), [&](auto* data) {
-    add_weighted_values(scores, KEYS, block.n, data, values.token, width, dim, out, q_row);
+    add_weighted_values(scores, KEYS, block.n, data, values.token, width, dim, sums, q_row);
   });
+  for (int64_t i = 0; i < block.n; i++)
+    for (int64_t d = i * q_row; d < i * q_row + dim; d++)
+      out[d] = out[d] * softmax.factor[i] + sums[d];
 }
 
-// out [n, q_row] of a block of queries q [n, q_row], out being 0.
+// out [n, q_row] of a block of queries q [n, q_row], out being 0; sums [n, q_row] is scratch.
 inline void attend_directly(const QueryBlock& block, int64_t prefix, const float* q, int64_t q_row,
-                            OnlineSoftmax& softmax, float* scores, float* out) {
+                            OnlineSoftmax& softmax, float* scores, float* sums, float* out) {
   const Unit& unit = block.unit;
   const PrefixAttentionInputs& in = unit.in;
   for (int64_t key = 0; key < unit.length; key += KEYS)
     attend_directly(block, in.prefix_k, in.prefix_v, prefix, key, key,
-                    std::min(KEYS, unit.length - key), q, q_row, softmax, scores, out);
+                    std::min(KEYS, unit.length - key), q, q_row, softmax, scores, sums, out);
   for (int64_t key = unit.length; key < block.keys(); key += KEYS)
     attend_directly(block, in.k, in.v, unit.row, unit.start + key - unit.length, key,
-                    std::min(KEYS, block.keys() - key), q, q_row, softmax, scores, out);
+                    std::min(KEYS, block.keys() - key), q, q_row, softmax, scores, sums, out);
 }
 
 }  // namespace peft_kernels::PK_ISA

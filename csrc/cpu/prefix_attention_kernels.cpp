@@ -46,7 +46,7 @@ inline void pack_text(const Unit& unit, int64_t count, Panels& keys, Panels& val
 
 struct ForwardBuffers {
   int64_t row;  // floats of a query
-  Scratch q{QUERIES * row}, out{QUERIES * row}, scores{QUERIES * KEYS};
+  Scratch q{QUERIES * row}, out{QUERIES * row}, sums{QUERIES * row}, scores{QUERIES * KEYS};
   explicit ForwardBuffers(const PrefixAttentionInputs& in) : row(round_up(in.dim, LANES)) {}
 };
 
@@ -72,7 +72,7 @@ inline void finish(const PrefixAttentionForward& f, const QueryBlock& block,
                    const OnlineSoftmax& softmax, float* out, int64_t row) {
   const Unit& unit = block.unit;
   for (int64_t i = 0; i < block.n; i++) {
-    const float factor = softmax.total[i] == 0 ? 0.0f : 1 / softmax.total[i];
+    const float factor = softmax.total[i] == 0 ? 0.0f : float(1 / softmax.total[i]);
     for (int64_t d = 0; d < row; d++) out[i * row + d] *= factor;
     const int64_t query = block.first + i;
     unit.store_query(f.out, query, out + i * row);
@@ -97,11 +97,11 @@ inline void forward_task(const PrefixAttentionForward& f, const Task& task, int6
     for (int64_t first = part * QUERIES; first < unit.queries; first += parts * QUERIES) {
       const QueryBlock block(unit, first);
       OnlineSoftmax softmax;
-      unit.copy_queries(in.q, first, block.n, float(in.scale * LOG2_E), buffers.q, buffers.row);
+      unit.copy_queries(in.q, first, block.n, in.scale * LOG2_E, buffers.q, buffers.row);
       std::memset(buffers.out, 0, block.n * buffers.row * sizeof(float));
       if (direct)
         attend_directly(block, task.segment.prefix, buffers.q, buffers.row, softmax,
-                        buffers.scores, buffers.out);
+                        buffers.scores, buffers.sums, buffers.out);
       else
         attend(block, *keys, *values, buffers, softmax);
       finish(f, block, softmax, buffers.out, buffers.row);
@@ -128,7 +128,8 @@ struct BackwardBuffers {
   int64_t row;  // floats of a query
   Scratch q{QUERIES * row}, dout{QUERIES * row}, dq{QUERIES * row};
   Scratch p{QUERIES * KEYS}, ds{QUERIES * KEYS};
-  float lse[QUERIES], delta[QUERIES];
+  float lse[QUERIES], delta[QUERIES];  // the lse less its whole part, to base 2
+  int32_t lse_whole[QUERIES];
 
   explicit BackwardBuffers(const PrefixAttentionInputs& in) : row(round_up(in.dim, LANES)) {}
 
@@ -146,9 +147,11 @@ struct BackwardBuffers {
       const int64_t query = block.first + i;
       const int64_t at = (unit.row * b.in.heads + unit.query_head(query)) * b.in.queries;
       const float value = b.lse[at + unit.token(query)];
-      lse[i] = value == -INFINITE ? 0 : float(value * LOG2_E);  // all scores are -inf then
+      const double binary = value == -INFINITE ? 0 : value * LOG2_E;  // all scores are -inf then
+      const double whole = std::abs(binary) < (1 << 20) ? std::nearbyint(binary) : 0;
+      lse_whole[i] = int32_t(whole), lse[i] = float(binary - whole);
     }
-    unit.copy_queries(b.in.q, block.first, block.n, float(b.in.scale * LOG2_E), q, row);
+    unit.copy_queries(b.in.q, block.first, block.n, b.in.scale * LOG2_E, q, row);
     std::memset(dq, 0, block.n * row * sizeof(float));
   }
 };
@@ -193,7 +196,7 @@ struct Backward {
       if (in.mask) block.unit.add_mask(block.first + i, key, n, p);
       const int64_t whole = pad_vector(p, n, -INFINITE);
       for (int64_t j = 0; j < whole; j += V) {
-        const Vec probability = exp2(load(p + j) - buffers.lse[i]);
+        const Vec probability = exp2(load(p + j) - buffers.lse[i], buffers.lse_whole[i]);
         store(p + j, probability);
         store(ds + j, probability * (load(ds + j) - buffers.delta[i]));
       }
@@ -232,7 +235,7 @@ struct Backward {
     }
     for (int64_t i = 0; b.dq && i < block.n; i++) {
       float* dq = buffers.dq + i * buffers.row;
-      for (int64_t d = 0; d < in.dim; d++) dq[d] *= in.scale;
+      for (int64_t d = 0; d < in.dim; d++) dq[d] = float(dq[d] * in.scale);
       block.unit.store_query(*b.dq, block.first + i, dq);
     }
   }

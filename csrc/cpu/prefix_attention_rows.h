@@ -17,8 +17,9 @@ constexpr int64_t QUERIES = 48, KEYS = 128;  // a block of scores: multiples of 
 constexpr double LOG2_E = 1.44269504088896341, LN_2 = 0.69314718055994531;
 constexpr float INFINITE = __builtin_inff();
 
-// Within 2 units in the last place; 0 below the normal numbers. For x up to 127.
-PK_INLINE Vec exp2(Vec x) {
+// 2^(x - whole), within 2 units in the last place; 0 below the normal numbers. Up to 2^127, and for
+// x up to 2^22. What is large on both sides goes into whole, as a difference of floats is rounded.
+PK_INLINE Vec exp2(Vec x, int32_t whole = 0) {
   constexpr float ROUND = 12582912.0f, LOW = -126.0f;  // 1.5 * 2^23
   constexpr float TERMS[] = {1.534581242594868e-4f,  1.3399930903688073e-3f, 9.618489071726799e-3f,
                              5.550328642129898e-2f,  2.4022646248340607e-1f, 6.931471824645996e-1f,
@@ -26,8 +27,8 @@ PK_INLINE Vec exp2(Vec x) {
   const Vec rounded = x + ROUND;
   const Vec power = polynomial(x - (rounded - ROUND), TERMS);
   // Unsigned, as what is far below LOW overflows before it is thrown away.
-  const Vec result = (Vec)((UintVec)power + ((UintVec)rounded << 23));
-  return x < LOW ? Vec{} : result;
+  const Vec result = (Vec)((UintVec)power + (((UintVec)rounded - uint32_t(whole)) << 23));
+  return x < LOW + float(whole) ? Vec{} : result;
 }
 
 PK_INLINE float largest(Vec v) {
@@ -60,13 +61,14 @@ struct Unit {
     return length + (in.is_causal ? std::clamp<int64_t>(last, 0, count) : count);
   }
 
-  // Queries [first, first + n) of a tensor as floats times factor, each dim of them and zeros.
-  void copy_queries(const Heads& from, int64_t first, int64_t n, float factor, float* to,
+  // Queries [first, first + n) of a tensor as floats times factor, each dim of them and zeros. A
+  // factor rounded to float would be off by as much in every term of a score.
+  void copy_queries(const Heads& from, int64_t first, int64_t n, double factor, float* to,
                     int64_t to_row) const {
     for (int64_t i = first; i < first + n; i++, to += to_row) {
       with_type(from.dtype, from.at(row, query_head(i), token(i)),
                 [&](auto* values) { widen_row(values, to, in.dim); });
-      for (int64_t d = 0; d < in.dim; d++) to[d] *= factor;
+      for (int64_t d = 0; d < in.dim; d++) to[d] = float(to[d] * factor);
       for (int64_t d = in.dim; d < to_row; d++) to[d] = 0;
     }
   }
@@ -143,12 +145,13 @@ PK_INLINE int64_t pad_vector(float* scores, int64_t n, float v) {
 // The softmax of a block's queries over the keys so far: their largest score, and the sum of
 // 2^(score - largest).
 struct OnlineSoftmax {
-  float largest_score[QUERIES], total[QUERIES];
+  float largest_score[QUERIES];
+  double total[QUERIES];  // of one term a block of keys: in float these would be one long run
   float factor[QUERIES];  // of what was summed up before the last block of keys
 
   OnlineSoftmax() {
     std::fill_n(largest_score, QUERIES, -INFINITE);
-    std::fill_n(total, QUERIES, 0.0f);
+    std::fill_n(total, QUERIES, 0.0);
   }
 
   // scores[n] -> 2^(scores - largest), and 0 up to the end of a vector.
@@ -173,7 +176,7 @@ struct OnlineSoftmax {
   }
 
   float log_sum(int64_t i) const {
-    return total[i] == 0 ? -INFINITE : float((largest_score[i] + std::log2(double(total[i]))) * LN_2);
+    return total[i] == 0 ? -INFINITE : float((largest_score[i] + std::log2(total[i])) * LN_2);
   }
 };
 

@@ -3,12 +3,13 @@
 #include <cstring>
 
 #include "prompt_lookup.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace peft_kernels::PK_ISA {
 namespace {
 
 constexpr int64_t UNIT_BYTES = 256 << 10;  // of output at a time, for the threads to share
+constexpr int64_t ROW_RUN = 32;            // rows of a gradient that are summed one after the other
 
 int64_t tokens_per_unit(int64_t d, DType dtype) {
   return std::max<int64_t>(1, UNIT_BYTES / std::max<int64_t>(1, d * size_of(dtype)));
@@ -69,12 +70,19 @@ void add_row(const T* from, float* sums, int64_t count) {
   for (; i < count; i++) sums[i] += widen(from[i]);
 }
 
+// In runs, as in tile.h.
 void sum_soft_token(const PromptBackward& f, int64_t task, int64_t slot) {
-  float* sums = f.d_prompts + (task * f.places.length + slot) * f.d;
+  float* total = f.d_prompts + (task * f.places.length + slot) * f.d;
+  const int64_t first = f.begin[task], last = f.begin[task + 1];
+  const Scratch run(last - first > ROW_RUN ? f.d : 0);
+  float* sums = last - first > ROW_RUN ? run : total;
+  std::memset(total, 0, f.d * sizeof(float));
   std::memset(sums, 0, f.d * sizeof(float));
-  for (int64_t i = f.begin[task]; i < f.begin[task + 1]; i++) {
+  for (int64_t i = first; i < last; i++) {
     char* from = f.d_out.at(f.rows[i], f.places.at(f.rows[i], slot));
     with_type(f.dtype, from, [&](const auto* values) { add_row(values, sums, f.d); });
+    const bool ends = (i + 1 - first) % ROW_RUN == 0 || i + 1 == last;
+    if (sums != total && ends) end_run(f.d, sums, total);
   }
 }
 

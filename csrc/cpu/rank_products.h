@@ -16,6 +16,37 @@ constexpr int64_t BLOCK_FLOATS = 64 * 1024;  // of X: half of a 512 KB L2
 constexpr int64_t MIN_TASK_ROWS = 16;
 constexpr int64_t PARTIAL_FLOATS = 16 * 1024 * 1024;  // of O's partial sums, at most
 constexpr int64_t PREFETCH = 8 * LANES;
+constexpr int64_t SUM_ROWS = 512;  // whose sums are added to those of the rows before at once
+
+// A gradient's sums over a thread's rows, block by block: those of SUM_ROWS rows on their own first,
+// so that the rounding error of many rows grows slowly.
+class RowSums {
+ public:
+  // Into total, which may be null for none.
+  RowSums(float* total, int64_t size, int64_t rows)
+      : total_(total), size_(total ? size : 0), apart_(total && rows > SUM_ROWS),
+        recent_(apart_ ? size : 0) {
+    if (size_) std::memset(total_, 0, size_ * sizeof(float));
+    if (apart_) std::memset(recent_, 0, size_ * sizeof(float));
+  }
+  int64_t size() const { return size_; }
+  // What the next block is added to.
+  float* next() const { return apart_ ? static_cast<float*>(recent_) : total_; }
+  void end_block(int64_t rows) {
+    rows_ += rows;
+    if (rows_ >= SUM_ROWS) finish();
+  }
+  void finish() {
+    if (apart_ && rows_) end_run(size_, recent_, total_);
+    rows_ = 0;
+  }
+
+ private:
+  float* total_;
+  int64_t size_, rows_ = 0;
+  bool apart_;
+  Scratch recent_;
+};
 
 struct RankProducts {
   Matrix x;
@@ -59,6 +90,18 @@ inline void project(Rows block, int64_t rows, int64_t c, const float* h_panels, 
       });
 }
 
+// sum_i u(i, q) block(i, p) for one element of what follows, in runs.
+inline float outer_element(Rows u, int64_t q, Rows block, int64_t p, int64_t rows) {
+  float total = 0;
+  for (int64_t begin = 0; begin < rows; begin += RUN) {
+    float sum = 0;
+    for (int64_t i = begin; i < std::min(rows, begin + RUN); i++)
+      sum += u.data[q * u.row + i * u.step] * block.data[i * block.row + p];
+    total += sum;
+  }
+  return total;
+}
+
 // o[r, c] += u^T block, for the whole lanes of c; the columns beyond them take the scalar loop.
 inline void add_outer(Rows u, int64_t r, Rows block, int64_t rows, int64_t c, float* o) {
   int64_t j = 0;
@@ -68,18 +111,17 @@ inline void add_outer(Rows u, int64_t r, Rows block, int64_t rows, int64_t c, fl
       __builtin_prefetch(block.data + i * block.row + std::min(j + PREFETCH, c - 1));
     for (int64_t q = 0; q < r; q += ROWS)
       with_rows(r - q, [&](auto R) {
-        Vec tile[ROWS][VECS];
-        for (int a = 0; a < R; a++)
-          for (int v = 0; v < VECS; v++) tile[a][v] = load(o + (q + a) * c + j + v * V);
+        Vec tile[ROWS][VECS]{};
         accumulate<R>(rows, u.at(q), block.data + j, block.row, tile);
         for (int a = 0; a < R; a++)
-          for (int v = 0; v < VECS; v++) store(o + (q + a) * c + j + v * V, tile[a][v]);
+          for (int v = 0; v < VECS; v++) {
+            float* to = o + (q + a) * c + j + v * V;
+            store(to, load(to) + tile[a][v]);
+          }
       });
   }
   for (int64_t q = 0; q < r; q++)
-    for (int64_t p = j; p < c; p++)
-      for (int64_t i = 0; i < rows; i++)
-        o[q * c + p] += u.data[q * u.row + i * u.step] * block.data[i * block.row + p];
+    for (int64_t p = j; p < c; p++) o[q * c + p] += outer_element(u, q, block, p, rows);
 }
 
 // out = scale * (the sum of the tasks' partials [r, c]).
@@ -111,15 +153,16 @@ inline void rank_products(const RankProducts& t, const Parallel& parallel) {
   const bool in_place = t.x.dtype == DType::f32 && !t.dropout;
   parallel(tasks, [&](int64_t task) {
     const Scratch buffer(in_place ? 0 : block * c);
-    float* o = partials + task * r * c;
-    if (t.o) std::memset(o, 0, r * c * sizeof(float));
-    const int64_t end = m * (task + 1) / tasks;
-    for (int64_t row = m * task / tasks; row < end; row += block) {
+    const int64_t begin = m * task / tasks, end = m * (task + 1) / tasks;
+    RowSums o(t.o ? partials + task * r * c : nullptr, r * c, end - begin);
+    for (int64_t row = begin; row < end; row += block) {
       const int64_t rows = std::min(block, end - row);
       const Rows x = block_of(t, row, rows, buffer);
       if (t.h) project(x, rows, c, h_panels, r, t.z_scale, t.z + row * r);
-      if (t.o) add_outer({t.u + row * r, 1, r}, r, x, rows, c, o);
+      if (t.o) add_outer({t.u + row * r, 1, r}, r, x, rows, c, o.next());
+      o.end_block(rows);
     }
+    o.finish();
   });
   if (t.o) store_sum(t, tasks, partials, parallel);
 }

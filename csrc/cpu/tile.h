@@ -19,7 +19,9 @@ constexpr int ROWS = 6;
 #endif
 constexpr int VECS = 2;
 constexpr int LANES = VECS * V;
-constexpr int64_t RUN = 1024;      // products that are summed one after the other
+constexpr int64_t RUN = 64;        // products that are summed one after the other, at most
+constexpr int64_t LEAST_RUN = 32;  // of a depth beyond RUN
+constexpr int64_t STRETCH = 16 * RUN;  // products whose runs are summed one after the other
 constexpr int PREFETCH_ROWS = 16;  // ahead of the row being packed
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -62,16 +64,36 @@ PK_INLINE void accumulate_run(int64_t depth, Rows a, const float* b, int64_t b_s
   }
 }
 
-// Sums of sums of RUN products: the rounding error grows with the root of RUN, not of the depth.
+// to += from
+template <int R>
+PK_INLINE void add_tile(const Vec (&from)[ROWS][VECS], Vec (&to)[ROWS][VECS]) {
+  for (int i = 0; i < R; i++)
+    for (int v = 0; v < VECS; v++) to[i][v] += from[i][v];
+}
+
+// BLAS sums the products of a few rows by the lanes of a vector, a short depth by shorter runs.
+inline int64_t run_of(int64_t depth) {
+  return depth <= RUN ? RUN : std::clamp(depth / 16, LEAST_RUN, RUN);
+}
+
+// Sums of a stretch's sums of runs: the rounding error grows with the root of what is summed one
+// after the other, not of the depth. Adding a run to the tile takes 1 or 2 hundredths of the run.
 template <int R, bool UNIT_STEP>
 PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
                           Vec (&tile)[ROWS][VECS]) {
-  for (int64_t p = 0; p < depth; p += RUN) {
-    Vec run[ROWS][VECS]{};
-    accumulate_run<R, UNIT_STEP>(std::min(RUN, depth - p), a.at(0, p), b + p * b_step, b_step, run);
-    for (int i = 0; i < R; i++)
-      for (int v = 0; v < VECS; v++) tile[i][v] += run[i][v];
+  const int64_t run = run_of(depth);
+  Vec before[ROWS][VECS];  // the sums of the stretches before, of a depth beyond one
+  for (int64_t p = 0; p < depth; p += run) {
+    if (p % STRETCH == 0 && p) {
+      if (p > STRETCH) add_tile<R>(before, tile);
+      std::memcpy(before, tile, sizeof tile);
+      std::memset(tile, 0, sizeof tile);
+    }
+    Vec sums[ROWS][VECS]{};
+    accumulate_run<R, UNIT_STEP>(std::min(run, depth - p), a.at(0, p), b + p * b_step, b_step, sums);
+    add_tile<R>(sums, tile);
   }
+  if (depth > STRETCH) add_tile<R>(before, tile);
 }
 
 template <int R>
@@ -81,6 +103,12 @@ PK_INLINE void accumulate(int64_t depth, Rows a, const float* b, int64_t b_step,
     accumulate<R, true>(depth, a, b, b_step, tile);
   else
     accumulate<R, false>(depth, a, b, b_step, tile);
+}
+
+// The same in memory: totals += sums; sums = 0.
+inline void end_run(int64_t count, float* sums, float* totals) {
+  for (int64_t i = 0; i < count; i++) totals[i] += sums[i];
+  std::memset(sums, 0, count * sizeof(float));
 }
 
 // Calls f with rows as a compile-time constant, 1 to ROWS.
