@@ -299,7 +299,9 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         super().__setattr__(name, value)
 
     def _check_weight(self, value: Any) -> None:
-        check_weight(value, self.lora_b.shape[0], self.lora_a.shape[1], self._matrix)
+        # FullyShardedDataParallel puts whole Parameters in place of flat shards one by one.
+        if self.lora_a.dim() == self.lora_b.dim() == 2:
+            check_weight(value, self.lora_b.shape[0], self.lora_a.shape[1], self._matrix)
 
     def _require(self, *, merged: bool) -> None:
         if self.merged is not merged:
