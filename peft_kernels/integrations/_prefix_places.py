@@ -113,7 +113,7 @@ def _sizes(module: Any) -> tuple[int, int] | None:
     return heads, size
 
 
-_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 _HEADS = ("kv_heads", "num_key_value_heads", "num_heads", "num_attention_heads")
 
 
