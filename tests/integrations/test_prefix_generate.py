@@ -108,9 +108,15 @@ def test_text_beyond_the_models_positions():
     model(tokens(1, 13), decoder_input_ids=tokens(1, 21))
     with pytest.raises(ValueError, match="positions reach 24 after the prefix; the model has 24"):
         model(tokens(1, 13), decoder_input_ids=tokens(1, 22))
-    with pytest.raises(ValueError, match="shift_positions must be False or None for DistilB"):
-        distilled = transformers.DistilBertModel(transformers.DistilBertConfig(dim=16, n_heads=2))
-        add_prefix(distilled, prefix_for(distilled, L), shift_positions=True)
+
+
+def test_a_model_without_position_ids_shifts_none():
+    config = transformers.ViTConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=8, patch_size=4
+    )
+    model = transformers.ViTModel(config)
+    with pytest.raises(ValueError, match="shift_positions must be False or None for ViTModel"):
+        add_prefix(model, prefix_for(model, L), shift_positions=True)
 
 
 def test_bart_has_the_same_positions_in_all_rows():
