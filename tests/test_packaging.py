@@ -142,10 +142,10 @@ def test_who_installed_pure_python_is_not_warned(pure):
 
 def test_doctor_gives_the_same_reason(without_compiler, pure):
     code = "from peft_kernels.cli import main; main(['doctor'])"
-    out = import_from(without_compiler, code).stdout
+    out = import_from(without_compiler, code, COLUMNS="200").stdout
     assert "not loaded: it was not built, because no-such-compiler was not found" in out
     assert "needs CMake, ninja and a C++ compiler" in out
-    assert "because PEFT_KERNELS_NATIVE=0 was set" in import_from(pure, code).stdout
+    assert "because PEFT_KERNELS_NATIVE=0 was set" in import_from(pure, code, COLUMNS="200").stdout
 
 
 def test_a_library_that_cant_be_loaded_is_one_clear_error(tmp_path):
