@@ -26,6 +26,7 @@ from peft_kernels.ops.prompt_lookup import example_inputs as prompt_inputs
 RMS, LARGEST = 1.2, 1.5
 HALF_UNIT = 2**-24  # of the last place, at most, over the value
 FEWEST = 2000
+TAIL = 10**7  # the largest of so many is a matter of a few in the tail
 KINDS = ["uniform", "normal"]
 
 
@@ -190,14 +191,19 @@ def test_multi_lora_linear(kind, m, n, k, seeds):
     check(make, seeds)
 
 
-BOTTLENECKS = [(8, 1000, 64, 8), (10, 1000, 64, 8), (10, 4096, 64, 12), (64, 1000, 1000, 2)]
+BOTTLENECKS = [
+    (8, 1000, 64, 8),
+    (10, 1000, 64, 8),
+    (10, 4096, 64, 12),
+    (64, 1000, 1000, 2),
+    (8192, 70, 8, 8),
+    (32768, 64, 16, 1),
+]
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "m", "k", "r", "seeds"),
-    [(kind, *shape) for kind in KINDS for shape in BOTTLENECKS] + [("normal", 8192, 70, 8, 8)],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "k", "r", "seeds"), BOTTLENECKS)
 def test_adapter(kind, m, k, r, seeds, norms):
     def make():
         inputs = adapter_inputs(m, k, r, residual=norms, norm=norms, pre_norm=norms)
@@ -217,7 +223,8 @@ def test_adapter(kind, m, k, r, seeds, norms):
         (10, 1000, [48, 48, 48], 6),
         (10, 2048, [48, 16], 10),
         (64, 2048, [64, 64], 2),
-        (4096, 128, [16, 8], 1),
+        (4096, 128, [16, 8], 12),
+        (32768, 32, [8, 8], 12),
     ],
 )
 def test_adapter_fusion(kind, m, n, sizes, seeds):
@@ -238,11 +245,12 @@ def test_adapter_fusion(kind, m, n, sizes, seeds):
                 for name in ("down_weights", "down_biases")
             )
             own = dataclasses.replace(absorbed, **{name: t[name] for name in names})
-            return adapter_fusion(t["x"], *downs, own)[0]
+            # Smooth: at relu's kink the last place of z decides over a whole gradient.
+            return adapter_fusion(t["x"], *downs, own, activation="swish")[0]
 
         return function, tensors, draw(kind, m, n)
 
-    check(make, seeds)
+    check(make, seeds, largest=None if m * n * seeds < TAIL else names)
 
 
 def attention_by_torch(t):
@@ -260,15 +268,21 @@ def attention_by_torch(t):
     return F.scaled_dot_product_attention(q, keys, values, mask)
 
 
-# Few queries over many keys; and many queries, whose gradients are sums of them.
-FEW = [(16, 1, 1000, 8, 8, 32, 100), (8, 4, 2000, 4, 4, 64, 100), (4, 9, 2000, 4, 4, 64, 100)]
-MANY = [(2, 512, 512, 4, 2, 64, 100), (1, 1024, 1024, 2, 2, 128, 1000)]
+SHAPES = [
+    # Few queries over many keys.
+    (16, 1, 1000, 8, 8, 32, 100),
+    (8, 4, 2000, 4, 4, 64, 100),
+    (4, 9, 2000, 4, 4, 64, 100),
+    # Many queries, whose gradients are sums of them.
+    (2, 512, 512, 4, 2, 64, 100),
+    (1, 1024, 1024, 2, 2, 128, 1000),
+    (1, 512, 512, 8, 2, 64, 16),
+    (8, 1024, 40, 4, 1, 64, 16),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [(kind, shape) for kind in KINDS for shape in FEW] + [("normal", shape) for shape in MANY],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_prefix_attention(kind, shape):
     """Of the gradients the rms alone: a few large probabilities make their largest errors."""
     batch, queries, keys, heads, kv_heads, dim, length = shape

@@ -121,10 +121,13 @@ PK_INLINE void fuse_backward_lanes(const FusionInputs& in, float* z, float* w, f
 struct Factor {
   int64_t columns, stride;
   Scratch data;
+  Scratch lost;  // by the last places of the columns' sums
 
   Factor(int64_t factor_columns, bool wanted, int64_t rows)
       : columns(factor_columns), stride(rows + LANES), data(wanted ? columns * stride : 0),
-        wanted_(wanted) {}
+        lost(columns), wanted_(wanted) {
+    std::memset(lost, 0, columns * sizeof(float));
+  }
 
   // A block's columns, with the lanes beyond its rows.
   void take(Panels from, int64_t count, int64_t row) const {
@@ -261,9 +264,15 @@ inline float sum_of_row(const float* values, int64_t count) {
   return sum(total) + rest;
 }
 
+// The chunks' sums are added as Kahan does, as there may be many.
 inline void add_sums(const Gradient& g, int64_t row, int64_t rows) {
-  for (int64_t j = 0; j < g.factor->columns; j++)
-    g.sums[j] = sum_of_row(g.factor->data + j * g.factor->stride, rows) + (row ? g.sums[j] : 0);
+  const Factor& factor = *g.factor;
+  for (int64_t j = 0; j < factor.columns; j++) {
+    const float before = row ? g.sums[j] : 0;
+    const float more = sum_of_row(factor.data + j * factor.stride, rows) - factor.lost[j];
+    g.sums[j] = before + more;
+    factor.lost[j] = (g.sums[j] - before) - more;
+  }
 }
 
 inline void add_gradient_strip(const Gradient& g, const Strip& s) {

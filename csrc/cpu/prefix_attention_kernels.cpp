@@ -7,6 +7,7 @@
 
 #include "prefix_attention_direct.h"
 #include "prefix_attention_packed.h"
+#include "row_sums.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
@@ -28,6 +29,10 @@ struct Task {
   void by_unit(const F& f) const {
     for (int64_t i = segment.begin; i < segment.end; i++)
       f(Unit(in, in.order[i], head, has_prefix));
+  }
+
+  int64_t queries() const {
+    return (segment.end - segment.begin) * in.queries * (in.heads / in.kv_heads);
   }
 
   void pack_prefix(Panels& keys, Panels& values) const {
@@ -158,16 +163,23 @@ struct BackwardBuffers {
 
 // Sums by key of a task's prefix and of one row's text, [key][row]; dk is 1 / ln(2) times its value.
 struct KeySums {
-  int64_t row, length;
-  Scratch dk, dv;
+  int64_t row, size;
+  Scratch k, v;  // the totals
+  RowSums dk, dv;
 
-  KeySums(const PrefixAttentionInputs& in, bool wanted)
-      : row(round_up(in.dim, LANES)), length(in.length),
-        dk(wanted ? (in.length + in.keys) * row : 0), dv(wanted ? (in.length + in.keys) * row : 0) {}
+  KeySums(const PrefixAttentionInputs& in, const Task& task, bool wanted)
+      : row(round_up(in.dim, LANES)), size(wanted ? (in.length + in.keys) * row : 0), k(size),
+        v(size), dk(k, size, task.queries()), dv(v, size, task.queries()) {}
 
-  void clear(int64_t first, int64_t count) const {
-    std::memset(dk + first * row, 0, count * row * sizeof(float));
-    std::memset(dv + first * row, 0, count * row * sizeof(float));
+  void end_block(int64_t queries) { dk.end_block(queries), dv.end_block(queries); }
+  void finish() { dk.finish(), dv.finish(); }
+
+  // Of the row's text alone, whose first key comes after the prefix's.
+  void clear_text(const Unit& unit) const {
+    for (const RowSums* one : {&dk, &dv}) one->clear(unit.length * row, unit.count * row);
+  }
+  void finish_text(const Unit& unit) const {
+    for (const RowSums* one : {&dk, &dv}) one->finish(unit.length * row, unit.count * row);
   }
 };
 
@@ -177,7 +189,7 @@ struct Backward {
   const PrefixAttentionInputs& in = b.in;
   bool needs_text = b.dk, needs_prefix = b.d_prefix_k && task.has_prefix;
   Panels keys{in, true, true}, values{in, true, false};
-  KeySums sums{in, needs_text || needs_prefix};
+  KeySums sums{in, task, needs_text || needs_prefix};
   BackwardBuffers buffers{in};
 
   // Keys of a unit that a gradient is wanted of, or that one of the queries depends on.
@@ -217,8 +229,8 @@ struct Backward {
         const Rows p{buffers.p + at, 1, KEYS}, ds{buffers.ds + at, 1, KEYS};
         for (int64_t d = 0; d < row; d += LANES) {
           const float *dout = buffers.dout + i * row + d, *q = buffers.q + i * row + d;
-          add_product_tile<R, false>(p, depth, dout, row, nullptr, sums.dv + to + d, row);
-          add_product_tile<R, false>(ds, depth, q, row, nullptr, sums.dk + to + d, row);
+          add_product_tile<R, false>(p, depth, dout, row, nullptr, sums.dv.next() + to + d, row);
+          add_product_tile<R, false>(ds, depth, q, row, nullptr, sums.dk.next() + to + d, row);
         }
       });
     }
@@ -233,6 +245,7 @@ struct Backward {
       add_to_keys(block, key, width);
       if (b.dq) add_values(block, buffers.ds, keys, key, width, nullptr, buffers.dq, buffers.row);
     }
+    sums.end_block(block.n);
     for (int64_t i = 0; b.dq && i < block.n; i++) {
       float* dq = buffers.dq + i * buffers.row;
       for (int64_t d = 0; d < in.dim; d++) dq[d] = float(dq[d] * in.scale);
@@ -242,10 +255,11 @@ struct Backward {
 
   // The sums of a row's text, and 0 for its padding.
   void store_text(const Unit& unit) {
+    sums.finish_text(unit);
     for (int64_t t = 0; t < in.keys; t++) {
       const bool real = t >= unit.start && t < unit.start + unit.count;
-      float* dk = real ? sums.dk + (unit.length + t - unit.start) * sums.row : buffers.dq;
-      float* dv = real ? sums.dv + (unit.length + t - unit.start) * sums.row : buffers.dq;
+      float* dk = real ? sums.k + (unit.length + t - unit.start) * sums.row : buffers.dq;
+      float* dv = real ? sums.v + (unit.length + t - unit.start) * sums.row : buffers.dq;
       if (!real) std::memset(buffers.dq, 0, in.dim * sizeof(float));
       for (int64_t d = 0; d < in.dim; d++) dk[d] *= float(LN_2);
       store_token(*b.dk, unit, t, dk);
@@ -259,20 +273,20 @@ struct Backward {
   }
 
   // The sums of the prefix, [L, D].
-  void store_prefix(float* dk, float* dv) const {
+  void store_prefix(float* dk, float* dv) {
+    sums.finish();
     for (int64_t t = 0; t < in.length; t++)
       for (int64_t d = 0; d < in.dim; d++) {
-        dk[t * in.dim + d] = sums.dk[t * sums.row + d] * float(LN_2);
-        dv[t * in.dim + d] = sums.dv[t * sums.row + d];
+        dk[t * in.dim + d] = sums.k[t * sums.row + d] * float(LN_2);
+        dv[t * in.dim + d] = sums.v[t * sums.row + d];
       }
   }
 
   void run() {
     task.pack_prefix(keys, values);
-    if (needs_prefix) sums.clear(0, in.length);
     task.by_unit([&](const Unit& unit) {
       pack_text(unit, std::max<int64_t>(keys_of(unit) - unit.length, 0), keys, values);
-      if (needs_text) sums.clear(unit.length, unit.count);
+      if (needs_text) sums.clear_text(unit);
       for (int64_t first = 0; first < unit.queries; first += QUERIES)
         add_block(QueryBlock(unit, first));
       if (needs_text) store_text(unit);

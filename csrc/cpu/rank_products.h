@@ -8,7 +8,7 @@
 // partial sums of O are added in a fixed order, so the same inputs give the same bits.
 #pragma once
 #include "philox.h"
-#include "tile.h"
+#include "row_sums.h"
 
 namespace peft_kernels::PK_ISA {
 
@@ -16,37 +16,6 @@ constexpr int64_t BLOCK_FLOATS = 64 * 1024;  // of X: half of a 512 KB L2
 constexpr int64_t MIN_TASK_ROWS = 16;
 constexpr int64_t PARTIAL_FLOATS = 16 * 1024 * 1024;  // of O's partial sums, at most
 constexpr int64_t PREFETCH = 8 * LANES;
-constexpr int64_t SUM_ROWS = 512;  // whose sums are added to those of the rows before at once
-
-// A gradient's sums over a thread's rows, block by block: those of SUM_ROWS rows on their own first,
-// so that the rounding error of many rows grows slowly.
-class RowSums {
- public:
-  // Into total, which may be null for none.
-  RowSums(float* total, int64_t size, int64_t rows)
-      : total_(total), size_(total ? size : 0), apart_(total && rows > SUM_ROWS),
-        recent_(apart_ ? size : 0) {
-    if (size_) std::memset(total_, 0, size_ * sizeof(float));
-    if (apart_) std::memset(recent_, 0, size_ * sizeof(float));
-  }
-  int64_t size() const { return size_; }
-  // What the next block is added to.
-  float* next() const { return apart_ ? static_cast<float*>(recent_) : total_; }
-  void end_block(int64_t rows) {
-    rows_ += rows;
-    if (rows_ >= SUM_ROWS) finish();
-  }
-  void finish() {
-    if (apart_ && rows_) end_run(size_, recent_, total_);
-    rows_ = 0;
-  }
-
- private:
-  float* total_;
-  int64_t size_, rows_ = 0;
-  bool apart_;
-  Scratch recent_;
-};
 
 struct RankProducts {
   Matrix x;
