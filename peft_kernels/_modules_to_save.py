@@ -65,33 +65,6 @@ def batches_seen(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def freeze(model: nn.Module, train_head: bool | None) -> None:
-    """Has nothing in the model train but, if asked for, the head of a task.
-
-    Args:
-        model: any.
-        train_head: whether what trains of a classification head goes on. None freezes it too, and
-            says so in a RuntimeWarning: a new one would stay at random.
-    """
-    known = {name for names in HEADS.values() for name in names}
-    children = {name: child for name, child in unwrapped(model)._modules.items() if child}
-    heads = [name for name in children if name in known]
-    trains = {p: name for name in heads for p in children[name].parameters() if p.requires_grad}
-    model.requires_grad_(False)
-    if train_head:
-        for parameter in trains:
-            parameter.requires_grad_(True)
-    elif train_head is None and trains:
-        head = next(iter(trains.values()))
-        warnings.warn(
-            f"the head {head} is frozen with the rest of the model: train_head=True lets it train, "
-            f"as a new one must, or model.{head}.requires_grad_(True); train_head=False if it is "
-            "trained already",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
 # ---- choosing --------------------------------------------------------------------------------
 
 
@@ -133,7 +106,7 @@ def modules_to_save_of(
     for ending in asked:
         if not _ending(modules, [ending]):
             raise ValueError(f"modules_to_save must be modules of the model; it has no {ending!r}")
-    own = {name for name, module in modules.items() if _is_ours(module)}
+    own = {name for name, module in modules.items() if is_ours(module)}
     trained = _trained(model, modules, own)
     known = (*settings_of(model).get("modules", ()), *HEADS.get(task_type or "", ()))
     names = list(dict.fromkeys([*asked, *(end for end in known if _ending(modules, [end]))]))
@@ -172,7 +145,8 @@ def _has_adapters(module: nn.Module) -> bool:
     return any(isinstance(part, LoRALinear) for part in module.modules())
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
+    """Whether it is one of the package's own modules."""
     return type(module).__module__.startswith("peft_kernels.nn.")
 
 
@@ -212,7 +186,7 @@ def warn_of_left_out(model: nn.Module, written: Iterable[str]) -> None:
         written: names of parameters that are in it; those of our own modules are known to be.
     """
     parameters, known = plain_parameters(model), set(written)
-    own = [name for name, module in plain_modules(model).items() if _is_ours(module)]
+    own = [name for name, module in plain_modules(model).items() if is_ours(module)]
     if all(p.requires_grad for p in parameters.values()):
         return
     trains = [name for name, p in parameters.items() if p.requires_grad and name not in known]

@@ -354,6 +354,7 @@ def _load(model: nn.Module, contents: Contents) -> None:
             use_rslora=config["use_rslora"],
             rank_pattern=config["rank_pattern"],
             alpha_pattern=config["alpha_pattern"],
+            silently=[t for t in targets.values() if isinstance(t, nn.Parameter)],
         )
         layers = _lora_layers(plain)
     for name, (lora_a, lora_b) in adapters.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_kernels import checkpoint
 from peft_kernels._calls import unwrap, wrap
 from peft_kernels._fast_paths import choose_fast_paths, has_adapters
+from peft_kernels._freezing import freeze
 from peft_kernels._in_place import keep_in_place, let_go
 from peft_kernels._input_grads import let_gradients_be, let_gradients_through
 from peft_kernels._names import unwrapped
@@ -83,6 +84,10 @@ class AdapterPool:
     ) -> AdapterPool:
         """Swaps MultiLoRALinear into ``model``, in place, and freezes all of it.
 
+        A RuntimeWarning names another method's parameters that trained until now. A head is frozen
+        without one, for most are served: unfreeze a new one to train it with :meth:`create`.
+        :meth:`detach` has all of them train again.
+
         The model may be moved and cast afterwards; its adapters go with it. While it is in a pool
         it can't be deep-copied or pickled; its state dict is the base model's.
 
@@ -149,8 +154,7 @@ class AdapterPool:
             layers, pages=pages, slots=slots, router=self._router, lru=evict == "lru"
         )
         replace_modules(model, {targets[name]: layer for name, layer in layers.items()})
-        for parameter in self._thawed:
-            parameter.requires_grad_(False)
+        freeze(model, train_head=False)
         keep_in_place(model, layers.values())
         choose_fast_paths(model)
         let_gradients_through(model)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft_kernels._fast_paths import choose_fast_paths
+from peft_kernels._freezing import freeze
 from peft_kernels._in_place import keep_in_place, let_go, replaced_layers
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._modules_to_save import batches_seen, check_task_type, remember, settings_of
@@ -66,8 +67,8 @@ def swap_linear(
     (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
     names is matched by the first and replaced under all of them. A layer has one adapter: for
     several by name there is :class:`peft_kernels.AdapterPool`, or PEFT itself. Afterwards only
-    adapters require gradients, those of earlier swaps included; unfreeze a newly initialised head
-    yourself.
+    adapters require gradients, those of earlier swaps included. A RuntimeWarning names a new head,
+    or another method's parameters, that trained until now: unfreeze yourself what is to go on.
 
     Reentrant gradient checkpointing gives nothing a gradient behind frozen embeddings. In a model
     of transformers', the embeddings' output is made to require gradients at each forward that is so
@@ -294,8 +295,12 @@ def swap_targets(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
+    silently: Iterable[nn.Parameter] = (),
 ) -> Model:
-    """:func:`swap_linear` for layers that :func:`find_targets` has found."""
+    """:func:`swap_linear` for layers that :func:`find_targets` has found.
+
+    Parameters in ``silently`` are frozen with the rest and not spoken of.
+    """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     check_bases(model, targets)
     check_settings(r, alpha, dropout, init)
@@ -323,7 +328,7 @@ def swap_targets(
     remember(model, batches=batches_seen(model) | settings_of(model).get("batches", {}))
     replace_modules(model, swapped)
     keep_in_place(model, swapped.values())
-    _freeze_all_but_adapters(model)
+    freeze(model, _adapters(model), silently=silently)
     choose_fast_paths(model)
     let_gradients_through(model)
     return model
@@ -365,9 +370,6 @@ def give_up_replaced(model: nn.Module) -> None:
     let_go(model, replaced_layers(model))
 
 
-def _freeze_all_but_adapters(model: nn.Module) -> None:
+def _adapters(model: nn.Module) -> list[nn.Parameter]:
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    adapters = {id(p) for layer in layers for p in (layer.lora_a, layer.lora_b)}
-    for parameter in model.parameters():
-        if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
+    return [parameter for layer in layers for parameter in (layer.lora_a, layer.lora_b)]

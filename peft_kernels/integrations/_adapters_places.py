@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peft_kernels._freezing import freeze
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._names import submodule, unwrapped
 from peft_kernels.integrations._blocks import ends_a_sublayer, places_in
@@ -109,8 +110,16 @@ def preset_at(place: Place) -> str:
     return "pfeiffer" if set(place.module._modules) >= PRE_NORM else "houlsby"
 
 
-def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) -> None:
-    """Freezes the model and puts the adapters into it, or raises before anything is done."""
+def insert(
+    host: Any,
+    places: Sequence[Place],
+    adapters: Sequence[nn.Module],
+    head: Iterable[nn.Parameter],
+) -> None:
+    """Freezes the model and puts the adapters into it, or raises before anything is done.
+
+    ``head`` is what the folder has values of.
+    """
     taken = [f"{path}.adapter" for path in (p.path for p in places) if _has_adapter(host, path)]
     taken += list(adapters_of(host))
     if "invertible_adapter" in embeddings_of(host)._modules:
@@ -118,7 +127,7 @@ def insert(host: Any, places: Sequence[Place], adapters: Sequence[nn.Module]) ->
     if taken:
         raise ValueError(f"model has adapters already, e.g. at {taken[0]}")
     check_places(places)
-    host.requires_grad_(False)
+    freeze(host, silently=head)
     let_gradients_through(host)
     for place, adapter in zip(places, adapters, strict=True):
         _put(host, place.path, adapter, place.style)

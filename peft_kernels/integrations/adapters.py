@@ -296,7 +296,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
     A head in the folder is copied into the model's, with its labels, and frozen with the rest.
     Where it is of another class of models, or of one that `adapters` builds, it is left out, and a
-    UserWarning says so.
+    UserWarning says so. A head that isn't read and trained until now is frozen with a
+    RuntimeWarning, and so are another method's parameters.
 
     Args:
         model: a model of a family above without adapters.
@@ -315,7 +316,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     host = host_of(model)
     loaded = _read_adapter(host, Path(folder))
     head = _checked_head(host, Path(folder))
-    insert(host, loaded.places, loaded.adapters)
+    insert(host, loaded.places, loaded.adapters, _read_with(host, head))
     _put_head(host, head)
     if loaded.invertible is not None:
         embeddings = embeddings_of(host)
@@ -375,7 +376,7 @@ def load_fusion(
     mine = f".adapter_fusion_layer.{header['name']}."
     _fill(targets, {key: t for key, t in tensors.items() if mine in key}, folder)
     head = _checked_head(host, folder)
-    insert(host, loaded[0].places, fusions)
+    insert(host, loaded[0].places, fusions, _read_with(host, head))
     _put_head(host, head)
     return [f"{place.path}.adapter" for place in loaded[0].places]
 
@@ -471,6 +472,11 @@ def _checked_head(host: Any, folder: Path) -> Head | None:
     if head is not None:
         _check_fit(head_tensors(host), head.tensors, folder)
     return head
+
+
+def _read_with(host: Any, head: Head | None) -> list[nn.Parameter]:
+    held = head_tensors(host).values() if head is not None else ()
+    return [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
 
 
 def _put_head(host: Any, head: Head | None) -> None:

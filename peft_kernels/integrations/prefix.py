@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels._freezing import freeze
 from peft_kernels.integrations import _own_attention, _own_encoders
 from peft_kernels.integrations._attention import SOURCE, Pair, recording
 from peft_kernels.integrations._hooks import PREFIX_HOOK
@@ -99,6 +100,9 @@ def add_prefix(
 
     All queries see the whole prefix, those of a sliding window too.
 
+    A RuntimeWarning names a new head, or another method's parameters, that the freezing stops:
+    unfreeze afterwards what is to go on.
+
     Args:
         model: a model of transformers' (:func:`attention_places` says which), or what holds one.
             It goes into the model that ``torch.compile`` or ``nn.DataParallel`` wraps, and before
@@ -129,7 +133,7 @@ def add_prefix(
         raise ValueError(f"model must not have a {CHILD} of its own, the name of the prefix")
     use_prefix_attention(model, places)
     attach(model, attached, places, shift)
-    given.requires_grad_(False)
+    freeze(given)
     model.add_module(CHILD, prefix.train(model.training))
 
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from peft_kernels._freezing import freeze
 from peft_kernels.integrations._attention import SOURCE
 from peft_kernels.integrations._checkpointing import stop_carrying
 from peft_kernels.integrations._hooks import PROMPT_HOOK
@@ -71,6 +72,9 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
     the prompt is in the model's cache. Results and gradients are the same but for rounding. A
     forward with labels returns a cache only where one is asked for.
 
+    A RuntimeWarning names a new head, or another method's parameters, that the freezing stops:
+    unfreeze afterwards what is to go on.
+
     Args:
         model: a causal, bidirectional or encoder-decoder model of transformers' (T5, BART, BERT,
             ...), the one that is called: with its head, if it has one. In a wrapper it's the one
@@ -104,7 +108,7 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
     if run.obstacle is None:
         use_prefix_attention(model, attention_places(model))
     attach(model, run)
-    given.requires_grad_(False)
+    freeze(given)
     model.add_module(CHILD, prompt.train(model.training))
 
 

@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_kernels._fast_paths import choose_fast_paths, has_adapters
+from peft_kernels._freezing import freeze
 from peft_kernels._input_grads import let_gradients_be, let_gradients_through
-from peft_kernels._modules_to_save import freeze
 from peft_kernels._names import (
     check_late_parameters,
     plain_modules,
@@ -74,7 +74,7 @@ def insert_adapters(
         preset: "pfeiffer", "houlsby", "parallel" or "adapterplus".
         train_head: whether a head for classification or answers (``classifier``, ``score``,
             ``qa_outputs``) stays trainable where it is. By default it is frozen too, with a
-            RuntimeWarning.
+            RuntimeWarning, as another method's parameters are.
         overrides: arguments of :meth:`peft_kernels.nn.BottleneckAdapter.from_preset`, e.g.
             ``bottleneck_size`` or ``reduction``; or ``reduction_factor``, the `adapters` library's
             name for the latter: a number, or numbers by layer, ``{"1": 8, "default": 16}``. Device
@@ -107,7 +107,7 @@ def insert_adapters(
         adapter_for(module, preset, overrides_at(path, overrides), path)
         for path, module, _ in places
     ]
-    freeze(model, train_head)
+    freeze(model, train_head=train_head)
     let_gradients_through(model)
     for (path, _, style), adapter in zip(places, made, strict=True):
         _put(model, path, adapter, style)
@@ -181,7 +181,8 @@ def fuse_adapters(
 ) -> list[str]:
     """Puts an AdapterFusion at each adapter's place, over adapters that were trained before it.
 
-    All but the fusions' own parameters is frozen: the paper's second stage.
+    All but the fusions' own parameters is frozen: the paper's second stage. A RuntimeWarning names
+    a head, or another method's parameters, that trained until now.
 
     Args:
         model: a model with adapters (:func:`insert_adapters`), which say where the fusions go.
@@ -208,7 +209,8 @@ def fuse_adapters(
                 f"trained[{index}] must have an adapter at each of the model's places and no "
                 f"other; it differs at {difference[0]}"
             )
-    model.requires_grad_(False)
+    fused = [m for modules in (adapters_of(model), *trained) for m in modules.values()]
+    freeze(model, silently=[parameter for m in fused for parameter in m.parameters()])
     for path in paths:
         adapters: list[Any] = [modules[path] for modules in trained]
         fusion = AdapterFusion(adapters, **options)

@@ -60,6 +60,20 @@ def test_its_steps_move_the_model():
     assert torch.equal(model[0].lora_b, torch.full_like(model[0].lora_b, -16.0))
 
 
+def test_without_the_view_every_b_has_the_rate_of_a():
+    """What the page says of it; where PEFT comes to know our names, the view isn't needed."""
+    model = swap_linear(nn.Sequential(nn.Linear(4, 4)), ["0"], 2, alpha=4)
+    given, seen = (
+        loraplus.create_loraplus_optimizer(one, torch.optim.AdamW, **LORAPLUS)
+        for one in (model, peft_view(model))
+    )
+    rates = [
+        next(g["lr"] for g in o.param_groups if any(p is model[0].lora_b for p in g["params"]))
+        for o in (given, seen)
+    ]
+    assert rates == [LORAPLUS["lr"], LORAPLUS["lr"] * LORAPLUS["loraplus_lr_ratio"]]
+
+
 def test_a_model_without_adapters():
     with pytest.raises(ValueError, match="must have LoRALinear layers"):
         peft_view(nn.Linear(4, 4))
