@@ -34,6 +34,7 @@ HEADS = {
 }
 _SETTINGS = "_adapter_settings"
 _ALTERNATIVE = "model.state_dict() holds it too"
+_UNTIE = "untie the two (tie_word_embeddings=False, and a copy of the Parameter) before loading"
 
 
 # ---- what a model remembers ------------------------------------------------------------------
@@ -261,7 +262,8 @@ def targets_in(
 
     Raises:
         ValueError: the model lacks one, or has it in another shape, or tied to what the folder
-            lacks; or the folder lacks one of a module that the config names.
+            lacks or has other values for; or the folder lacks one of a module that the config
+            names.
         TypeError: a dtype that doesn't fit.
     """
     modules = plain_modules(model)
@@ -275,6 +277,7 @@ def targets_in(
                 f"the file has {key}, which isn't in the model: {type(model).__name__}"
             )
         _check_one(key, tensor, target)
+        _check_alike(key, tensors, target, targets)
         targets[key] = target
     if (endings := list(endings)) and not _ending(modules, endings):
         raise ValueError(f"modules_to_save must be in the model, one at least; got {endings}")
@@ -305,9 +308,20 @@ def _check_not_tied(
     tied = [n for n, t in held.items() if t is target and n != key and n not in tensors]
     if tied:
         raise ValueError(
-            f"{key} is tied to {tied[0]} in the model, and was trained apart from it: untie the "
-            "two (tie_word_embeddings=False, and a copy of the Parameter) before loading"
+            f"{key} is tied to {tied[0]} in the model, and was trained apart from it: {_UNTIE}"
         )
+
+
+def _check_alike(
+    key: str, tensors: Mapping[str, Tensor], target: Tensor, others: Mapping[str, Tensor]
+) -> None:
+    """Raises a ValueError where a tensor of the model would get two values."""
+    for other, place in others.items():
+        if place is target and not torch.equal(tensors[key], tensors[other]):
+            raise ValueError(
+                f"{key} is tied to {other} in the model, and the file has other values for each: "
+                f"{_UNTIE}"
+            )
 
 
 @torch.no_grad()

@@ -229,6 +229,19 @@ def test_a_head_that_was_trained_apart_is_not_put_into_a_tied_model(tmp_path):
         load_adapter(base(make_tied), tmp_path)
 
 
+@pytest.mark.parametrize("embeddings", [True, False], ids=["trained", "saved along"])
+def test_two_values_are_not_put_into_one_tied_weight(tmp_path, embeddings):
+    names = ["lm_head", "embed_tokens"] if embeddings else ["lm_head"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names)
+    trained = randomised(peft.get_peft_model(base(make_tied), config))
+    trained.save_pretrained(tmp_path, save_embedding_layers=not embeddings)
+    model = base(make_tied)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"tied to .* and the file has other values for each"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
 # ---- PEFT's Auto classes ---------------------------------------------------------------------
 
 
