@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft_kernels._names import plain_modules, unwrapped
+from peft_kernels._read_or_called import look_after, look_no_longer_after
 
 
 class Place(NamedTuple):
@@ -55,7 +56,10 @@ class InPlace:
 
 
 def keep_in_place(model: nn.Module, layers: Collection[nn.Module]) -> None:
-    """From now on a forward of the model raises if one of these layers below it was replaced."""
+    """From now on a forward of the model raises if one of these layers below it was replaced.
+
+    Or if it was read where it is otherwise called (:mod:`peft_kernels._read_or_called`).
+    """
     root = unwrapped(model)
     guard = next(_guards(root), None)
     if guard is None:
@@ -69,11 +73,13 @@ def keep_in_place(model: nn.Module, layers: Collection[nn.Module]) -> None:
         for name, child in parent._modules.items()
         if child is not None and child in kept
     ]
+    look_after(root, kept, paths)
 
 
 def let_go(model: nn.Module, layers: Collection[nn.Module]) -> None:
     """Undoes :func:`keep_in_place` for these layers, wherever in the model it was done."""
     gone = set(layers)
+    look_no_longer_after(model, gone)
     for module in model.modules():
         for key, guard in list(module._forward_pre_hooks.items()):
             if isinstance(guard, InPlace):

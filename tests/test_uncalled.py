@@ -1,5 +1,7 @@
 """Layers whose weight is read and which are never called: what took their place would be idle."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -7,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_kernels import AdapterPool, load_adapter, save_adapter, swap_linear
+from peft_kernels import (
+    AdapterPool,
+    disabled,
+    load_adapter,
+    merge,
+    save_adapter,
+    swap_linear,
+    unload,
+    unmerge,
+)
 from peft_kernels.integrations.prefix import add_prefix, prefix_for
 from peft_kernels.integrations.transformers import (
     adapters_of,
@@ -221,3 +232,93 @@ def test_an_adapter_after_what_is_never_called_is_refused(path):
         TypeError, match=rf"{path} must be a module that is called; Module\w+ isn't"
     ):
         insert_adapter(model, path, bottleneck())
+
+
+# ---- called on one path, read on another --------------------------------------------------------
+
+
+class Either(nn.Module):
+    """As Mamba's mixers: which path is taken isn't known before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fused = nn.Linear(8, 8), nn.Linear(8, 8), True
+
+    def forward(self, x):
+        x = self.b(x)
+        return x @ self.a.weight.T + self.a.bias if self.fused else self.a(x)
+
+
+def adapted(how: str) -> tuple[nn.Module, Either]:
+    """A model with adapters that have an effect, and the module in it."""
+    either = Either()
+    model = host(either)
+    if how == "swap":
+        swap_linear(model, ["a"], 2, alpha=4)
+        nn.init.normal_(either.a.lora_b)
+    else:
+        AdapterPool.attach(model, ["a"], capacity=1)
+    return model, either
+
+
+@pytest.mark.parametrize("how", ["swap", "pool"])
+def test_a_forward_that_reads_what_it_could_have_called_raises(how):
+    _, either = adapted(how)
+    x = torch.randn(2, 8)
+    either.fused = False
+    either(x)
+    either.fused = True
+    with pytest.raises(RuntimeError, match=r"host\.a must be called; Either read its weight"):
+        either(x)
+    either.fused = False
+    either(x)
+
+
+def test_so_does_a_copy():
+    model, _ = adapted("swap")
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match=r"host\.a must be called; Either read its weight"):
+            copied["host"](torch.randn(2, 8))
+
+
+def test_what_is_read_of_a_merged_layer_is_right():
+    model, either = adapted("swap")
+    x = torch.randn(2, 8)
+    either.fused = False
+    expected = either(x)
+    either.fused = True
+    merge(model)
+    assert torch.allclose(either(x), expected, atol=1e-5)
+    unmerge(model)
+    with disabled(model):
+        either(x)
+    with pytest.raises(RuntimeError, match="must be called"):
+        either(x)
+    unload(model, merge=False)
+    either(x)
+    assert not either._forward_hooks and not either._forward_pre_hooks
+    assert not either.a._forward_pre_hooks
+
+
+def test_a_forward_that_failed_leaves_nothing_behind():
+    _, either = adapted("swap")
+    either.fused = False
+    with pytest.raises(RuntimeError):
+        either(torch.randn(2, 7))
+    either(torch.randn(2, 8))
+
+
+def test_bloom_with_its_slow_and_exact_path():
+    config = transformers.BloomConfig(
+        hidden_size=32, n_layer=1, n_head=4, vocab_size=64, pretraining_tp=2, slow_but_exact=True
+    )
+    model = transformers.BloomForCausalLM(config)
+    swap_linear(model, ["dense"], 2, alpha=4)
+    with pytest.raises(RuntimeError, match=r"self_attention\.dense must be called"):
+        model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_it_compiles_as_one_graph():
+    _, either = adapted("swap")
+    x, either.fused = torch.randn(2, 8), False
+    assert torch.allclose(torch.compile(either, fullgraph=True, backend="eager")(x), either(x))

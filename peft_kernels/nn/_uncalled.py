@@ -58,6 +58,13 @@ def uncalled_layers(model: nn.Module) -> dict[nn.Module, Uncalled]:
     return found
 
 
+def read_or_called(owner: nn.Module) -> tuple[str, ...]:
+    """The parts of a module whose weight its source reads, and which it may call as well."""
+    if _declared(owner) is not None or not any(map(_is_linear, owner._modules.values())):
+        return ()
+    return _read(_kind(owner))
+
+
 def _kind(module: nn.Module) -> Any:
     return type(module)
 
@@ -89,17 +96,27 @@ def _below(owner: nn.Module, path: str) -> nn.Module | None:
 @cache
 def _read_only(kind: Any) -> tuple[str, ...]:
     """The parts of modules of this class that its forward reads the weights of, and no more."""
-    parts = {name: _uses(function) for name, function in _methods(kind).items()}
+    parts = _parts(kind)
     used = {name for uses in parts.values() if uses for name in uses.named}
-    read: dict[str, None] = {}
-    for name in _reached(parts, "forward"):
-        uses = parts[name]
-        if uses is None or uses.opaque:
-            return ()
-        read |= dict.fromkeys(uses.read)
+    reached = [parts[name] for name in _reached(parts, "forward")]
+    if any(uses is None or uses.opaque for uses in reached):
+        return ()
     if any(uses is not None and uses.opaque for uses in parts.values()):
         return ()
-    return tuple(part for part in read if part not in used)
+    return tuple(part for part in _read(kind) if part not in used)
+
+
+@cache
+def _read(kind: Any) -> tuple[str, ...]:
+    """The parts that forward, or a method that it uses, reads the weights of."""
+    parts = _parts(kind)
+    reached = (parts[name] for name in _reached(parts, "forward"))
+    return tuple(dict.fromkeys(part for uses in reached if uses for part in uses.read))
+
+
+@cache
+def _parts(kind: Any) -> dict[str, _Uses | None]:
+    return {name: _uses(function) for name, function in _methods(kind).items()}
 
 
 class _Uses(NamedTuple):

@@ -146,6 +146,10 @@ def check(family: Family, method: str) -> str:
             if "must use Linear's own forward" in str(error):  # of a layer that LoRA can't replace
                 return str(error)
             raise
+        except RuntimeError as error:
+            if "read its weight in this forward" in str(error):  # on a path of its own
+                return str(error)
+            raise
 
 
 def _tokens(rows: int, length: int) -> Tensor:
