@@ -75,18 +75,25 @@ def check_task_type(task_type: str | None) -> None:
         raise ValueError(f"task_type must be of {', '.join(TASK_TYPES)}; got {task_type!r}")
 
 
-def writable_task_type(model: nn.Module, task_type: str | None) -> str | None:
-    """The task type to write; None, with a warning, where PEFT couldn't load the heads it means."""
+def writable_task_type(
+    model: nn.Module, task_type: str | None, *, with_heads: bool = True, stacklevel: int = 4
+) -> str | None:
+    """The task type to write; None, with a warning, where PEFT couldn't load the heads it means.
+
+    ``with_heads`` says whether the folder holds them, as PEFT's does.
+    """
     check_task_type(task_type)
-    modules, heads = plain_modules(model), HEADS.get(task_type or "", ())
-    adapted = [n for n in _ending(modules, heads) if _has_adapters(modules[n])]
-    if not adapted:
+    modules = plain_modules(model)
+    heads = _ending(modules, HEADS.get(task_type or "", ()))
+    unreadable = [name for name in heads if not with_heads or _has_adapters(modules[name])]
+    if not unreadable:
         return task_type
+    here = "here it has adapters" if with_heads else "a pool's folder holds its layers alone"
     warnings.warn(
-        f"task_type is written as None: for {task_type} PEFT saves {adapted[0]} whole, and here it "
-        "has adapters",
+        f"task_type is written as None: for {task_type} PEFT saves {unreadable[0]} whole, and "
+        f"{here}",
         UserWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
     return None
 

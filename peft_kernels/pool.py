@@ -16,8 +16,9 @@ from peft_kernels import checkpoint
 from peft_kernels._calls import unwrap, wrap
 from peft_kernels._fast_paths import choose_fast_paths, has_adapters
 from peft_kernels._freezing import freeze
-from peft_kernels._in_place import keep_in_place, let_go
+from peft_kernels._in_place import check_in_place, keep_in_place, let_go
 from peft_kernels._input_grads import let_gradients_be, let_gradients_through
+from peft_kernels._modules_to_save import check_task_type, warn_of_left_out, writable_task_type
 from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
 from peft_kernels._router import Router, Selection
@@ -59,6 +60,7 @@ class AdapterPool:
     _holders: Sequence[nn.Module]  # whose zero_grad() is told of the layers below
     _slots: int
     _max_rank: int
+    _task_type: str | None
 
     def __init__(self) -> None:
         raise TypeError("an AdapterPool is made by AdapterPool.attach(model, ...)")
@@ -93,8 +95,8 @@ class AdapterPool:
 
         Args:
             model: any module; the layers to replace are below it, and must be plain linear layers.
-            target_modules, exclude_modules, layers_to_transform, layers_pattern, task_type: which
-                layers, as in :func:`peft_kernels.swap_linear`.
+            target_modules, exclude_modules, layers_to_transform, layers_pattern: which layers, as
+                in :func:`peft_kernels.swap_linear`.
             capacity: the rank rows that each layer has room for, rounded up to whole pages of 8. An
                 adapter of rank r takes r of them, rounded up likewise.
             max_rank: the highest rank of one adapter, rounded up likewise.
@@ -104,12 +106,14 @@ class AdapterPool:
                 routed longest ago. Pinned ones, those in use and those in training stay.
             unrouted: what a forward without a route gets: ``"base"``, the base model, or
                 ``"error"``, a RuntimeError, for a server in which every row has a tenant.
+            task_type: PEFT's name of the task, which :meth:`save` writes.
 
         Raises:
             ValueError: a pattern that selects nothing, or a value out of range.
             TypeError: a target that isn't a plain linear layer, or a value of the wrong type.
             Nothing is changed when one is raised.
         """
+        check_task_type(task_type)
         given, model = model, unwrapped(model)
         if not isinstance(target_modules, str):
             target_modules = list(target_modules)
@@ -133,6 +137,7 @@ class AdapterPool:
         self = cls.__new__(cls)
         self._model, self._max_rank = model, max_pages * PAGE
         self._router, self._slots = Router(refuses=unrouted == "error"), slots
+        self._task_type = task_type
         self._thawed = [p for p in model.parameters() if p.requires_grad]
         try:
             layers: dict[str, MultiLoRALinear] = {}
@@ -336,10 +341,16 @@ class AdapterPool:
     def save(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Writes an adapter in PEFT's format, as :func:`peft_kernels.save_adapter` does.
 
+        Its layers alone are written: a UserWarning names what else trains in the model. The task
+        type is :meth:`attach`'s, but for those that have PEFT look for a head in the folder: then
+        it is None, and a UserWarning says so.
+
         Raises:
             ValueError: there is no adapter of this name.
             NotADirectoryError: ``folder`` is a file.
+            RuntimeError: something has replaced a layer of the pool.
         """
+        check_in_place(self._model)
         version, matrices = self._store.read(name)
         layers = {
             layer: checkpoint.AdaptedLayer(
@@ -351,7 +362,9 @@ class AdapterPool:
             )
             for layer, (_, scale) in version.layers.items()
         }
-        checkpoint.write_adapter(self._model, layers, folder)
+        task_type = writable_task_type(self._model, self._task_type, with_heads=False, stacklevel=3)
+        warn_of_left_out(self._model, ())
+        checkpoint.write_adapter(self._model, layers, folder, task_type=task_type)
 
     def pin(self, name: str) -> None:
         """Keeps an adapter from being evicted; ValueError if there is none of this name."""

@@ -87,6 +87,16 @@ def test_the_error_comes_at_every_forward_until_the_adapter_is_given_up(put):
     assert model(IDS).logits.shape[-1] == 40
 
 
+def test_saving_from_a_pool(tmp_path):
+    model = make_llama()
+    pool = AdapterPool.attach(model, ["q_proj", "lm_head"], capacity=8)
+    pool.create("a", 2, alpha=4)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    with pytest.raises(RuntimeError, match=REPLACED):
+        pool.save("a", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_saving_and_unloading(tmp_path):
     model = make_llama()
     swap(model)

@@ -8,6 +8,7 @@ from torch import nn
 from peft_kernels import AdapterPool
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 TARGETS = {
     make_bert: ["query", "value", "intermediate.dense"],
@@ -186,3 +187,55 @@ def test_the_training_of_transformers_with_checkpointing(tmp_path):
     for plain, again in zip(*found, strict=True):
         assert plain.any()
         torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-6)
+
+
+def classifier() -> nn.Module:
+    config = base(make_llama).config
+    config.pad_token_id = 0
+    torch.manual_seed(0)
+    return transformers.LlamaForSequenceClassification(config).eval()
+
+
+def filled(pool: AdapterPool) -> AdapterPool:
+    pool.create("a", 2, alpha=4)
+    for parameter in pool.parameters("a"):
+        nn.init.normal_(parameter)
+    return pool
+
+
+def test_a_task_type_is_written(tmp_path):
+    pool = AdapterPool.attach(base(make_llama), ["q_proj"], capacity=8, task_type="CAUSAL_LM")
+    filled(pool).save("a", tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).task_type == "CAUSAL_LM"
+    assert type(peft.PeftModel.from_pretrained(base(make_llama), tmp_path)) is (
+        peft.PeftModelForCausalLM
+    )
+
+
+def test_a_task_type_whose_head_peft_would_look_for_is_not_written(tmp_path):
+    model = classifier()
+    pool = filled(AdapterPool.attach(model, ["q_proj"], capacity=8, task_type="SEQ_CLS"))
+    with pytest.warns(UserWarning, match="written as None: for SEQ_CLS PEFT saves score whole"):
+        pool.save("a", tmp_path)
+    ids = tokens(2)
+    with pool.route(["a"]):
+        expected = logits(model, ids)
+    found = logits(peft.PeftModel.from_pretrained(classifier(), tmp_path).eval(), ids)
+    torch.testing.assert_close(found, expected)
+    again = AdapterPool.attach(classifier(), ["q_proj"], capacity=8)
+    again.load("a", tmp_path)
+
+
+def test_an_unknown_task_type_is_refused_before_anything_is_changed():
+    model = base(make_llama)
+    with pytest.raises(ValueError, match=r"task_type must be of .* got 'CAUSAL'"):
+        AdapterPool.attach(model, ["q_proj"], capacity=8, task_type="CAUSAL")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_head_that_trains_beside_is_said_not_to_be_in_the_folder(tmp_path):
+    model = classifier()
+    pool = filled(AdapterPool.attach(model, ["q_proj"], capacity=8))
+    model.score.requires_grad_(True)
+    with pytest.warns(UserWarning, match="isn't in the folder: score.weight"):
+        pool.save("a", tmp_path)
