@@ -14,7 +14,7 @@ from peft_kernels import checkpoint
 from peft_kernels._pages import Placement
 from peft_kernels.nn.lora import check_settings, scaling
 from peft_kernels.nn.multi_lora import MultiLoRALinear
-from peft_kernels.swap import matches, pattern_value, require_matches
+from peft_kernels.swap import checked_names, matches, pattern_value, require_matches
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -91,8 +91,7 @@ def new_version(
 ) -> Version:
     """An adapter of those ``layers`` that are targets, checked to fit the pool."""
     if target_modules is not None:
-        if not isinstance(target_modules, str):
-            target_modules = list(target_modules)
+        target_modules = checked_names("target_modules", target_modules)
         layers = [layer for layer in layers if matches(layer, target_modules)]
         require_matches(target_modules, layers)
     settings = {}

@@ -106,8 +106,7 @@ def swap_linear(
         matches no target gets a RuntimeWarning, as in PEFT.
     """
     check_task_type(task_type)
-    if not isinstance(target_modules, str):
-        target_modules = list(target_modules)
+    target_modules = checked_names("target_modules", target_modules)
     targets = required_targets(
         model,
         target_modules,
@@ -152,10 +151,11 @@ def find_targets(
         raise ValueError("layers_pattern needs layers_to_transform, which is None")
     if isinstance(target_modules, str) and layers_to_transform is not None:
         raise ValueError("layers_to_transform needs target_modules to be a list, not a str")
+    target_modules = checked_names("target_modules", target_modules)
+    if exclude_modules is not None:
+        exclude_modules = checked_names("exclude_modules", exclude_modules)
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         target_modules = _all_linear(model, task_type)
-    if not isinstance(target_modules, str):
-        target_modules = list(target_modules)
     indices = {layers_to_transform} if isinstance(layers_to_transform, int) else layers_to_transform
     return {
         name: module
@@ -185,6 +185,16 @@ def required_targets(
         )
     require_matches(target_modules, targets)
     return targets
+
+
+def checked_names(argument: str, names: str | Iterable[str]) -> str | list[str]:
+    """A str as it is, anything else as a list; a TypeError names what isn't one of names."""
+    if isinstance(names, str):
+        return names
+    listed = list(names) if isinstance(names, Iterable) else [names]
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in listed):
+        raise TypeError(f"{argument} must be a str, or a list of names; got {names!r}")
+    return listed
 
 
 def matches(name: str, patterns: str | Iterable[str], argument: str = "target_modules") -> bool:
@@ -302,6 +312,9 @@ def swap_targets(
     Parameters in ``silently`` are frozen with the rest and not spoken of.
     """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+    for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{argument} must be a dict, of values by pattern; got {patterns!r}")
     check_bases(model, targets)
     check_settings(r, alpha, dropout, init)
     check_late_parameters(model, "swap")

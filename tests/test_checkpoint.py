@@ -372,6 +372,12 @@ def test_malformed_expressions_are_named(saved, changes, named):
     assert_refused(ValueError, f"{named} must be a regular expression.*got '", saved)
 
 
+@pytest.mark.parametrize("changes", [{"target_modules": 5}, {"exclude_modules": 5}], ids=str)
+def test_values_of_another_kind_are_named(saved, changes):
+    edit_config(saved, **changes)
+    assert_refused(TypeError, f"{next(iter(changes))} must be a str", saved)
+
+
 @pytest.mark.parametrize(
     "changes", [{"r": 0}, {"r": 2.5}, {"lora_alpha": "x"}, {"lora_dropout": 1.5}], ids=str
 )
