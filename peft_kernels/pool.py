@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -243,6 +244,8 @@ class AdapterPool:
         version.pinned, version.trainable = pinned, trainable
         version.seed = _checked_seed(seed, version.seed)
         self._store.add(version, matrices.__getitem__)
+        if trainable:
+            _warn_of_processes()
 
     def replace(
         self, name: str, source: Source, *, config: Mapping[str, Any] | None = None
@@ -314,6 +317,7 @@ class AdapterPool:
             return lora_a, lora_b
 
         self._store.add(version, draw)
+        _warn_of_processes()
 
     def _read(
         self, name: str, source: Source, config: Mapping[str, Any] | None
@@ -546,3 +550,18 @@ def _checked_seed(seed: int | None, default: int) -> int:
 
 def _pages_for(argument: str, rows: int) -> int:
     return -(-_positive(argument, rows) // PAGE)
+
+
+def _warn_of_processes() -> None:
+    """The parameters aren't the model's, so that nothing which wraps it knows of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            warnings.warn(
+                "a pool's parameters are its own, not the model's: DistributedDataParallel, made "
+                f"before attach or after, averages no gradient of theirs over the {count} "
+                "processes, and its zero_grad leaves them. Average the gradients of "
+                "pool.parameters(name) after each backward, and zero them by the optimizer",
+                RuntimeWarning,
+                stacklevel=3,
+            )

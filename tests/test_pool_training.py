@@ -1,6 +1,7 @@
 """Training adapters in a pool: alone, among others, and beside adapters that are only served."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -446,3 +447,18 @@ def test_zero_grad_of_a_model_reaches_its_pool(of, set_to_none):
     torch.testing.assert_close(gradients(), first)
     pool.detach()
     assert not any("zero_grad" in vars(module) for module in wrapper.modules())
+
+
+@pytest.mark.parametrize("begin", ["create", "load"])
+def test_several_processes_are_told_that_ddp_averages_no_gradient_of_a_pool(begin, monkeypatch):
+    _, pool = make_pool("a")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(RuntimeWarning, match="averages no gradient of theirs over the 2 processes"):
+        if begin == "create":
+            pool.create("b", **SETTINGS["b"])
+        else:
+            load_beside(pool, "b", trainable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_beside(pool, "served")
