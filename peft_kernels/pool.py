@@ -560,8 +560,8 @@ def _warn_of_processes() -> None:
             warnings.warn(
                 "a pool's parameters are its own, not the model's: DistributedDataParallel, made "
                 f"before attach or after, averages no gradient of theirs over the {count} "
-                "processes, and its zero_grad leaves them. Average the gradients of "
-                "pool.parameters(name) after each backward, and zero them by the optimizer",
+                "processes; one made after leaves them out of its zero_grad. Average the gradients "
+                "of pool.parameters(name) after each backward, and zero them by the optimizer",
                 RuntimeWarning,
                 stacklevel=3,
             )
