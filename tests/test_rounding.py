@@ -28,6 +28,7 @@ HALF_UNIT = 2**-24  # of the last place, at most, over the value
 FEWEST = 2000
 TAIL = 10**7  # the largest of so many is a matter of a few in the tail
 KINDS = ["uniform", "normal"]
+OPS = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion", "prefix_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,12 @@ def check(make, seeds, eager=None, largest=None):
                 torchs.setdefault(name, Error()).add(eagers, wanted)
     for name, error in ours.items():
         error.assert_as_good_as(torchs[name], name, largest is None or name in largest)
+
+
+@pytest.mark.parametrize("op", [*OPS, "prompt_lookup"])
+def test_the_kernels_are_there(op):
+    """Without them the reference would be compared with itself."""
+    assert peft_kernels.backend_of(op, "cpu", torch.float32) == "cpu"
 
 
 # m, n, k and seeds: the forms for few rows and for many, and gradients that are sums of many rows.
