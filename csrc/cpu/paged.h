@@ -137,6 +137,13 @@ PK_INLINE Vec load_part(const T* from, int64_t count) {
   return load(values);
 }
 
+// values[j] += out(row, col + j).
+inline void add_row(const Matrix& out, int64_t row, int64_t col, float* values, int64_t count) {
+  with_type(out.dtype, out.at(row, col), [&](auto* from) {
+    for (int64_t j = 0; j < count; j++) values[j] += widen(from[j * out.col_stride]);
+  });
+}
+
 // What expand does with a piece of y once its sums are there.
 struct Addend {
   const Expand& t;

@@ -7,12 +7,11 @@
 // chooses the form: with d contiguous the vector lanes are rows of X, with c contiguous they are
 // columns of G, so a weight is never transposed; with few rows nothing is packed at all.
 #pragma once
-#include "few_rows.h"
+#include "low_rank.h"
 
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t PACKED_X = 128 * 1024;  // floats: a thread's packed rows stay in its L2
-constexpr int64_t MIN_ROWS = 32;          // fewest that are worth a thread's reading all of G
 constexpr int64_t COLUMN_PANELS = 4;      // packed at once: 256 bytes of each row of G
 constexpr int64_t WIDENED_ROWS = 256;     // of 16-bit X, so that a strip of G is packed seldom
 
@@ -67,11 +66,17 @@ inline void project_panel(const Sweep& s, int64_t row, int64_t lanes, const floa
     });
 }
 
-// How the threads share [m, c]: groups of rows, as long as each has MIN_ROWS, by groups of columns.
-inline int64_t row_groups(int64_t m, int64_t threads) {
-  int64_t groups = std::clamp<int64_t>(m / MIN_ROWS, 1, threads);
-  while (threads % groups) groups--;
-  return groups;
+// S and Z for all rows.
+inline void project_rows(const Sweep& s, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols;
+  parallel(round_up(m, LANES) / LANES, [&](int64_t p) {
+    const Scratch panel(d * LANES);
+    const int64_t row = p * LANES, lanes = std::min<int64_t>(LANES, m - row);
+    pack(s.x.transposed(), 0, d, row, lanes, panel);
+    project_panel(s, row, lanes, panel, true, nullptr);
+    for (int64_t i = row * s.r; i < (row + lanes) * s.r; i++)
+      s.z[i] = s.projection->scale * s.projection->s[i];
+  });
 }
 
 // A range of columns for a block of rows that is packed as panels of X's lanes, then Z's.
@@ -129,18 +134,10 @@ inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
   });
 }
 
-// values[j] += out(row, col + j).
-inline void add_row(const Matrix& out, int64_t row, int64_t col, float* values, int64_t count) {
-  with_type(out.dtype, out.at(row, col), [&](auto* from) {
-    for (int64_t j = 0; j < count; j++) values[j] += widen(from[j * out.col_stride]);
-  });
-}
-
 // One strip of columns of the form below, for rows [row, row + x.rows) of out.
 inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int64_t col,
                                float* buffer) {
-  const int64_t d = s.has_base ? 0 : x.cols;
-  const int64_t cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
+  const int64_t d = x.cols, cols = std::min(COLUMN_PANELS * LANES, s.out.cols - col);
   const int64_t panels = round_up(cols, LANES) / LANES;
   float* g_panels = buffer;
   float* h_panels = g_panels + COLUMN_PANELS * LANES * d;
@@ -151,8 +148,7 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
       alignas(64) float factors[ROWS][COLUMN_PANELS * LANES], values[COLUMN_PANELS * LANES];
       if (s.dropout)
         for (int a = 0; a < R; a++) dropout_factors(*s.dropout, row + i + a, col, cols, factors[a]);
-      const Rows z{s.z + (row + i) * s.r, s.r, 1};
-      const Rows rows = d ? float_rows(x, i, R, 0, d, nullptr) : z;
+      const Rows z{s.z + (row + i) * s.r, s.r, 1}, rows = float_rows(x, i, R, 0, d, nullptr);
       for (int64_t p = 0; p < panels; p++) {
         const int64_t j = p * LANES, lanes = std::min<int64_t>(LANES, cols - j);
         Vec tile[ROWS][VECS]{};
@@ -164,7 +160,6 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
         for (int a = 0; a < R; a++) {
           for (int v = 0; v < VECS; v++) store(values + v * V, tile[a][v]);
           add_bias(s, col + j, lanes, values);
-          if (s.has_base) add_row(s.out, row + i + a, col + j, values, lanes);
           store_row(s.out, row + i + a, col + j, values, lanes);
         }
       }
@@ -175,20 +170,12 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
 // of rows widened to float.
 inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, width = COLUMN_PANELS * LANES;
-  const bool in_place = s.x.dtype == DType::f32 || s.has_base;
+  const bool in_place = s.x.dtype == DType::f32;
   const int64_t block = in_place ? m : std::min(m, WIDENED_ROWS);
   const Scratch widened(in_place ? 0 : block * d);
   const int64_t strips = round_up(s.out.cols, width) / width;
   const int64_t tasks = std::min<int64_t>(parallel.threads, strips);
-  if (s.projection)
-    parallel(round_up(m, LANES) / LANES, [&](int64_t p) {
-      const Scratch panel(d * LANES);
-      const int64_t lanes = std::min<int64_t>(LANES, m - p * LANES);
-      pack(s.x.transposed(), 0, d, p * LANES, lanes, panel);
-      project_panel(s, p * LANES, lanes, panel, true, nullptr);
-      for (int64_t i = p * LANES * s.r; i < (p * LANES + lanes) * s.r; i++)
-        s.z[i] = s.projection->scale * s.projection->s[i];
-    });
+  if (s.projection) project_rows(s, parallel);
   for (int64_t row = 0; row < m; row += block) {
     const int64_t rows = std::min(block, m - row);
     Matrix x{s.x.at(row, 0), s.x.dtype, rows, d, s.x.row_stride, s.x.col_stride};
@@ -211,7 +198,10 @@ inline void sweep(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows;
   if (m == 0) return;
   const bool rows_contiguous = s.g.row_stride == 1 && s.g.col_stride != 1;
-  if (s.has_base) return sweep_columns_as_lanes(s, parallel);
+  if (s.has_base) {
+    if (s.projection) project_rows(s, parallel);
+    return add_low_rank(s, parallel);
+  }
   if (rows_contiguous && !s.dropout) {
     const bool dot = !s.uniform && m <= FEW_ROWS_DOT && s.h.row_stride == 1;
     return dot ? sweep_few_dot(s, parallel) : sweep_rows_as_lanes(s, parallel);
