@@ -29,9 +29,9 @@ class Place(NamedTuple):
 class InPlace:
     """A model's forward pre-hook, which raises if a layer has gone.
 
-    ``resize_token_embeddings`` makes a new output layer, ``prune_heads`` new projections, of plain
-    nn.Linear: without this the model would go on without those adapters. A forward that
-    torch.compile has traced isn't looked after.
+    ``prune_heads`` makes new projections of plain nn.Linear, ``resize_token_embeddings`` of a model
+    around the one that was swapped a new output layer: without this the model would go on without
+    those adapters. A forward that torch.compile has traced isn't looked after.
     """
 
     def __init__(self) -> None:

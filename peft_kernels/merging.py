@@ -12,6 +12,7 @@ from peft_kernels._in_place import check_in_place, let_go
 from peft_kernels._input_grads import let_gradients_be
 from peft_kernels._modules_to_save import forget
 from peft_kernels._names import plain_modules, unwrapped
+from peft_kernels._resizing import choose_resizing
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.nn._off import turned_off
 from peft_kernels.nn._replaced import fault_of_instance
@@ -102,6 +103,7 @@ def unload(model: Model, merge: bool) -> Model:
     let_go(model, plain)
     replace_modules(model, plain)
     choose_fast_paths(model)
+    choose_resizing(model)
     forget(model)
     if not has_adapters(model):
         let_gradients_be(model)

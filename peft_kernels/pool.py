@@ -22,6 +22,7 @@ from peft_kernels._input_grads import let_gradients_be, let_gradients_through
 from peft_kernels._modules_to_save import check_task_type, warn_of_left_out, writable_task_type
 from peft_kernels._names import unwrapped
 from peft_kernels._pages import PoolFullError
+from peft_kernels._resizing import choose_resizing
 from peft_kernels._router import Router, Selection
 from peft_kernels._rows import Entries, Ids, entries_of, place_of
 from peft_kernels._store import PoolMemory, Store
@@ -162,6 +163,7 @@ class AdapterPool:
         freeze(model, train_head=False)
         keep_in_place(model, layers.values())
         choose_fast_paths(model)
+        choose_resizing(model)
         let_gradients_through(model)
         for method, around in self._arounds():
             if callable(getattr(model, method, None)):
@@ -201,6 +203,7 @@ class AdapterPool:
         let_go(self._model, layers.values())
         replace_modules(self._model, {layer: layer.plain() for layer in layers.values()})
         choose_fast_paths(self._model)
+        choose_resizing(self._model)
         if not has_adapters(self._model):
             let_gradients_be(self._model)
         self._thaw()

@@ -17,6 +17,7 @@ from peft_kernels._in_place import keep_in_place, let_go, replaced_layers
 from peft_kernels._input_grads import let_gradients_through
 from peft_kernels._modules_to_save import batches_seen, check_task_type, remember, settings_of
 from peft_kernels._names import check_late_parameters, plain_modules, replace_child, unwrapped
+from peft_kernels._resizing import choose_resizing
 from peft_kernels.nn._bases import check_bases, is_conv1d
 from peft_kernels.nn._uncalled import uncalled_layers
 from peft_kernels.nn.adapter_fusion import AdapterFusion
@@ -343,6 +344,7 @@ def swap_targets(
     keep_in_place(model, swapped.values())
     freeze(model, _adapters(model), silently=silently)
     choose_fast_paths(model)
+    choose_resizing(model)
     let_gradients_through(model)
     return model
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from peft_kernels import AdapterPool, load_adapter, merge, save_adapter, swap_linear, unload
 from peft_kernels._in_place import InPlace
+from peft_kernels.integrations.transformers import insert_adapter, remove_adapters
+from peft_kernels.nn import BottleneckAdapter
 from peft_kernels.swap import give_up_replaced
 
 transformers = pytest.importorskip("transformers")
@@ -41,26 +43,39 @@ def attach(model):
 ways = pytest.mark.parametrize("put", [swap, attach])
 
 
-@ways
-@pytest.mark.parametrize("tied", [False, True])
-def test_resizing_the_embeddings(put, tied):
-    """Versions of transformers differ in whether they make a new layer of a tied one."""
-    model = make_llama(tied)
-    put(model)
-    with pytest.raises(
-        (RuntimeError, ValueError), match=rf"{REPLACED}|weight must stay \[32, 16\]"
-    ):
-        model.resize_token_embeddings(40, mean_resizing=False)
-        model(IDS)
-
-
-def test_resizing_a_merged_head():
-    model = make_llama(tied=True)
+def swap_and_merge(model):
     swap(model)
     merge(model)
-    with pytest.raises((RuntimeError, ValueError), match=rf"{REPLACED}|is merged|weight must stay"):
-        model.resize_token_embeddings(40, mean_resizing=False)
-        model(IDS)
+
+
+def adapt(path):
+    return lambda model: insert_adapter(model, path, BottleneckAdapter(WIDTHS[path], 4))
+
+
+WIDTHS = {"lm_head": 32, "model.embed_tokens": 16}
+PUTS = {
+    "swap": swap,
+    "merged": swap_and_merge,
+    "pool": attach,
+    "after the head": adapt("lm_head"),
+    "after the embedding": adapt("model.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("put", PUTS.values(), ids=list(PUTS))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("asked", [(40,), (None, 12)], ids=["number", "multiple"])
+def test_resizing_embeddings_with_an_adapter_changes_nothing(put, tied, asked):
+    model = make_llama(tied)
+    put(model)
+    before, sizes = model(IDS).logits, [p.shape for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"in place of (lm_head|model.embed_tokens), without"):
+        model.resize_token_embeddings(*asked, mean_resizing=False)
+    assert [p.shape for p in model.parameters()] == sizes and model.config.vocab_size == 32
+    assert torch.equal(model(IDS).logits, before)
+    model.resize_token_embeddings(32)
+    model.resize_token_embeddings(None, 8)
+    assert torch.equal(model(IDS).logits, before)
 
 
 @ways
@@ -73,6 +88,23 @@ def test_resizing_before_or_after(put):
     model.resize_token_embeddings(48, mean_resizing=False)
     assert model(IDS).logits.shape[-1] == 48
     assert not model._forward_pre_hooks
+    assert "resize_token_embeddings" not in vars(model)
+
+
+def test_resizing_where_no_embedding_has_an_adapter():
+    model = make_llama()
+    swap_linear(model, ["q_proj"], 2, alpha=4)
+    assert "resize_token_embeddings" not in vars(model)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    assert model(IDS).logits.shape[-1] == 40
+
+
+def test_resizing_after_the_adapter_was_taken_out():
+    model = make_llama()
+    adapt("lm_head")(model)
+    remove_adapters(model)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    assert model(IDS).logits.shape[-1] == 40
 
 
 @ways
@@ -91,7 +123,7 @@ def test_saving_from_a_pool(tmp_path):
     model = make_llama()
     pool = AdapterPool.attach(model, ["q_proj", "lm_head"], capacity=8)
     pool.create("a", 2, alpha=4)
-    model.resize_token_embeddings(40, mean_resizing=False)
+    model.lm_head = nn.Linear(16, 40)
     with pytest.raises(RuntimeError, match=REPLACED):
         pool.save("a", tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -100,7 +132,7 @@ def test_saving_from_a_pool(tmp_path):
 def test_saving_and_unloading(tmp_path):
     model = make_llama()
     swap(model)
-    model.resize_token_embeddings(40, mean_resizing=False)
+    model.lm_head = nn.Linear(16, 40).requires_grad_(False)
     for call in (lambda: save_adapter(model, tmp_path), lambda: unload(model, merge=False)):
         with pytest.raises(RuntimeError, match=REPLACED):
             call()

@@ -31,6 +31,7 @@ from peft_kernels._names import (
     submodule,
     unwrapped,
 )
+from peft_kernels._resizing import choose_resizing
 from peft_kernels.integrations._blocks import (
     POST_NORM,
     PRE_NORM,
@@ -154,6 +155,7 @@ def insert_adapter(
     module.add_module("adapter", adapter.train(module.training))
     module.register_forward_hook(_HOOKS[style])
     choose_fast_paths(unwrapped(model))
+    choose_resizing(model)
     for keeper, hook in keepers:
         keeper.register_forward_hook(hook)
 
@@ -243,6 +245,7 @@ def remove_adapters(model: nn.Module) -> None:
             elif hook in (_keep_input, _pass_on_input):
                 del module._forward_hooks[key]
     choose_fast_paths(unwrapped(model))
+    choose_resizing(model)
     if not has_adapters(model):
         let_gradients_be(model)
 
