@@ -88,12 +88,14 @@ def _owners(
 def _say(found: list[str], heads: list[str]) -> None:
     shown = ", ".join([*heads, *(name for name in found if name not in heads)][:_SHOWN])
     more = f" and {len(found) - _SHOWN} others" if found[_SHOWN:] else ""
-    what = f"the head {shown} is" if found == heads[:1] else f"{shown}{more} are"
+    what = f"the head {shown}" if found == heads[:1] else f"{shown}{more}"
+    verb = "are" if found[1:] else "is"
     then = " (insert_adapters: train_head=True)" if heads else ""
     warnings.warn(
-        f"{what} frozen with the rest of the model, and trained so far: requires_grad_(True) there "
-        f"afterwards lets it train, as a new head must, and as a second method may{then}; where it "
-        "isn't to train, freeze it before the call, and nothing is said",
+        f"{what} {verb} frozen with the rest of the model, and trained so far: "
+        "requires_grad_(True) there afterwards lets it train, as a new head must, and as a "
+        f"second method may{then}; "
+        "where it isn't to train, freeze it before the call, and nothing is said",
         RuntimeWarning,
         stacklevel=_outside(),
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peft_kernels.nn._bases import names_of
 
@@ -93,12 +93,6 @@ def plain_name(model: nn.Module, name: str) -> str:
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by their names without wrappers."""
     return {plain_name(model, name): parameter for name, parameter in model.named_parameters()}
-
-
-def plain_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of :func:`unwrapped`'s model by their names without wrappers."""
-    model = unwrapped(model)
-    return {plain_name(model, name): buffer for name, buffer in model.named_buffers()}
 
 
 @contextmanager

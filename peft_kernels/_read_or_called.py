@@ -17,8 +17,9 @@ from torch import nn
 from peft_kernels.nn._off import is_off
 from peft_kernels.nn._uncalled import read_or_called
 
-# Whether its layer was called since the owner's forward began, by the guard's id.
-_CALLED: ContextVar[Mapping[int, bool]] = ContextVar("peft_kernels_called")
+# The calls of its layer since the owner's forward began, by the guard's id: a list, to which a
+# thread that runs the layer in a copy of the context appends too.
+_CALLS: ContextVar[Mapping[int, list[None]]] = ContextVar("peft_kernels_calls_of_layers")
 
 
 class MustBeCalled:
@@ -40,24 +41,29 @@ class MustBeCalled:
             handle.remove()
 
     def begin(self, owner: nn.Module, args: Any) -> None:
-        self._set(False)
+        if not torch.compiler.is_compiling():  # which doesn't trace the setting of it
+            _CALLS.set({**_CALLS.get({}), id(self): []})
 
     def note(self, layer: nn.Module, args: Any) -> None:
-        self._set(True)
-
-    def _set(self, called: bool) -> None:
-        if not torch.compiler.is_compiling():  # which doesn't trace context variables
-            _CALLED.set({**_CALLED.get({}), id(self): called})
+        if not torch.compiler.is_compiling():
+            _CALLS.get({}).get(id(self), []).append(None)
 
     def end(self, owner: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or _CALLED.get({}).get(id(self), True):
+        if torch.compiler.is_compiling() or _CALLS.get({}).get(id(self)) != []:
             return
-        if getattr(self.layer, "merged", False) or is_off(self.layer):
-            return  # the weight that was read is the right one
+        if _is_base(self.layer):
+            return
         raise RuntimeError(
             f"{self.path} must be called; {type(owner).__name__} read its weight in this forward, "
             "without its adapter: leave it out of the targets (exclude_modules)"
         )
+
+
+def _is_base(layer: nn.Module) -> bool:
+    """Whether the layer's weight is what it computes with now: merged, turned off, no route."""
+    router = getattr(layer, "router", None)
+    unrouted = router is not None and router.current() is None
+    return unrouted or getattr(layer, "merged", False) or is_off(layer)
 
 
 def look_after(root: nn.Module, layers: Collection[nn.Module], paths: dict[nn.Module, str]) -> None:

@@ -31,7 +31,7 @@ from peft_kernels.nn._bases import check_bases
 from peft_kernels.nn.lora import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.ops.multi_lora_linear import PAGE
-from peft_kernels.swap import checked_names, named, replace_modules, required_targets
+from peft_kernels.swap import named, replace_modules, required_targets
 
 __all__ = ["AdapterPool", "PoolFullError", "PoolMemory"]
 
@@ -117,7 +117,6 @@ class AdapterPool:
         """
         check_task_type(task_type)
         given, model = model, unwrapped(model)
-        target_modules = checked_names("target_modules", target_modules)
         targets = required_targets(
             model,
             target_modules,

@@ -107,7 +107,6 @@ def swap_linear(
         matches no target gets a RuntimeWarning, as in PEFT.
     """
     check_task_type(task_type)
-    target_modules = checked_names("target_modules", target_modules)
     targets = required_targets(
         model,
         target_modules,
@@ -169,9 +168,10 @@ def find_targets(
 
 
 def required_targets(
-    model: nn.Module, target_modules: str | list[str], **options: Any
+    model: nn.Module, target_modules: str | Iterable[str], **options: Any
 ) -> dict[str, nn.Module]:
     """:func:`find_targets`, or a ValueError where a pattern of ``target_modules`` selects none."""
+    target_modules = checked_names("target_modules", target_modules)
     targets = find_targets(model, target_modules, **options)
     if targets and not unmatched(target_modules, targets):
         return targets

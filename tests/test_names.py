@@ -15,7 +15,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from peft_kernels import AdapterPool, load_adapter, save_adapter, swap_linear
 from peft_kernels._names import (
-    plain_buffers,
     plain_modules,
     plain_name,
     plain_parameters,
@@ -121,7 +120,6 @@ def test_names_are_those_of_the_plain_model(outer, inner):
     assert type(unwrapped(model)) is Base
     assert list(plain_modules(model)) == [name for name, _ in make_base().named_modules()]
     assert list(plain_parameters(model)) == [name for name, _ in make_base().named_parameters()]
-    assert list(plain_buffers(model)) == [name for name, _ in make_base().named_buffers()]
     states = {plain_name(model, key) for key in model.state_dict()} - {"n_averaged"}
     assert states == make_base().state_dict().keys()
 

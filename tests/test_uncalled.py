@@ -1,8 +1,10 @@
 """Layers whose weight is read and which are never called: what took their place would be idle."""
 
+import contextvars
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -250,21 +252,25 @@ class Either(nn.Module):
         return x @ self.a.weight.T + self.a.bias if self.fused else self.a(x)
 
 
-def adapted(how: str) -> tuple[nn.Module, Either]:
-    """A model with adapters that have an effect, and the module in it."""
+class InAnotherThread(nn.Module):
+    def __init__(self, module: nn.Module, threads: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self.module, self.threads = module, threads
+
+    def forward(self, x):
+        return self.threads.submit(contextvars.copy_context().run, self.module, x).result()
+
+
+def adapted() -> tuple[nn.Module, Either]:
+    """A model with an adapter that has an effect, and the module in it."""
     either = Either()
     model = host(either)
-    if how == "swap":
-        swap_linear(model, ["a"], 2, alpha=4)
-        nn.init.normal_(either.a.lora_b)
-    else:
-        AdapterPool.attach(model, ["a"], capacity=1)
+    swap_linear(model, ["a"], 2, alpha=4)
+    nn.init.normal_(either.a.lora_b)
     return model, either
 
 
-@pytest.mark.parametrize("how", ["swap", "pool"])
-def test_a_forward_that_reads_what_it_could_have_called_raises(how):
-    _, either = adapted(how)
+def check_that_reading_raises(either: Either) -> None:
     x = torch.randn(2, 8)
     either.fused = False
     either(x)
@@ -275,15 +281,41 @@ def test_a_forward_that_reads_what_it_could_have_called_raises(how):
     either(x)
 
 
+def test_a_forward_that_reads_what_it_could_have_called_raises():
+    _, either = adapted()
+    check_that_reading_raises(either)
+
+
+def test_so_does_a_routed_one_of_a_pool():
+    either = Either()
+    pool = AdapterPool.attach(host(either), ["a"], capacity=8)
+    pool.create("one", 2, alpha=4)
+    x = torch.randn(2, 8)
+    expected = either(x)  # of the base, which is all that a forward without a route reads
+    with pool.route(["one", None]):
+        check_that_reading_raises(either)
+    assert torch.allclose(either(x), expected, atol=1e-5)
+
+
+def test_a_call_in_a_thread_of_the_forward_is_one():
+    _, either = adapted()
+    either.fused = False
+    x = torch.randn(2, 8)
+    expected, plain = either(x), either.a
+    with ThreadPoolExecutor(1) as threads:
+        either.a = InAnotherThread(plain, threads)
+        assert torch.equal(either(x), expected)
+
+
 def test_so_does_a_copy():
-    model, _ = adapted("swap")
+    model, _ = adapted()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(RuntimeError, match=r"host\.a must be called; Either read its weight"):
             copied["host"](torch.randn(2, 8))
 
 
 def test_what_is_read_of_a_merged_layer_is_right():
-    model, either = adapted("swap")
+    model, either = adapted()
     x = torch.randn(2, 8)
     either.fused = False
     expected = either(x)
@@ -302,7 +334,7 @@ def test_what_is_read_of_a_merged_layer_is_right():
 
 
 def test_a_forward_that_failed_leaves_nothing_behind():
-    _, either = adapted("swap")
+    _, either = adapted()
     either.fused = False
     with pytest.raises(RuntimeError):
         either(torch.randn(2, 7))
@@ -320,6 +352,6 @@ def test_bloom_with_its_slow_and_exact_path():
 
 
 def test_it_compiles_as_one_graph():
-    _, either = adapted("swap")
+    _, either = adapted()
     x, either.fused = torch.randn(2, 8), False
     assert torch.allclose(torch.compile(either, fullgraph=True, backend="eager")(x), either(x))

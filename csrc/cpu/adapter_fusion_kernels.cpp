@@ -2,6 +2,7 @@
 #include "adapter_fusion.h"
 
 #include "fusion.h"
+#include "row_sums.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
@@ -264,14 +265,12 @@ inline float sum_of_row(const float* values, int64_t count) {
   return sum(total) + rest;
 }
 
-// The chunks' sums are added as Kahan does, as there may be many.
+// There may be many chunks, and their sums are added one after the other.
 inline void add_sums(const Gradient& g, int64_t row, int64_t rows) {
   const Factor& factor = *g.factor;
   for (int64_t j = 0; j < factor.columns; j++) {
-    const float before = row ? g.sums[j] : 0;
-    const float more = sum_of_row(factor.data + j * factor.stride, rows) - factor.lost[j];
-    g.sums[j] = before + more;
-    factor.lost[j] = (g.sums[j] - before) - more;
+    if (row == 0) g.sums[j] = 0;
+    add_compensated(sum_of_row(factor.data + j * factor.stride, rows), g.sums[j], factor.lost[j]);
   }
 }
 

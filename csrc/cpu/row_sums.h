@@ -6,8 +6,16 @@ namespace peft_kernels::PK_ISA {
 
 constexpr int64_t SUM_ROWS = 512;  // whose sums are added to those of the rows before at once
 
+// total += more, with what the total's last place has lost so far (Kahan's compensated sum).
+PK_INLINE void add_compensated(float more, float& total, float& lost) {
+  const float before = total;
+  more -= lost;
+  total = before + more;
+  lost = (total - before) - more;
+}
+
 // The sums of SUM_ROWS rows are taken on their own first. They are added to the total with what its
-// last place lost (Kahan), so that the rounding error doesn't grow with the number of rows.
+// last place lost, so that the rounding error doesn't grow with the number of rows.
 class RowSums {
  public:
   // Into total, which may be null for none.
@@ -32,9 +40,7 @@ class RowSums {
   void finish(int64_t first, int64_t count) const {
     if (!apart_) return;
     for (int64_t i = first; i < first + count; i++) {
-      const float more = recent_[i] - lost_[i], total = total_[i] + more;
-      lost_[i] = (total - total_[i]) - more;
-      total_[i] = total;
+      add_compensated(recent_[i], total_[i], lost_[i]);
       recent_[i] = 0;
     }
   }
