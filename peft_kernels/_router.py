@@ -85,6 +85,8 @@ class Selection:
         self.trained = trained
         self.entries = entries or Entries(len(ids))
         self.flat: set[int] = set()  # how many rows inputs had that were tokens on end
+        # Whether a forward had it that no backward computed again.
+        self.served = torch._C._current_graph_task_id() != -1
         self._list, self._parts = list(ids), dict[Entries, Selection]()
         self._count, self._slots = len(ids), slots
         self._dropout = dropout or {}
@@ -208,6 +210,13 @@ def unrouted_routing(packed: Tensor) -> Routing:
     return _unpacked(packed, 1) if _reads_sorted(packed.device) else Routing(packed[:1])
 
 
+def _computed_again(where: str) -> RuntimeError:
+    return RuntimeError(
+        f"a routed forward is computed again (gradient checkpointing) {where}; call backward() "
+        "inside the route that the forward had, in its with-block"
+    )
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
         self.buffers: Buffers = {}
@@ -266,17 +275,18 @@ class Router:
         """What a layer's forward must use now; None outside of any route."""
         frame = self.routes.top()
         compiling = torch.compiler.is_compiling()
-        if frame is not None and not frame.closed:
+        # A backward computes a checkpointed forward again, for a GPU on a thread of autograd's.
+        again = not compiling and torch._C._current_graph_task_id() != -1
+        if frame is not None and frame.value is not None:
+            if again and not frame.value.served:
+                raise _computed_again("in a route that it didn't have")
             if not compiling:
                 self._note(True)
+                frame.value.served = True
             return frame.value
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            # A backward computes a checkpointed forward again, for a GPU on a thread of autograd's.
+        if again:
             if frame is not None or self._number in self._routed():
-                raise RuntimeError(
-                    "a routed forward is computed again (gradient checkpointing) outside of its "
-                    "route; call backward() inside the route's with-block"
-                )
+                raise _computed_again("outside of its route")
             return None
         self.routes.get()  # says that the route has ended
         if self._refuses:

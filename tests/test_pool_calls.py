@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from small_adapters import NEW, OLD, assert_all_free, load, make_pool, replace, routed
+from torch.utils.checkpoint import checkpoint
 
 from peft_kernels import _router
 
@@ -272,8 +273,6 @@ def test_compiled_code_reads_the_route_of_its_task(served, sorts, monkeypatch):
 
 
 def test_checkpointing_finds_that_a_forward_was_routed_in_this_task(served):
-    from torch.utils.checkpoint import checkpoint
-
     model, pool, _ = served
 
     async def step(name, inside):
@@ -294,6 +293,44 @@ def test_checkpointing_finds_that_a_forward_was_routed_in_this_task(served):
 
     first, none, third = asyncio.run(several())
     assert none is None and torch.equal(first, third)
+
+
+# A reentrant checkpoint keeps nothing of its forward to compare with.
+@pytest.mark.parametrize(
+    ("reentrant", "other_serves"), [(False, False), (False, True), (True, False)]
+)
+def test_checkpointing_finds_that_the_route_is_another_one(served, reentrant, other_serves):
+    model, pool, _ = served
+    x = X.clone().requires_grad_()
+    with torch.enable_grad():
+        with pool.route(["a"]):
+            loss = checkpoint(model, x, use_reentrant=reentrant).sum()
+        with pool.route(["b"]):
+            if other_serves:
+                model(X)
+            with pytest.raises(RuntimeError, match=r"call backward\(\) inside the route"):
+                loss.backward()
+        with pool.route(["a"]):
+            checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+        expected = X.clone().requires_grad_()
+        with pool.route(["a"]):
+            model(expected).sum().backward()
+    assert torch.equal(x.grad, expected.grad)
+
+
+def test_a_route_that_is_entered_in_a_backward_serves_what_runs_there(served):
+    model, pool, alone = served
+    seen = []
+
+    def hook(gradient):
+        with pool.route(["b"]):
+            seen.append(model(X))
+
+    with torch.enable_grad(), pool.route(["a"]):
+        out = model(X.clone().requires_grad_())
+        out.register_hook(hook)
+        out.sum().backward()
+    assert torch.equal(seen[0].detach(), alone["b"])
 
 
 def test_bound_functions_keep_their_names(served):

@@ -266,6 +266,22 @@ class _Call(NamedTuple):
         return banks, dropout, rows, list(given)
 
 
+def _chosen(call: _Call, ids: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors that say which adapter and which dropout mask a row has."""
+    return ids, *call.split(tensors)[1][1]
+
+
+def _check_chosen(former: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> None:
+    """What is saved may be what a checkpointed forward had that was computed again just now."""
+    if is_special() or all(a is b for a, b in zip(former, saved, strict=True)):
+        return
+    if not all(map(torch.equal, former, saved)):
+        raise RuntimeError(
+            "a forward is computed again (gradient checkpointing) with other ids or dropout seeds "
+            "than it had; call backward() inside the route that the forward had, in its with-block"
+        )
+
+
 class _MultiLoRALinear(torch.autograd.Function):
     """``base`` is the weight, or the y that the delta is added into in place."""
 
@@ -281,12 +297,13 @@ class _MultiLoRALinear(torch.autograd.Function):
             weight = base
             y, s = _library.get_op("multi_lora_linear_fwd", call.variant)(x, weight, bias, *rest)
         ctx.save_for_backward(x, weight, ids, order, starts, s, *tensors)
-        ctx.adds, ctx.call = adds, call
+        ctx.adds, ctx.call, ctx.chosen = adds, call, _chosen(call, ids, tensors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, ids, order, starts, s, *tensors = ctx.saved_tensors
+        _check_chosen(ctx.chosen, _chosen(ctx.call, ids, tensors))
         needs_x, needs_base, needs_bias = ctx.needs_input_grad[:3]
         banks, dropout, rows, receivers = ctx.call.split(tensors)
         sizes = _sizes(ctx.call.trained, receivers)
