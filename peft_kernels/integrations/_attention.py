@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels._calls import Carried
-from peft_kernels.integrations._pinned import NAME, asked_implementation
+from peft_kernels.integrations._pinned import IS_CAUSAL, NAME, asked_implementation
 from peft_kernels.integrations._supported import refusal
 from peft_kernels.ops.prefix_attention import prefix_attention
 
@@ -327,7 +327,8 @@ def attention(
     elif attention_mask is not None:
         causal = True  # the real keys alone, from prefix_mask
     else:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        known = getattr(module, IS_CAUSAL, getattr(module, "is_causal", True))
+        causal = bool(known if is_causal is None else is_causal)
     options: dict[str, Any] = {
         "is_causal": causal,
         "scale": _scale(module, query.shape[-1]) if scaling is None else scaling,

@@ -103,6 +103,9 @@ def _why_no_prompt(model: Any) -> str | None:
     for name in ("get_input_embeddings", "can_generate"):
         if not callable(getattr(model, name, None)):
             return f"has no {name}()"
+    passes_on = not isinstance(model, PreTrainedModel)  # as PEFT's models do
+    if "inputs_embeds" not in parameters(model.__class__) and not passes_on:
+        return "takes no inputs_embeds, where a prompt would stand"
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError) as error:
@@ -111,9 +114,6 @@ def _why_no_prompt(model: Any) -> str | None:
         return "gives no input embeddings"
     if not isinstance(embedding, nn.Embedding) and not _gives_a_tensor(embedding):
         return f"has embeddings that give more than a tensor ({type(embedding).__name__})"
-    passes_on = not isinstance(model, PreTrainedModel)  # as PEFT's models do
-    if "inputs_embeds" not in parameters(model.__class__) and not passes_on:
-        return "takes no inputs_embeds, where a prompt would stand"
     return None
 
 

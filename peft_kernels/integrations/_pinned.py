@@ -18,6 +18,7 @@ from torch import nn
 
 NAME = "peft_kernels_prefix"
 _IMPLEMENTATION = "_attn_implementation"
+IS_CAUSAL = "_peft_kernels_is_causal"  # of a decoder's attention that says of itself it isn't
 
 
 class _View:
@@ -54,6 +55,7 @@ def pin(model: nn.Module, readers: Iterable[nn.Module]) -> None:
 def unpin(model: nn.Module) -> None:
     """Gives the modules their configs back."""
     for module in model.modules():
+        module.__dict__.pop(IS_CAUSAL, None)
         config = module.__dict__.get("config")
         if isinstance(config, _View):
             module.__dict__["config"] = config._viewed

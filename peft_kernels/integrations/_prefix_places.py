@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -58,6 +59,20 @@ def _check_one_stack(model: nn.Module, places: list[Place]) -> None:
             )
 
 
+def check_all_sites(model: Any) -> None:
+    """Raises a ValueError if an encoder-decoder's prefix would leave out one of its three sites."""
+    found = {place.site for place in attention_places(model)}
+    is_of_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
+        {"encoder", "decoder"} <= set(module._modules) for module in model.modules()
+    )
+    if is_of_two and (missing := {"encoder", "self", "cross"} - found):
+        raise ValueError(
+            f"sites must be given for {type(model).__name__}, whose attention at "
+            f"{', '.join(sorted(missing))} can't take a prefix; sites={sorted(found)} has one at "
+            "the others alone"
+        )
+
+
 def _reasons(model: nn.Module) -> str:
     attention = (m for m in model.modules() if type(m).__name__.endswith("Attention"))
     found = {type(m).__name__: why for m in attention if (why := why_not(m)) is not None}
@@ -103,6 +118,8 @@ def _sizes(module: Any) -> tuple[int, int] | None:
     if not calls_the_interface(module) or why_not(module) is not None:
         return None
     size = next(getattr(module, name) for name in _HEAD_SIZES if hasattr(module, name))
+    if type(module).__name__ == "JetMoeAttention":  # it repeats its keys for each expert
+        return module.num_key_value_heads * module.top_k, size
     for name in ("k_proj", "key", "k_lin"):
         weight = getattr(getattr(module, name, None), "weight", None)
         if weight is not None:
@@ -138,18 +155,26 @@ def why_not(module: Any) -> str | None:
         return "takes the difference of two attentions"
     if hasattr(module, "sinks"):
         return "attends to sinks"
+    if type(module).__name__ in _SHARES_MASK and "create_causal_mask" in _globals(module):
+        return "shares its mask with experts, who read it in the form that it has without a prefix"
     if type(module).__name__ in _DISENTANGLED:
         return "scores each key by its distance too, which a prefix' keys don't have"
     return None
 
 
+def _globals(module: Any) -> dict[str, Any]:
+    """Of the module that its class is in, which has the mask functions that the model calls."""
+    return vars(sys.modules[type(module).__module__])
+
+
+_SHARES_MASK = ("NllbMoeAttention",)
 _DISENTANGLED = ("DisentangledSelfAttention", "DebertaSelfAttention", "DebertaV2SelfAttention")
 
 
 def _site(model: Any, stack: str, module: Any, path: str) -> str:
     name = path.rpartition(".")[2]
     crosses = getattr(module, "is_cross_attention", False) or ".crossattention." in path
-    if crosses or name in ("encoder_attn", "EncDecAttention"):
+    if crosses or name in ("encoder_attn", "cross_attention", "EncDecAttention"):
         return "cross"
     owner: Any = model.get_submodule(parent_path(stack)) if stack else model
     in_encoder = stack.rpartition(".")[2] == "encoder" and hasattr(owner, "decoder")

@@ -31,8 +31,13 @@ from peft_kernels.integrations import _own_attention, _own_encoders
 from peft_kernels.integrations._attention import SOURCE, Pair, recording
 from peft_kernels.integrations._hooks import PREFIX_HOOK
 from peft_kernels.integrations._host import having, host_of
-from peft_kernels.integrations._pinned import pin, unpin
-from peft_kernels.integrations._prefix_places import Place, attention_places, calls_the_interface
+from peft_kernels.integrations._pinned import IS_CAUSAL, pin, unpin
+from peft_kernels.integrations._prefix_places import (
+    Place,
+    attention_places,
+    calls_the_interface,
+    check_all_sites,
+)
 from peft_kernels.integrations._prefix_run import (
     Attached,
     attach,
@@ -82,7 +87,13 @@ def prefix_for(
         model, sites: as of :func:`prefix_shapes`.
         length: L.
         options: arguments of :class:`peft_kernels.nn.PrefixTuning`.
+
+    Raises:
+        ValueError: as :func:`prefix_shapes`; and without ``sites`` where an encoder-decoder can
+            have a prefix at some of its sites alone.
     """
+    if sites is None:
+        check_all_sites(model)
     weight = next(p for p in model.parameters() if p.is_floating_point())
     place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     return PrefixTuning(length, prefix_shapes(model, sites), **(place | options))
@@ -249,8 +260,15 @@ def _of_length(tokens: Any, prefix: PrefixTuning, device: torch.device) -> Tenso
 
 
 def use_prefix_attention(model: nn.Module, places: Sequence[Place]) -> None:
-    """Has attention modules that can be told by a config call :func:`_attention.attend`."""
+    """Has attention modules that can be told by a config call :func:`_attention.attend`.
+
+    BigBird-Pegasus' decoder has a causal mask in eager attention and ``is_causal`` False, by which
+    alone a causal mask is known that isn't made.
+    """
     pin(model, [place.module for place in places if calls_the_interface(place.module)])
+    for place in places:
+        if place.site == "self" and getattr(place.module, "is_decoder", False) is True:
+            place.module.__dict__[IS_CAUSAL] = True
 
 
 @contextmanager

@@ -19,6 +19,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 BASE_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
+FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # x @ weight.T + bias
 FAKE_TENSOR = "torch._subclasses.fake_tensor.FakeTensor"
 DTENSOR = "torch.distributed.tensor.DTensor"
 
@@ -192,7 +193,10 @@ def _fault_of_forward(linear: Any) -> str | None:
 
 
 def _plain_kind(linear: nn.Module) -> type[nn.Module]:
-    return next(c for c in type(linear).__mro__ if c is nn.Linear or names_of(c)[0] == CONV1D)
+    """The class that it has its forward from, of those whose forward is known."""
+    return next(
+        c for c in type(linear).__mro__ if c is nn.Linear or names_of(c)[0] in (CONV1D, FALCON)
+    )
 
 
 def _fault_of_no_weight(linear: nn.Module) -> str:

@@ -19,10 +19,10 @@ HEAD = """# Which method works in which model
 
 Tiny models of transformers' classes, built with random weights, and what each method does in them:
 "right" is equal to what the model itself computes, in eager attention and float64: a prefix with
-the text that its keys and values are of, a prompt with its embeddings in the rows, LoRA with its
-product added to the weights, adapters with their formula. A number names the error, below, that is
-raised instead. Written by `python python/tools/families.py`, with
-transformers 4.57.
+the text that its keys and values are of (in an encoder-decoder at each of its three sites; of
+images with its keys and values beside the image's), a prompt with its embeddings in the rows, LoRA
+with its product added to the weights, adapters with their formula. A number names the error, below,
+that is raised instead. Written by `python python/tools/families.py`, with transformers 4.57.
 """
 NOTES = """
 A prefix of encoders leaves the text's positions alone unless `shift_positions=True` is given, as
@@ -31,7 +31,6 @@ of the text, and a prefix' scores have nothing added (T5 counts it with `shift_p
 ALBERT's layers share a module, and so a prefix, unless they are groups of their own, as here. A
 model whose scores depend on the distance to each key (DeBERTa) defines none for a prefix' keys,
 and is refused.
-Encoder-decoders (T5, BART, ...) are compared with PEFT in the tests, not here.
 """
 
 
