@@ -215,7 +215,8 @@ def _replica(module: Any) -> nn.Module:
 
 
 def _run(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    former, arounds = module.__dict__[_AROUND][method]
+    # Nothing is around it any more where torch.compile keeps the method as it was.
+    former, arounds = module.__dict__.get(_AROUND, {}).get(method, (None, []))
     proceed = former or partial(getattr(type(module), method), module)
     for around in arounds:
         proceed = partial(around, module, proceed)
@@ -229,11 +230,20 @@ def keep_apart(module: nn.Module) -> None:
     isn't an Exception, and can't tell whose push was the last when one before them raises.
     """
     wrap(module, "_call_impl", _apart)
+    if (compiled := module.__dict__.get(_COMPILED)) is not None:
+        module.__dict__[_COMPILED] = partial(_apart, module, compiled)
 
 
 def stop_keeping_apart(module: nn.Module) -> None:
     """Undoes :func:`keep_apart`."""
     unwrap(module, "_call_impl", _apart)
+    compiled = module.__dict__.get(_COMPILED)
+    if isinstance(compiled, partial) and compiled.func is _apart:
+        module.__dict__[_COMPILED] = compiled.args[1]
+
+
+# What torch calls in place of _call_impl in a module after its compile(), and leaves out of copies.
+_COMPILED = "_compiled_call_impl"
 
 
 def _apart(module: nn.Module, proceed: Callable, *args: Any, **kwargs: Any) -> Any:

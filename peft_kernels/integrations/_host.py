@@ -93,8 +93,9 @@ def prompt_host(model: nn.Module) -> nn.Module:
 def _inner_hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that could take a prompt, by path."""
     for name, child in model.named_children():
-        if _why_no_prompt(child) is None:
-            yield name, child
+        inside = unwrapped(child)
+        if _why_no_prompt(inside) is None:
+            yield name, inside
         else:
             yield from ((f"{name}.{path}", inner) for path, inner in _inner_hosts(child))
 

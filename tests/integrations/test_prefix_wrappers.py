@@ -9,6 +9,7 @@ from prompt_models import make_prompt
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from peft_kernels._calls import carried
 from peft_kernels.integrations import prefix as prefixes
 from peft_kernels.integrations import soft_prompts as prompts
 from peft_kernels.nn import PrefixTuning
@@ -109,6 +110,72 @@ def test_the_model_is_found_inside(kind, wrapper):
             assert torch.equal(hidden(call(**inputs)), hidden(model(**inputs)))
     assert remove(wrapped) is added
     assert torch.equal(hidden(call(**inputs)), bare)
+
+
+class ByPosition(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids):
+        return self.inner(ids)
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+BY_POSITION = {
+    "compile": lambda model: ByPosition(compiled(model)),
+    "several": lambda model: ByPosition(nn.DataParallel(compiled(model))),
+    "compile outside too": lambda model: compiled(ByPosition(compiled(model))),
+    "compile in place": lambda model: ByPosition(compiled_in_place(model)),
+}
+
+
+@each_kind
+@pytest.mark.parametrize("wrapper", BY_POSITION)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
+    torch._dynamo.reset()
+    add, row_ids, remove = KINDS[kind]
+    model, ids = make("llama"), tokens(2, 5)
+    wrapped = BY_POSITION[wrapper](copy.deepcopy(model))
+    bare = hidden(wrapped(ids))
+    torch.manual_seed(0)
+    added = add(wrapped)
+    torch.manual_seed(0)
+    add(model)
+    for rows in ([0, 1], [1, -1]):
+        with row_ids(model, rows), row_ids(wrapped, rows):
+            assert torch.equal(hidden(wrapped(ids)), hidden(model(ids)))
+    assert remove(wrapped) is added
+    assert torch.equal(hidden(wrapped(ids)), bare)
+
+
+@each_kind
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_compiled_in_place_leaves_nothing(kind, when):
+    """`module.compile()` has torch call another method of the module than it does without."""
+    torch._dynamo.reset()
+    add, row_ids, remove = KINDS[kind]
+    model, inputs = make("llama"), inputs_of("llama")
+    bare = hidden(model(**inputs))
+    if when == "before":
+        compiled_in_place(model)
+    add(model)
+    if when == "after":
+        compiled_in_place(model)
+    with row_ids(model, [0, 1]):
+        carries = dict(carried())
+        expected = hidden(model(**inputs))
+        assert dict(carried()) == carries
+    copied = copy.deepcopy(model)
+    with row_ids(copied, [0, 1]):
+        assert torch.equal(hidden(copied(**inputs)), expected)
+    remove(model)
+    assert torch.equal(hidden(model(**inputs)), bare)
 
 
 @each_kind
