@@ -299,6 +299,11 @@ class Router:
             self._note(False)
         return None
 
+    def tells_rows_apart(self) -> bool:
+        """Whether the route has more than one entry."""
+        frame = self.routes.top()
+        return frame is not None and frame.value is not None and frame.value.entries != (1, None)
+
     # ---- which rows -----------------------------------------------------------------------------
 
     def serving(self, selection: Selection, x: Tensor, place: Place) -> Selection:
@@ -306,9 +311,15 @@ class Router:
         entries = selection.entries
         if entries == (1, None):
             return selection
+        batch = self.batches.get()
+        if place.is_unsure(x.shape, batch):
+            part = selection.for_all()
+            if part is None:
+                raise unfit(entries, x.shape, batch, place)
+            return part
         if place.apart is None and x.dim() > 2 and entries == (x.shape[0], None):
             return selection
-        batch, repeats = self.batches.get(), self.generating.get() is not None
+        repeats = self.generating.get() is not None
         if place.apart is None and are_rows_of(entries, x.shape, batch, repeats):
             if batch is not None and not torch.compiler.is_compiling():
                 selection.flat.add(x.shape[0])

@@ -7,8 +7,11 @@ called with: equal parts aren't guessed.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -85,10 +88,21 @@ class Place(NamedTuple):
     Attributes:
         name: its path.
         apart: why its input's rows can't be told from the batch's; None where they can.
+        swaps: the class of a module around it whose forward swaps two dimensions 0 and 1, which may
+            be rows and tokens; None where none does.
     """
 
     name: str = "the layer"
     apart: str | None = None
+    swaps: str | None = None
+
+    def is_unsure(self, shape: torch.Size, batch: Batch | None) -> bool:
+        """Whether what looks like an input's rows may be its tokens."""
+        if self.swaps is None or len(shape) < 2:
+            return False
+        if len(shape) > 2:
+            return shape[0] == shape[1] > 1
+        return batch is not None and shape[0] != batch.rows
 
 
 _EXPERT = "is an expert of a mixture, which is given some of the tokens, in any order"
@@ -98,6 +112,7 @@ _SEQUENCE_FIRST = "is given [tokens, rows, features], as torch's layers without 
 def place_of(model: nn.Module, name: str) -> Place:
     """The place of a layer by its name."""
     *above, _ = name.split(".")
+    swaps = _swaps(type(model))
     if any("expert" in part.lower() and "shared" not in part.lower() for part in above):
         return Place(name, _EXPERT)
     module = model
@@ -106,7 +121,21 @@ def place_of(model: nn.Module, name: str) -> Place:
         attention = module._modules.get("self_attn")
         if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
             return Place(name, _SEQUENCE_FIRST)
-    return Place(name)
+        swaps = swaps or _swaps(type(module))
+    return Place(name, swaps=swaps)
+
+
+@cache
+def _swaps(kind: type[nn.Module]) -> str | None:
+    """The class's name, if its forward says that it swaps dimensions 0 and 1 of something."""
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return None
+    return kind.__name__ if _SWAP.search(source) else None
+
+
+_SWAP = re.compile(r"\.(transpose|swapaxes|swapdims)\(\s*(0, 1|1, 0)\s*\)|\.permute\(\s*\(?1, 0\b")
 
 
 def is_batch_s(entries: Entries, batch: Batch, repeats: bool) -> bool:
@@ -159,6 +188,12 @@ def unfit(entries: Entries, shape: torch.Size, batch: Batch | None, place: Place
             f"{entries.said()}, and {place.name} {place.apart}: it can only serve one adapter to "
             "the whole batch. Route one name, split the batch, or leave the layer out of "
             "target_modules"
+        )
+    if place.is_unsure(shape, batch):
+        return ValueError(
+            f"{entries.said()}, and {place.name} got an input {list(shape)} whose rows may be its "
+            f"tokens, for the forward of {place.swaps} swaps two dimensions: route one name, or "
+            "give the batch rows of another length (a token of padding)"
         )
     called = "" if batch is None else f" in a batch of {batch.rows} rows"
     return ValueError(

@@ -38,6 +38,8 @@ from peft_kernels.integrations._prompt_rows import (
     text_of,
     token_labels,
 )
+from peft_kernels.nn import BottleneckAdapter
+from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.ops.prompt_lookup import prompt_lookup
 
 _ROPES = (None, "default", "linear", "llama3", "yarn")  # whose angles don't depend on the length
@@ -125,6 +127,15 @@ def why_not_now(model: Any, inputs: dict[str, Any], shares_dropout: bool) -> str
             return "labels and a cache to fill"
     if model.training and not shares_dropout and any(_active_dropout(model)):
         return "dropout draws for each row"
+    return next(filter(None, map(_why_rows_matter, model.modules())), None)
+
+
+def _why_rows_matter(module: nn.Module) -> str | None:
+    """Why a layer computes other things of a prompt by itself than of one in the rows, or None."""
+    if isinstance(module, BottleneckAdapter) and module.gate is not None:
+        return "the gate of an adapter is a mean over a row's tokens"
+    if isinstance(module, MultiLoRALinear) and module.router.tells_rows_apart():
+        return "a pool's route tells rows apart, and the prompt runs once for all rows of a task"
     return None
 
 

@@ -84,7 +84,8 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
             without ``template=`` is a front prompt, as PEFT's P_TUNING is.
         as_prefix: "auto": where it is exact. False: never. True: always, and a forward that can't
             raises. In training with dropout "auto" runs each row's prompt, for its own draws;
-            True lets all rows share the prompt's.
+            True lets all rows share the prompt's. It isn't exact beside gated adapters, or in a
+            route of an :class:`peft_kernels.AdapterPool` with more than one entry.
 
     Raises:
         ValueError: a model that has a prompt or a prefix, or whose embeddings have other

@@ -287,3 +287,58 @@ def test_flattened_layers_are_computed_again_with_their_rows(reentrant):
     for plain, again in zip(*found, strict=True):
         assert plain.any()
         torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-6)
+
+
+# ---- rows and tokens that change places ----------------------------------------------------------
+
+
+def make_xlnet():
+    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=4, d_inner=24)
+    return transformers.XLNetModel(config)
+
+
+def make_longformer():
+    config = transformers.LongformerConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        attention_window=4,
+        max_position_embeddings=64,
+    )
+    return transformers.LongformerModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "length"),
+    [(make_xlnet, ["layer_1", "layer_2"], 2), (make_longformer, ["query", "value"], 4)],
+)
+def test_rows_that_may_be_tokens_are_refused(make, targets, length):
+    model, pool = in_pool(make, targets)
+    ids, names = tokens(length, length), NAMES * (length // 2)
+    with refused(pool, names, r"whose rows may be its tokens, for the forward of \w+ swaps"):
+        model(ids)
+    with torch.no_grad(), pool.route(["a"] * length):
+        both = model(ids).last_hidden_state
+    with torch.no_grad(), pool.route(["a"]):
+        assert torch.equal(model(ids).last_hidden_state, both)
+
+
+class Turned(nn.Module):
+    """Has its layer run over the tokens of all rows, the first token of each first."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, inputs_embeds):
+        rows, length, _ = inputs_embeds.shape
+        flat = self.up(inputs_embeds.transpose(0, 1).flatten(0, 1))
+        return flat.unflatten(0, (length, rows)).transpose(0, 1)
+
+
+def test_tokens_on_end_that_may_be_in_another_order_are_refused():
+    model, pool = in_pool(Turned, ["up"])
+    with refused(pool, NAMES, "the forward of Turned swaps two dimensions"):
+        model(inputs_embeds=torch.randn(2, 3, 16))
