@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule, can_keep
+from peft_kernels.nn._read import check_read
 from peft_kernels.nn._replaced import has_hooks
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
@@ -137,6 +138,7 @@ class AdapterFusion(Drawn, KeepingModule):
         terms = residual if isinstance(residual, tuple) else () if residual is None else (residual,)
         added = sum(terms[1:], terms[0]) if terms else None
         asked = h if query is None else query
+        check_read(self, "query", "key", "value")
         plan = self.plan(h.numel() // self.hidden_size)
         if plan == "direct":
             y, self.attention = self._direct(h, asked)
@@ -183,6 +185,8 @@ class AdapterFusion(Drawn, KeepingModule):
     def _absorbed(
         self, h: Tensor, asked: Tensor, residual: Tensor | None, plan: str
     ) -> tuple[Tensor, Tensor]:
+        for adapter in self._bottlenecks():
+            check_read(adapter, "down", "up")
         matrices = self._matrices(absorb_query=plan == "absorbed")
         if plan == "query":
             asked = F.linear(asked, self.query.weight, self.query.bias)

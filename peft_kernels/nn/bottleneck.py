@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
+from peft_kernels.nn._read import check_read
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 
@@ -254,6 +255,7 @@ class BottleneckAdapter(KeptFactor, Drawn):
         Returns:
             A tensor of x's shape, in the dtype of x, or in autocast's dtype under autocast.
         """
+        check_read(self, "down", "up", "gate")
         terms = () if residual is None else residual if isinstance(residual, tuple) else (residual,)
         h, before = x, pre_norm
         if pre_norm is not None and (self.norm_before is not None or self.gate is not None):

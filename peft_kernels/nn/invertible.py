@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
+from peft_kernels.nn._read import check_read
 from peft_kernels.nn.bottleneck import INITS, init_bottleneck_, reduced
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
@@ -98,6 +99,7 @@ class InvertibleAdapter(Drawn):
 
     def _coupled(self, half: Tensor, sign: float, part: nn.ModuleDict, other: Tensor) -> Tensor:
         """``half + sign * part(other)``."""
+        check_read(part, "0", "2")
         down, up = _linears(part)
         return adapter(
             other,
