@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor, nn
 
+from peft_kernels._beside_peft import check_without_peft
 from peft_kernels._folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -143,7 +144,8 @@ def save_adapter(
 
     Raises:
         ValueError: there is no LoRALinear below ``model``, an unknown task type or module, or
-            something trains that the format has no place for, such as the base of a LoRA layer.
+            something trains that the format has no place for, such as the base of a LoRA layer, or
+            PEFT has adapters in the model too.
         RuntimeError: something else replaced one that was there, as ``resize_token_embeddings``
             does.
         NotADirectoryError: ``folder`` is a file.
@@ -165,6 +167,7 @@ def _save(
     layers = _lora_layers(model)
     if not layers or "" in layers:
         raise ValueError("model must have LoRALinear layers below it; it has none")
+    check_without_peft(model, layers)
     _warn_of_untrained(layers)
     adapted = {
         name: AdaptedLayer(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import checkpoint
+from peft_kernels._beside_peft import check_without_peft
 from peft_kernels._calls import unwrap, wrap
 from peft_kernels._fast_paths import choose_fast_paths, has_adapters
 from peft_kernels._freezing import freeze
@@ -351,11 +352,12 @@ class AdapterPool:
         it is None, and a UserWarning says so.
 
         Raises:
-            ValueError: there is no adapter of this name.
+            ValueError: there is no adapter of this name, or PEFT has adapters in the model too.
             NotADirectoryError: ``folder`` is a file.
             RuntimeError: something has replaced a layer of the pool.
         """
         check_in_place(self._model)
+        check_without_peft(self._model, self._store.layers)
         version, matrices = self._store.read(name)
         layers = {
             layer: checkpoint.AdaptedLayer(

@@ -405,3 +405,75 @@ def test_running_statistics_that_changed_are_written(tmp_path):
     assert (pretrained.eval()(x)[0] - model(x)[0]).abs().max() > 1e-3
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pretrained), tmp_path).eval()
     torch.testing.assert_close(theirs(x)[0], model(x)[0])
+
+
+# ---- PEFT's own adapters in the same model -------------------------------------------------------
+
+
+def _around(model: nn.Module) -> nn.Module:
+    config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def _beside(model: nn.Module) -> nn.Module:
+    model.add_adapter(peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    return model
+
+
+def _on_the_same_layer(model: nn.Module) -> nn.Module:
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def _prompt(model: nn.Module) -> nn.Module:
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+THEIRS = {
+    "around": (_around, r"layers\.0\.self_attn\.v_proj is PEFT's"),
+    "beside": (_beside, r"layers\.0\.self_attn\.v_proj is PEFT's"),
+    "same layer": (_on_the_same_layer, r"layers\.0\.self_attn\.q_proj is PEFT's"),
+    "prompt": (_prompt, "is PEFT's .*peft"),
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_what_peft_has_beside_is_not_left_out(kind, tmp_path):
+    put, named = THEIRS[kind]
+    inner = swap_linear(make_llama(), ["q_proj"], 2, alpha=4)
+    model = put(inner)
+    for one in {model, inner} if kind != "prompt" else {model}:
+        with pytest.raises(ValueError, match=f"{named}.*merge_and_unload"):
+            save_adapter(one, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_peft_has_beside_a_pool_is_not_left_out(tmp_path):
+    model = make_llama()
+    pool = AdapterPool.attach(model, ["q_proj"], capacity=8)
+    pool.create("a", 2, alpha=4)
+    pool.save("a", tmp_path / "alone")
+    _beside(model)
+    with pytest.raises(ValueError, match="v_proj is PEFT's"):
+        pool.save("a", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload", "delete_adapter"])
+def test_once_peft_s_are_gone_a_model_is_saved(end, tmp_path):
+    model = swap_linear(make_llama(), ["q_proj"], 2, alpha=4)
+    if end == "delete_adapter":
+        _beside(model).delete_adapter("default")
+    else:
+        model = getattr(_around(model), end)()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.lora_b.normal_()
+    save_adapter(model, tmp_path)
+    base = make_llama()
+    values = {name: tensor for name, tensor in model.state_dict().items() if "lora" not in name}
+    base.load_state_dict({name.replace(".base_layer", ""): t for name, t in values.items()}, False)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits)
