@@ -15,7 +15,7 @@ from peft_kernels._names import plain_modules, unwrapped
 from peft_kernels._resizing import choose_resizing
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.nn._off import turned_off
-from peft_kernels.nn._replaced import fault_of_instance
+from peft_kernels.nn._replaced import check_stored, fault_of_instance
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.swap import Model, named, replace_modules
@@ -37,7 +37,7 @@ def merge(model: nn.Module, *, safe: bool = True) -> None:
 
     Raises:
         ValueError: there is no LoRALinear; ``safe``, and a merged weight isn't finite.
-        RuntimeError: a weight is sharded.
+        RuntimeError: a weight is sharded, pruned, parametrized or the like.
         Nothing is changed when one is raised.
     """
     done: list[LoRALinear] = []
@@ -58,10 +58,14 @@ def unmerge(model: nn.Module) -> None:
 
     Raises:
         ValueError: there is no LoRALinear.
+        RuntimeError: a weight was pruned or parametrized since. Nothing is changed then.
     """
-    for layer in lora_layers(model).values():
-        if layer.merged:
-            layer.unmerge()
+    merged = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+    for name, layer in merged.items():
+        with named(name):
+            check_stored(layer, own=["weight"])
+    for layer in merged.values():
+        layer.unmerge()
 
 
 def unload(model: Model, merge: bool) -> Model:
@@ -85,7 +89,8 @@ def unload(model: Model, merge: bool) -> Model:
         ValueError: there is no LoRALinear. With ``merge``: a merged weight isn't finite, or a
             weight is tied to another module's: once merged the two differ, and a model that ties
             them would lose one.
-        TypeError: a layer was given another forward, was compiled by itself or parametrized.
+        TypeError: a layer was given another forward, was compiled by itself, parametrized, pruned
+            or the like.
         RuntimeError: with ``merge``, a weight is sharded; a layer was replaced by something else.
         Nothing is changed when one is raised.
     """

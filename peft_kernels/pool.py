@@ -29,6 +29,7 @@ from peft_kernels._rows import Entries, Ids, entries_of, place_of
 from peft_kernels._store import PoolMemory, Store
 from peft_kernels._versions import Source, Version, new_version, read_version
 from peft_kernels.nn._bases import check_bases
+from peft_kernels.nn._replaced import fault_of_instance
 from peft_kernels.nn.lora import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.ops.multi_lora_linear import PAGE
@@ -194,7 +195,13 @@ class AdapterPool:
 
         Raises:
             RuntimeError: a route is open, in this thread or another.
+            TypeError: a layer was given another forward, was compiled by itself, parametrized,
+                pruned or the like.
+            Nothing is changed when one is raised.
         """
+        for name, layer in self._store.layers.items():
+            if fault := fault_of_instance(layer):
+                raise TypeError(f"{name} {fault}")
         layers = self._store.close()
         for method, around in self._arounds():
             unwrap(self._model, method, around)

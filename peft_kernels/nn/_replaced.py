@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # What a subclass may define anew: none of it is asked for while a model runs or is saved.
@@ -28,6 +28,8 @@ _HARMLESS = {
     "reset_parameters",
 }
 _INTERNALS = frozenset(vars(nn.Module()))
+# How pruning, weight_norm and spectral_norm of hooks call what they compute a tensor from.
+_SOURCES = ("_orig", "_g")
 _HOOKS = tuple(sorted(name for name in _INTERNALS if "_hooks" in name))
 _TABLES = ("_parameters", "_buffers", "_modules")
 # What every linear layer has, and its successor has from it.
@@ -53,6 +55,8 @@ def fault_of_instance(module: nn.Module) -> str | None:
             "must have no parametrizations, for they would be lost: "
             "torch.nn.utils.parametrize.remove_parametrizations() first"
         )
+    if names := hooked_tensors(module):
+        return f"must have no {names[0]} {_OF_A_HOOK.format(name=names[0])}"
     if vars(module).get("_compiled_call_impl") is not None:
         return "must not be compiled by itself: compile() the model afterwards"
     for name in _attributes(module):
@@ -62,6 +66,41 @@ def fault_of_instance(module: nn.Module) -> str | None:
                 "undo that (accelerate.hooks.remove_hook_from_module, if accelerate did it)"
             )
     return None
+
+
+_OF_A_HOOK = (
+    "that a hook computes before each forward: torch.nn.utils.prune.remove(layer, {name!r}), "
+    "remove_weight_norm() or remove_spectral_norm() first, whichever it is"
+)
+
+
+def hooked_tensors(module: nn.Module) -> list[str]:
+    """The tensors that a hook computes from others before each forward, as pruning does.
+
+    What is written to one is lost at the next forward, and what is read is the last forward's.
+    """
+    stems = (name.removesuffix(end) for name in module._parameters for end in _SOURCES)
+    return [name for name in dict.fromkeys(stems) if isinstance(vars(module).get(name), Tensor)]
+
+
+def check_stored(module: nn.Module, *, own: Iterable[str] = (), other: Iterable[str] = ()) -> None:
+    """Raises a RuntimeError where a tensor isn't stored as it is, but computed from others.
+
+    Args:
+        module: the one that has them.
+        own: tensors that must be Parameters: neither a hook's nor parametrized.
+        other: tensors that may be parametrized, for that is computed when it is read.
+    """
+    own, hooked = tuple(own), hooked_tensors(module)
+    for name in (*own, *other):
+        if name in hooked:
+            raise RuntimeError(f"the layer has a {name} {_OF_A_HOOK.format(name=name)}")
+    for name in own:
+        if parametrize.is_parametrized(module, name):
+            raise RuntimeError(
+                f"the layer has a {name} that is parametrized: "
+                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first"
+            )
 
 
 def has_given_forward(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from peft_kernels.nn._bases import (
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
 from peft_kernels.nn._off import is_off
-from peft_kernels.nn._replaced import Origin, take_over
+from peft_kernels.nn._replaced import Origin, check_stored, take_over
 from peft_kernels.ops.lora_linear import lora_linear
 
 INITS = ("kaiming_uniform", "gaussian")
@@ -337,10 +337,12 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             safe: first check that the merged weight is finite.
 
         Raises:
-            RuntimeError: the layer is merged already, or its weight is sharded.
+            RuntimeError: the layer is merged already, or its weight is sharded, pruned,
+                parametrized or the like.
             ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
         """
         self._require(merged=False)
+        check_stored(self, own=["weight"], other=["lora_a", "lora_b"])
         merged = self._merged_weight(self.weight, self.lora_a, self.lora_b, self.scale, safe)
         base, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
         self.unmerged_weight = base
@@ -349,9 +351,11 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         """Puts the base Parameter back: the very tensor, so every bit of weight and of logits.
 
         Raises:
-            RuntimeError: the layer is not merged.
+            RuntimeError: the layer is not merged, or its weight was pruned or parametrized since.
+                Nothing is changed.
         """
         self._require(merged=True)
+        check_stored(self, own=["weight"])
         assert self.unmerged_weight is not None
         base, self.unmerged_weight = self.unmerged_weight, None
         self.weight = base
