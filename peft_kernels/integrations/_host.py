@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_kernels._names import unwrapped
+from peft_kernels._names import plain_name, unwrapped
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK, parameters
+from peft_kernels.nn._bases import fault_of_place, is_placeholder
 
 _WORDS = {PREFIX_HOOK: "prefix", PROMPT_HOOK: "prompt"}
 # They reduce or shard the parameters that they were built with, and no others.
@@ -32,8 +33,10 @@ def host_of(model: nn.Module, hook: str) -> nn.Module:
     Raises:
         ValueError: it has a prefix or a prompt already, or a wrapper to whose parameters none can
             be added.
+        TypeError: as of :func:`check_no_placeholders`.
     """
     word = _WORDS[hook]
+    check_no_placeholders(model)
     for path, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _BUILT_ON_PARAMETERS:
@@ -50,6 +53,13 @@ def host_of(model: nn.Module, hook: str) -> nn.Module:
                     else f"model has a {name}, and can't have a {word} besides it"
                 )
     return unwrapped(model)
+
+
+def check_no_placeholders(model: nn.Module) -> None:
+    """Raises a TypeError that names the first parameter that DeepSpeed's ZeRO-3 took away."""
+    for name, parameter in model.named_parameters():
+        if is_placeholder(parameter):
+            raise TypeError(f"{plain_name(model, name)} {fault_of_place(parameter)}")
 
 
 def having(model: nn.Module, hook: str) -> nn.Module:
@@ -90,6 +100,17 @@ def prompt_host(model: nn.Module) -> nn.Module:
     raise ValueError(f"model must be a text model of transformers'; {kind} {why_not}")
 
 
+def could_take_prompt(model: nn.Module) -> bool:
+    """Whether :func:`prompt_host` finds a model in it that computes with a prompt."""
+    model = unwrapped(model)
+    found = [model] if _why_no_prompt(model) is None else list(dict(_inner_hosts(model)).values())
+    try:
+        check_takes_embeddings(found[0])
+    except (IndexError, ValueError):
+        return False
+    return len(found) == 1
+
+
 def _inner_hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that could take a prompt, by path."""
     for name, child in model.named_children():
@@ -128,3 +149,34 @@ def _gives_a_tensor(embedding: nn.Module) -> bool:
     except (RuntimeError, TypeError, ValueError):  # it isn't one of tokens
         return False
     return isinstance(made, torch.Tensor)
+
+
+def check_takes_embeddings(model: Any) -> None:
+    """Raises a ValueError unless the model computes with embeddings what it does with tokens."""
+    kind = type(model).__name__
+    in_encoder = getattr(model.config, "is_encoder_decoder", False)
+    if does := _does_with_tokens_alone(model.base_model):
+        raise ValueError(
+            f"model must compute with inputs_embeds, where a prompt stands, what it does with "
+            f"input_ids; {kind} {does} of tokens alone"
+        )
+    if in_encoder and "encoder_attention_mask" not in parameters(model.get_decoder().__class__):
+        raise ValueError(
+            f"model must have a decoder that takes an encoder_attention_mask, which counts the "
+            f"prompt's places; that of {kind} takes none"
+        )
+
+
+def _does_with_tokens_alone(base: Any) -> str | None:
+    """What some models leave out where they are given embeddings; None: nothing known."""
+    if getattr(base, "embed_layer_norm", None) is not None:
+        return "normalises the embeddings"
+    if type(base).__name__ == "EsmModel":
+        embeddings = base.embeddings
+        if embeddings.token_dropout:
+            return "scales the embeddings (token_dropout)"
+        if base.config.position_embedding_type == "absolute":
+            return "adds positions to the embeddings"
+        if embeddings.layer_norm is not None:
+            return "normalises the embeddings"
+    return None

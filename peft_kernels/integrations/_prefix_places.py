@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from peft_kernels._names import unwrapped
 from peft_kernels.integrations import _own_attention, _own_encoders
+from peft_kernels.integrations._host import could_take_prompt
 
 
 class Place(NamedTuple):
@@ -46,17 +49,42 @@ def attention_places(model: nn.Module) -> list[Place]:
 
 def _check_one_stack(model: nn.Module, places: list[Place]) -> None:
     """A prefix has one place for each site and layer."""
+    if (twice := _same_place(places)) is None:
+        return
+    if parts := list(_parts(model)):
+        advice = f"pass one of its parts, {' or '.join(parts)}"
+    else:
+        where = " and ".join(place.path for place in twice)
+        advice = f"{where}, and none of its parts can take one: {_instead(model)}"
+    raise ValueError(
+        f"model must have one attention module a layer that takes a prefix; "
+        f"{type(model).__name__} has more: {advice}"
+    )
+
+
+def _same_place(places: list[Place]) -> tuple[Place, Place] | None:
+    """The first two that would have the same place in a prefix."""
     of_place: dict[tuple[str, int], Place] = {}
     for place in places:
         other = of_place.setdefault((place.site, place.layer), place)
         if other is not place:
-            owners = [other.path, place.path]
-            if other.stack != place.stack:
-                owners = [parent_path(p.stack) or p.stack for p in (other, place)]
-            raise ValueError(
-                f"model must have one attention module a layer that takes a prefix; "
-                f"{type(model).__name__} has more: pass one of its parts, {' or '.join(owners)}"
-            )
+            return other, place
+    return None
+
+
+def _parts(model: nn.Module) -> Iterator[str]:
+    """The outermost modules inside that can take a prefix, by path."""
+    for name, child in model.named_children():
+        inside = unwrapped(child)
+        if not isinstance(inside, nn.ModuleList | nn.ModuleDict) and _takes_prefix(inside):
+            yield name
+        else:
+            yield from (f"{name}.{path}" for path in _parts(child))
+
+
+def _takes_prefix(model: nn.Module) -> bool:
+    places = list(_places(model))
+    return bool(places) and _same_place(places) is None
 
 
 def check_all_sites(model: Any) -> None:
@@ -74,9 +102,37 @@ def check_all_sites(model: Any) -> None:
 
 
 def _reasons(model: nn.Module) -> str:
-    attention = (m for m in model.modules() if type(m).__name__.endswith("Attention"))
+    """Why none of its modules can take a prefix, and what to do."""
+    modules = list(model.modules())
+    if known := sorted({type(m).__name__ for m in modules if _sizes(m) is not None}):
+        return f", whose {known[0]} is in no list of layers: pass the model that holds the layers"
+    attention = [m for m in modules if "Attention" in type(m).__name__]
     found = {type(m).__name__: why for m in attention if (why := why_not(m)) is not None}
-    return "".join(f", whose {kind} {why}" for kind, why in sorted(found.items()))
+    if found:
+        reason = "".join(f", whose {kind} {why}" for kind, why in sorted(found.items()))
+    elif all(hasattr(m, "time_decay") for m in attention):  # RWKV's is a recurrence
+        reason = ", which has no attention"
+    elif callers := sorted({type(m).__name__ for m in attention if _calls_a_function(m)}):
+        reason = f", whose {callers[0]} doesn't say its config and the size of a head"
+    else:
+        reason = (
+            ", whose layers compute attention in their own way, and not by a function that "
+            "config._attn_implementation names"
+        )
+    return f"{reason}: {_instead(model)}"
+
+
+def _calls_a_function(module: Any) -> bool:
+    return _own_attention.calls_interface(module.__class__)
+
+
+def _instead(model: nn.Module) -> str:
+    """What to do with a model that can't take a prefix."""
+    if could_take_prompt(model):
+        return "add_prompt gives it a soft prompt instead"
+    if any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        return "it takes no soft prompt either; swap_linear gives its nn.Linear layers LoRA"
+    return "pass a model of transformers', or what holds one"
 
 
 def parent_path(path: str, levels: int = 1) -> str:
@@ -99,12 +155,19 @@ def _places(model: nn.Module) -> Iterator[Place]:
 
 
 def _number_of_layer(model: nn.Module, parts: list[str]) -> int | None:
-    """Where in the path the layer's number is: of the outermost list of modules."""
+    """Where in the path the layer's number is.
+
+    It is that of the outermost list of modules: in the innermost model of transformers' that has
+    one around the module, for lists outside of it hold models.
+    """
+    owner: Any = model
+    number, looks = None, True
     for index, part in enumerate(parts):
-        owner = model.get_submodule(".".join(parts[:index]))
-        if part.isdecimal() and isinstance(owner, nn.ModuleList):
-            return index
-    return None
+        looks = looks or isinstance(owner, PreTrainedModel)
+        if looks and part.isdecimal() and isinstance(owner, nn.ModuleList):
+            number, looks = index, False
+        owner = owner._modules.get(part)
+    return number
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:
@@ -158,7 +221,9 @@ def why_not(module: Any) -> str | None:
     if type(module).__name__ in _SHARES_MASK and "create_causal_mask" in _globals(module):
         return "shares its mask with experts, who read it in the form that it has without a prefix"
     if type(module).__name__ in _DISENTANGLED:
-        return "scores each key by its distance too, which a prefix' keys don't have"
+        return _BY_DISTANCE
+    if getattr(module, "position_embedding_type", "absolute").startswith("relative"):
+        return _BY_DISTANCE
     return None
 
 
@@ -168,6 +233,7 @@ def _globals(module: Any) -> dict[str, Any]:
 
 
 _SHARES_MASK = ("NllbMoeAttention",)
+_BY_DISTANCE = "scores each key by its distance too, which a prefix' keys don't have"
 _DISENTANGLED = ("DisentangledSelfAttention", "DebertaSelfAttention", "DebertaV2SelfAttention")
 
 

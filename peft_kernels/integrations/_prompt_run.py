@@ -34,6 +34,7 @@ from peft_kernels.integrations._hooks import (
     remove_hooks,
     rows_of,
 )
+from peft_kernels.integrations._host import check_takes_embeddings
 from peft_kernels.integrations._prefix_places import attention_places
 from peft_kernels.integrations._prompt_prefix import (
     carry_state,
@@ -81,7 +82,7 @@ class PromptRun:
         self.decoder: nn.Module | None = None  # that runs the prompt where it is a prefix
         self.first_position, self.room = _learned_positions(model)
         self.in_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        _check_takes_embeddings(model, self.in_encoder)
+        check_takes_embeddings(model)
         # A causal head's labels are shifted, so a soft token answers for the text's first.
         self.is_shifted = not self.in_encoder and bool(model.can_generate())
         self.obstacle: str | None = "as_prefix is False"
@@ -272,36 +273,6 @@ def _returns_dict(module: Any, inputs: dict[str, Any]) -> bool:
     if asked is not None:
         return bool(asked)
     return module.config.return_dict and not getattr(module.config, "torchscript", False)
-
-
-def _check_takes_embeddings(model: Any, in_encoder: bool) -> None:
-    """Raises a ValueError unless the model computes with embeddings what it does with tokens."""
-    kind = type(model).__name__
-    if does := _does_with_tokens_alone(model.base_model):
-        raise ValueError(
-            f"model must compute with inputs_embeds, where a prompt stands, what it does with "
-            f"input_ids; {kind} {does} of tokens alone"
-        )
-    if in_encoder and "encoder_attention_mask" not in parameters(model.get_decoder().__class__):
-        raise ValueError(
-            f"model must have a decoder that takes an encoder_attention_mask, which counts the "
-            f"prompt's places; that of {kind} takes none"
-        )
-
-
-def _does_with_tokens_alone(base: Any) -> str | None:
-    """What some models leave out where they are given embeddings; None: nothing known."""
-    if getattr(base, "embed_layer_norm", None) is not None:
-        return "normalises the embeddings"
-    if type(base).__name__ == "EsmModel":
-        embeddings = base.embeddings
-        if embeddings.token_dropout:
-            return "scales the embeddings (token_dropout)"
-        if base.config.position_embedding_type == "absolute":
-            return "adds positions to the embeddings"
-        if embeddings.layer_norm is not None:
-            return "normalises the embeddings"
-    return None
 
 
 def _learned_positions(model: Any) -> tuple[int, int | None]:

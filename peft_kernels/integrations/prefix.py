@@ -30,7 +30,7 @@ from peft_kernels._freezing import freeze
 from peft_kernels.integrations import _own_attention, _own_encoders
 from peft_kernels.integrations._attention import SOURCE, Pair, recording
 from peft_kernels.integrations._hooks import PREFIX_HOOK
-from peft_kernels.integrations._host import having, host_of
+from peft_kernels.integrations._host import check_no_placeholders, having, host_of
 from peft_kernels.integrations._pinned import IS_CAUSAL, pin, unpin
 from peft_kernels.integrations._prefix_places import (
     Place,
@@ -64,7 +64,9 @@ def prefix_shapes(
 
     Raises:
         ValueError: a model without attention modules that are known, or without such a site.
+        TypeError: a model whose parameters are placeholders of DeepSpeed's ZeRO-3.
     """
+    check_no_placeholders(model)
     found: dict[str, dict[int, tuple[int, int]]] = {}
     for place in attention_places(model):
         found.setdefault(place.site, {})[place.layer] = (place.kv_heads, place.head_dim)
@@ -133,6 +135,7 @@ def add_prefix(
         ValueError: a prefix whose sites, layers or heads aren't the model's, a model that has one
             or a prompt already, whose positions can't be shifted, that DistributedDataParallel or
             FSDP wraps, or with several stacks of layers. The model is unchanged then.
+        TypeError: a model whose parameters are placeholders of DeepSpeed's ZeRO-3.
     """
     check_transformers()
     given, model = model, host_of(model, PREFIX_HOOK)

@@ -94,6 +94,7 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
             tasks without ids, ids out of range, a text that ends past the last learned position,
             a mask that isn't ``[B, S]`` where the prompt stands in the rows, a filled cache of
             another forward.
+        TypeError: a model whose parameters are placeholders of DeepSpeed's ZeRO-3.
     """
     check_transformers()
     given, model = model, prompt_host(model)

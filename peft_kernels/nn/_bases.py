@@ -231,6 +231,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return DTENSOR in names_of(type(tensor)) or hasattr(tensor, "full_tensor")
 
 
+def is_placeholder(tensor: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has taken its values away."""
+    return hasattr(tensor, "ds_id") and tensor.numel() == 0
+
+
 def fault_of_place(tensor: Any) -> str | None:
     """Why no new Parameter may come to stand beside this tensor of a model, or None."""
     if is_sharded(tensor):
@@ -239,7 +244,7 @@ def fault_of_place(tensor: Any) -> str | None:
             "their gradients summed over processes. Do this before fully_shard() or "
             "parallelize_module()"
         )
-    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+    if is_placeholder(tensor):
         return (
             "is a placeholder of DeepSpeed's ZeRO-3: build the model outside of "
             "deepspeed.zero.Init, and do this before deepspeed.initialize()"

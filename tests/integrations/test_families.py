@@ -49,6 +49,19 @@ def test_right_or_one_clear_error(tables, method):
     assert sum(text == "right" for text in found.values()) > (20 if method == "adapters" else 60)
 
 
+def test_what_takes_no_prefix_says_why_and_what_to_do(tables):
+    found = {family: cells for table in tables.values() for family, cells in table}
+    texts = {n: (c[2], c[3]) for n, c in found.items() if c[2].startswith("model has no attention")}
+    assert len(texts) > 15
+    for name, (prefix, prompt) in texts.items():
+        reason, _, advice = prefix.partition(": ")
+        assert f"got {name}, wh" in reason, name
+        assert advice.startswith("add_prompt") == (prompt == "right"), name
+        assert advice.startswith(("add_prompt gives", "it takes no soft prompt either; swap_lin"))
+    for name in ("MambaForCausalLM", "RwkvForCausalLM"):
+        assert name not in texts or "which has no attention: add_prompt" in texts[name][0]
+
+
 @pytest.mark.skipif(not FOUR, reason="the page is of transformers 4.57")
 def test_the_page_is_what_the_tool_writes(tables):
     assert families.PAGE.read_text() == families.page(tables)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from peft_kernels._calls import carried
 from peft_kernels.integrations import prefix as prefixes
 from peft_kernels.integrations import soft_prompts as prompts
-from peft_kernels.nn import PrefixTuning
+from peft_kernels.nn import PrefixTuning, PromptTuning
 
 
 class Around(nn.Module):
@@ -254,6 +254,99 @@ def test_a_model_of_two_stacks_says_which_to_pass():
         assert_close(text_features(model, ids), bare, 1e-5)
     assert prefixes.remove_prefix(model) is prefix
     assert torch.equal(text_features(model, ids), bare)
+
+
+def make_llava():
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(vocab_size=32, **sizes),
+            vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **sizes),
+            image_token_index=31,
+        )
+    ).eval()
+
+
+HOLD_SEVERAL = {
+    "list": lambda: nn.ModuleList([make("llama"), make("llama")]),
+    "list of other kinds": lambda: nn.ModuleList([make("gpt2"), compiled(make("llama"))]),
+    "lists": lambda: nn.ModuleDict({"a": nn.ModuleList([make("llama"), make("t5")])}),
+    "CLIP": make_clip,
+    "LLaVA": make_llava,
+}
+
+
+@pytest.mark.parametrize("several", HOLD_SEVERAL)
+def test_the_parts_that_are_named_take_a_prefix(several):
+    model = HOLD_SEVERAL[several]()
+    before = trained(model)
+    with pytest.raises(ValueError, match="has more: pass one of its parts, ") as error:
+        prefixes.prefix_for(model, L)
+    assert trained(model) == before
+    named = str(error.value).partition("parts, ")[2].split(" or ")
+    assert len(named) == 2
+    for path in named:
+        part = model.get_submodule(path)
+        prefixes.add_prefix(part, prefixes.prefix_for(part, L))
+        prefixes.remove_prefix(part)
+
+
+def test_a_list_of_one_model_has_that_model_s_layers():
+    model = make("llama")
+    held = prefixes.attention_places(nn.ModuleList([model]))
+    assert [place.layer for place in held] == [0, 1]
+    assert [p.module for p in held] == [p.module for p in prefixes.attention_places(model)]
+
+
+class TwoAttentions(nn.Module):
+    """A layer of two self-attentions has no place in a prefix for the second."""
+
+    def __init__(self):
+        super().__init__()
+        model = make("llama")
+        pairs = [layer.self_attn for layer in model.model.layers]
+        self.layers = nn.ModuleList([nn.ModuleDict({"time": pairs[0], "space": pairs[1]})])
+
+
+@pytest.mark.parametrize(
+    ("make_model", "expected"),
+    [
+        (
+            TwoAttentions,
+            r"layers\.0\.time and layers\.0\.space, and none of its parts can take one",
+        ),
+        (
+            lambda: make("llama").model.layers[0],
+            "whose LlamaAttention is in no list of layers: pas",
+        ),
+        (lambda: make("llama").model.layers[0].self_attn, "LlamaAttention is in no list of layer"),
+        (lambda: nn.Linear(2, 2), "got Linear, which has no attention: pass a model of transform"),
+    ],
+)
+def test_what_takes_no_prefix_says_so(make_model, expected):
+    with pytest.raises(ValueError, match=expected):
+        prefixes.prefix_for(make_model(), L)
+
+
+@each_kind
+def test_placeholders_are_named(kind):
+    """DeepSpeed's ZeRO-3 takes the values away, and leaves a parameter of shape [0]."""
+    model = make("llama")
+    weights = [model.model.layers[0].self_attn.q_proj.weight, model.lm_head.weight]
+    for weight in weights:
+        weight.ds_id, weight.ds_shape, weight.data = 1, weight.shape, torch.empty(0)
+    prompt = PromptTuning(L, 16)
+    before = trained(model)
+    for holder in (model, Around(model), compiled(model)):
+        message = r"layers\.0\.self_attn\.q_proj\.weight is a placeholder of DeepSpeed's ZeRO-3: bu"
+        with pytest.raises(TypeError, match=message):
+            prompts.add_prompt(holder, prompt) if kind == "prompt" else add_prefix(holder)
+    assert trained(model) == before
 
 
 def test_no_prompt_where_there_are_no_text_embeddings():
