@@ -124,6 +124,12 @@ class Carried(Generic[T]):
         """Carries a value until the call ends that :func:`keep_apart` looks after."""
         _CARRIED.set({**carried(), self._key: (*self.frames(), Frame(value))})
 
+    @contextmanager
+    def restored(self, frames: tuple[Frame[T], ...]) -> Iterator[None]:
+        """Within it, this is what :meth:`frames` returned elsewhere."""
+        with carrying({**carried(), self._key: frames}):
+            yield
+
     def enter(self, value: T) -> Frame[T]:
         """Carries a value until :meth:`leave`."""
         frame = Frame(value)

@@ -4,7 +4,8 @@
 requires gradients. Behind frozen embeddings none does, and with a head that trains beside the
 adapters nothing raises: the adapters get no gradient. ``transformers`` has
 ``enable_input_require_grads`` for it, which PEFT calls; the hooks here do the same at each forward
-that needs it, so that checkpointing may be turned on before or after the swap.
+that needs it, so that checkpointing may be turned on before or after the swap. They have what runs
+again know, too, which adapters were off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.nn._off import CarriesOff
+
+_FUNCTION = "_gradient_checkpointing_func"
 _FLAG = "gradient_checkpointing"  # transformers' name for "this block is checkpointed"
 
 
@@ -41,6 +45,8 @@ def let_gradients_be(model: nn.Module) -> None:
                 if isinstance(hook, _Ask):
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(function := module.__dict__.get(_FUNCTION), CarriesOff):
+            module.__dict__[_FUNCTION] = function.checkpoint
 
 
 def _embeddings_of(host: nn.Module) -> nn.Module | None:
@@ -69,7 +75,7 @@ class _Ask:
     def _reentrant(self) -> Iterator[bool]:
         for block in self.blocks:
             if getattr(block, _FLAG) and block.training:
-                function: Any = getattr(block, "_gradient_checkpointing_func", None)
+                function: Any = getattr(block, _FUNCTION, None)
                 function = getattr(function, "checkpoint", function)  # under our own wrapper
                 yield bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
@@ -82,10 +88,18 @@ class _AskOfOutput(_Ask):
 
 
 class _AskOfInput(_Ask):
-    """Forward pre-hook of a model that is given embeddings."""
+    """Forward pre-hook of a model, which may be given embeddings."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            self._carry()
         given: Any = kwargs.get("inputs_embeds")
         if not self.is_needed(given):
             return None
         return args, kwargs | {"inputs_embeds": given.detach().requires_grad_()}
+
+    def _carry(self) -> None:
+        for block in self.blocks:
+            function = block.__dict__.get(_FUNCTION)
+            if function is not None and not hasattr(function, "checkpoint"):  # a wrapper of ours
+                block.__dict__[_FUNCTION] = CarriesOff(function)

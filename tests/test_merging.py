@@ -302,6 +302,40 @@ def test_disabled_is_the_base_model(kind, merged):
     assert torch.equal(logits(model), adapted)
 
 
+def gradients(model: nn.Module) -> list[torch.Tensor | None]:
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_forward_is_computed_again_with_what_was_off(reentrant):
+    model = swapped("llama").train()
+    model.get_input_embeddings().weight.requires_grad_()
+    loss = model(IDS).logits.sum()
+    loss.backward()
+    adapted = gradients(model)
+    with disabled(model):
+        model(IDS).logits.sum().backward()
+        off = gradients(model)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(IDS).logits.sum().backward()
+        torch.testing.assert_close(gradients(model), off)
+        loss = model(IDS).logits.sum()
+    with pytest.raises(RuntimeError, match=r"call backward\(\) inside the with-block"):
+        loss.backward()
+    model.zero_grad()
+    loss = model(IDS).logits.sum()
+    with disabled(model):
+        loss.backward()
+    torch.testing.assert_close(gradients(model), adapted)
+    unload(model, merge=False)
+    assert not any(
+        hasattr(module.__dict__.get("_gradient_checkpointing_func"), "checkpoint")
+        for module in model.modules()
+    )
+
+
 def test_disabled_turns_off_one_model():
     model, other = swapped("llama"), swapped("llama")
     adapted = logits(other)
