@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels._late_parameters import RefusesLateParameters
 from peft_kernels.nn._bases import names_of
 
 _DDP = "torch.nn.parallel.distributed.DistributedDataParallel"
@@ -115,6 +116,8 @@ def gathered(model: nn.Module, *, writes: bool = False) -> Iterator[None]:
 def check_late_parameters(model: nn.Module, action: str) -> None:
     """Says what new parameters inside of wrappers that spread a model over processes don't get.
 
+    To be called before they come; from then on DistributedDataParallel refuses to train them.
+
     Raises:
         ValueError: the wrapper has parameters in memory of its own, and new ones aren't in it.
     """
@@ -125,10 +128,13 @@ def check_late_parameters(model: nn.Module, action: str) -> None:
             f"ones would be left out: {action} first, then wrap the model"
         )
     if _DDP in kinds:
+        for module in model.modules():
+            if _DDP in names_of(type(module)):
+                RefusesLateParameters.watch(module)
         warnings.warn(
             "model is wrapped in DistributedDataParallel, which doesn't know parameters that come "
-            f"later: their gradients aren't averaged over processes. To train, {action} first, "
-            "then wrap the model",
+            "later: their gradients aren't averaged over processes, and a step that would train "
+            f"them raises. To train, {action} first, then wrap the model",
             RuntimeWarning,
             stacklevel=3,
         )

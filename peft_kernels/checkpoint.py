@@ -423,21 +423,31 @@ def _checked_config(config: Mapping[str, Any], where: Path | str) -> dict[str, A
     return defaults | {key: value for key, value in config.items() if value is not None}
 
 
+_WITH_PEFT = (
+    "load it with PEFT (peft.PeftModel.from_pretrained(model, folder)), or merge it there "
+    "(merge_and_unload()) and go on with the merged model"
+)
+
+
 def _check_supported(where: Path | str, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type must be 'LORA'; got {config.get('peft_type')!r}")
     if config.get("bias") not in (None, "none"):
-        raise ValueError(f"{where}: bias must be 'none'; got {config['bias']!r}")
+        raise ValueError(f"{where}: bias must be 'none'; got {config['bias']!r}: {_WITH_PEFT}")
     init = config.get("init_lora_weights", True)
     if init not in INNOCENT_INITS:
         raise ValueError(
             f"{where}: init_lora_weights must be one that leaves the base weight as it is "
-            f"({', '.join(map(repr, INNOCENT_INITS))}); got {init!r}"
+            f"({', '.join(map(repr, INNOCENT_INITS))}); got {init!r}: save it with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes a plain adapter of it, "
+            f"or {_WITH_PEFT}"
         )
     known = INTERPRETED_KEYS | IRRELEVANT_KEYS | {"peft_type", "bias", "init_lora_weights"}
     for key, value in config.items():
         if key not in known and value:
-            raise ValueError(f"{where}: {key} isn't supported and must be off; got {value!r}")
+            raise ValueError(
+                f"{where}: {key} isn't supported and must be off; got {value!r}: {_WITH_PEFT}"
+            )
     names = config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where}: modules_to_save must be a list of names; got {names!r}")

@@ -132,10 +132,16 @@ def insert_adapter(
 
     Raises:
         ValueError: no such path, an unknown style, a module that has a child ``adapter``, or a
-            "parallel" one in a layer whose norms aren't known.
+            "parallel" one in a layer whose norms aren't known; a model in FullyShardedDataParallel.
+            One in DistributedDataParallel gets a RuntimeWarning.
         TypeError: a module that is never called, so that an adapter after it would do nothing; an
             adapter that isn't a module.
     """
+    check_late_parameters(model, "insert the adapter")
+    _insert(model, path, adapter, style)
+
+
+def _insert(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None:
     check_choice("style", style, tuple(_HOOKS))
     if not isinstance(adapter, nn.Module):
         raise TypeError(
@@ -375,4 +381,4 @@ def _put(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None:
     if style in _POST_STYLES:
         AdaptedOutput.put(submodule(model, path), adapter, style)
     else:
-        insert_adapter(model, path, adapter, style=style)
+        _insert(model, path, adapter, style)
