@@ -43,8 +43,9 @@ from peft_kernels._modules_to_save import (
 )
 from peft_kernels._names import check_late_parameters, gathered, plain_modules, unwrapped
 from peft_kernels.nn._bases import check_bases, check_memory, is_sharded
+from peft_kernels.nn._replaced import check_stored
 from peft_kernels.nn.lora import LoRALinear, alpha_of, check_settings, scaling
-from peft_kernels.swap import Model, find_targets, matches, pattern_value, swap_targets
+from peft_kernels.swap import Model, find_targets, matches, named, pattern_value, swap_targets
 
 KEY_PREFIX = "base_model.model."
 
@@ -325,7 +326,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
             ranks or shapes don't fit the model, or a module that was trained by itself is tied to
             another there.
         TypeError: the config targets a layer that isn't linear, or a tensor has integers.
-        RuntimeError: a layer is merged, or on the meta device.
+        RuntimeError: a layer is merged, or on the meta device; its A or B is pruned, parametrized
+            or the like, so that what is read wouldn't stay.
         Nothing is changed when one is raised.
     """
     contents = read_adapter(folder)
@@ -503,6 +505,8 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
     check_adapter(name, adapter, config, n, k)
     if isinstance(layer, LoRALinear):
         check_memory(layer.lora_a, f"{name}.lora_a")
+        with named(name):
+            check_stored(layer, own=["lora_a", "lora_b"])
     if isinstance(layer, LoRALinear) and layer.merged:
         raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
 

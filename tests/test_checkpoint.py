@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from peft_kernels import load_adapter, save_adapter, swap_linear
 from peft_kernels.nn import LoRALinear
@@ -442,3 +443,26 @@ def test_a_merged_model_is_refused(saved):
 def test_targets_that_are_not_linear(saved):
     edit_config(saved, target_modules=["up", "down", "2"])
     assert_refused(TypeError, "2 must be .*LayerNorm", saved)
+
+
+COMPUTED = {
+    "pruned": lambda layer, name: prune.l1_unstructured(layer, name, 0.5),
+    "weight_norm of hooks": lambda layer, name: nn.utils.weight_norm(layer, name),
+    "weight_norm": lambda layer, name: parametrizations.weight_norm(layer, name),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("matrix", ["lora_a", "lora_b"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_an_adapter_that_is_computed_is_not_written_to(saved, kind, matrix):
+    model = make_model()
+    layer = model.get_submodule("1.up")
+    COMPUTED[kind](layer, matrix)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"1\.up: .*{matrix} .*remove"):
+        load_adapter(model, saved)
+    for call in (layer.reset_adapter, lambda: layer.switch(layer.lora_a + 1, layer.lora_b + 1)):
+        with pytest.raises(RuntimeError, match=rf"{matrix} .*remove"):
+            call()
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())

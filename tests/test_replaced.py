@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from trained_modules import DRAWN, MODULES
 
 from peft_kernels import AdapterPool, swap_linear, unload
 from peft_kernels.integrations.transformers import (
@@ -16,7 +18,7 @@ from peft_kernels.integrations.transformers import (
     insert_adapters,
     remove_adapters,
 )
-from peft_kernels.nn import BottleneckAdapter
+from peft_kernels.nn import BottleneckAdapter, PrefixTuning
 
 transformers = pytest.importorskip("transformers")
 
@@ -289,3 +291,26 @@ def test_what_accelerate_leaves_behind_is_no_forward_of_its_own():
     before = run(model)
     nn.init.normal_(layer.lora_b)
     assert not torch.allclose(run(model), before)
+
+
+# ---- tensors that are computed from others -------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", ["prune", "parametrize"])
+@pytest.mark.parametrize("kind", DRAWN)
+def test_what_is_computed_is_not_drawn_anew(kind, compute):
+    module = MODULES[kind]()
+    path, _, name = DRAWN[kind].rpartition(".")
+    owner = module.get_submodule(path)
+    if compute == "prune":
+        prune.l1_unstructured(owner, name, 0.5)
+    else:
+        parametrize.register_parametrization(owner, name, nn.Tanh(), unsafe=True)
+    values = {key: value.clone() for key, value in module.state_dict().items()}
+    calls = [module._draw]
+    if isinstance(module, PrefixTuning):
+        calls.append(lambda: module.fit([torch.zeros(2, 3, 2, 4)] * 2))
+    for call in calls:
+        with pytest.raises(RuntimeError, match=f"{name} .*remove"):
+            call()
+    assert all(torch.equal(value, values[key]) for key, value in module.state_dict().items())

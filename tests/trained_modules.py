@@ -13,6 +13,17 @@ from peft_kernels.nn import (
 )
 from peft_kernels.nn._template import Input, Slots, Template
 
+# A tensor of each that drawing anew writes to.
+DRAWN = {
+    "LoRALinear": "lora_a",
+    "BottleneckAdapter": "down.weight",
+    "AdapterFusion": "query.weight",
+    "InvertibleAdapter": "F.0.weight",
+    "PromptTuning": "task_cols",
+    "PromptTuning of a tensor": "prompt",
+    "PTuning": "slots",
+    "PrefixTuning of an MLP": "sites.self.outer.1.weight",
+}
 SHAPES = [(2, 4)] * 2
 
 

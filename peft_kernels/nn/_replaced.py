@@ -103,6 +103,16 @@ def check_stored(module: nn.Module, *, own: Iterable[str] = (), other: Iterable[
             )
 
 
+def check_all_stored(module: nn.Module) -> None:
+    """:func:`check_stored` for all that a module has: what is written to it anew stays there."""
+    for path, part in module.named_modules():
+        names = hooked_tensors(part) + list(getattr(part, "parametrizations", ()))
+        try:
+            check_stored(part, own=names)
+        except RuntimeError as error:
+            raise RuntimeError(f"{path or type(module).__name__}: {error}") from None
+
+
 def has_given_forward(module: nn.Module) -> bool:
     """Whether the module was given a forward in place of its class's."""
     return "forward" in _attributes(module)

@@ -13,7 +13,7 @@ from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule, can_keep
 from peft_kernels.nn._read import check_read
-from peft_kernels.nn._replaced import has_hooks
+from peft_kernels.nn._replaced import check_all_stored, has_hooks
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 
@@ -96,6 +96,9 @@ class AdapterFusion(Drawn, KeepingModule):
 
     def reset_parameters(self) -> None:
         """Draws Q and K anew; V is the identity again. The adapters stay as they are."""
+        for part in (self.query, self.key, self.value):
+            if part is not None:
+                check_all_stored(part)
         for linear in (self.query, self.key):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

@@ -14,6 +14,7 @@ from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
 from peft_kernels.nn._read import check_read
+from peft_kernels.nn._replaced import check_all_stored
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
 
@@ -222,6 +223,7 @@ class BottleneckAdapter(KeptFactor, Drawn):
 
     def reset_parameters(self) -> None:
         """Draws everything anew: an adapter whose update is nearly, or with "mam" exactly, zero."""
+        check_all_stored(self)
         init_bottleneck_(self.down, self.up, self.init)
         if isinstance(self.scaling, Tensor):
             nn.init.ones_(self.scaling)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._read import check_read
+from peft_kernels.nn._replaced import check_all_stored
 from peft_kernels.nn.bottleneck import INITS, init_bottleneck_, reduced
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter
@@ -78,6 +79,7 @@ class InvertibleAdapter(Drawn):
 
     def reset_parameters(self) -> None:
         """Draws both bottlenecks anew, so that the adapter computes nearly the identity."""
+        check_all_stored(self)
         for part in (self.F, self.G):
             down, up = _linears(part)
             init_bottleneck_(down, up, self.init)

@@ -228,7 +228,12 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         return weight.T if self.fan_in_fan_out else weight
 
     def reset_adapter(self) -> None:
-        """Draws A anew and sets B to zero, so that the layer computes what its base computes."""
+        """Draws A anew and sets B to zero, so that the layer computes what its base computes.
+
+        Raises:
+            RuntimeError: A or B is pruned, parametrized or the like: it wouldn't stay.
+        """
+        check_stored(self, own=["lora_a", "lora_b"])
         init_adapter_(self.lora_a, self.lora_b, self.init)
 
     _draw = reset_adapter
@@ -384,7 +389,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 
         Raises:
             RuntimeError: the weight is merged and sharded; the adapter is on the meta device, or is
-                sharded and of another rank.
+                sharded and of another rank; A, B or a merged weight is pruned, parametrized or the
+                like, so that what is written wouldn't stay.
             ValueError: shapes that don't fit, or a merged weight that isn't finite. Nothing is
                 changed.
         """
@@ -399,6 +405,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         self.r, self.scale = lora_a.shape[0], scale
 
     def _check_adapter(self, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor) -> None:
+        check_stored(self, own=["lora_a", "lora_b", *(["weight"] if self.merged else [])])
         n, k = self.out_features, self.in_features
         if lora_a.dim() != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != k:
             raise ValueError(f"lora_a must be [r, {k}] with r >= 1; got {list(lora_a.shape)}")

@@ -12,6 +12,7 @@ from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prompt_init import Embedding, embed
+from peft_kernels.nn._replaced import check_all_stored, check_stored
 from peft_kernels.nn._template import Template, TemplateBatch, Verbalizer
 from peft_kernels.ops.prompt_lookup import PromptedInputs, prompt_lookup
 
@@ -126,6 +127,7 @@ class PTuning(Drawn, KeepingModule):
 
     def reset_slots(self) -> None:
         """Draws the slots anew, or puts ``init`` back; an encoder stays as it is."""
+        check_stored(self, own=["slots"])
         with torch.no_grad():
             if self.init is None:
                 self.slots.normal_(std=self.std)
@@ -133,6 +135,7 @@ class PTuning(Drawn, KeepingModule):
                 self.slots.copy_(self.init)
 
     def _draw(self) -> None:
+        check_all_stored(self)
         encoders: list[Any] = [self.lstm, *(() if self.mlp is None else self.mlp)]
         for encoder in encoders:
             if isinstance(encoder, nn.LSTM | nn.Linear):

@@ -14,6 +14,7 @@ from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prefix_parts import FlatPrefix, MLPPrefix, Pair, Shape
+from peft_kernels.nn._replaced import check_all_stored
 
 SITES = ("self", "encoder", "cross")
 REPARAMETRIZATIONS = ("flat", "mlp")
@@ -111,6 +112,7 @@ class PrefixTuning(Drawn, KeepingModule):
 
     def reset_parameters(self, init: str = "normal") -> None:
         """Draws all parameters anew; with "zero" the keys and values are zero."""
+        check_all_stored(self)
         check_choice("init", init, ("normal", "zero"))
         for site in self._prefixes():
             site.reset_parameters(init, self.std)
@@ -162,6 +164,7 @@ class PrefixTuning(Drawn, KeepingModule):
             ValueError: an unknown site, or a list or shapes that don't fit; nothing is changed.
             RuntimeError: the prefix is on the meta device.
         """
+        check_all_stored(self)
         check_memory(next(self.parameters()), "the prefix")
         by_site = _by_site(values, self.layers)
         checked = {name: self._checked_values(name, given) for name, given in by_site.items()}

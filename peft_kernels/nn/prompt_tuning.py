@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_kernels.nn._checks import check_choice, check_size
 from peft_kernels.nn._drawn import Drawn
+from peft_kernels.nn._replaced import check_all_stored
 from peft_kernels.ops.prompt_lookup import POSITIONS, PromptedInputs, prompt_lookup
 
 INITS = ("uniform", "normal")
@@ -122,6 +123,7 @@ class PromptTuning(Drawn):
 
     def reset_parameters(self) -> None:
         """Draws everything anew, or puts the tensor back that ``init`` was."""
+        check_all_stored(self)
         with torch.no_grad():
             if isinstance(self.init, Tensor):
                 self.prompt.copy_(self.init)
