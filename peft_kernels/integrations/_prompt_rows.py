@@ -136,6 +136,7 @@ def inputs_in_rows(
             f"rows: {type(module).__name__} reads the last place, padding too"
         )
     ids = run.ids_of(text_of(inputs))
+    check_labels(module, inputs, run.length, template is not None)
     labels = token_labels(inputs)
     embeddings = run.embedded(inputs)
     if places is None:
@@ -252,8 +253,37 @@ def has_prompt(ids: Tensor | None) -> int | Tensor:
 def token_labels(inputs: dict[str, Any]) -> Tensor | None:
     """The tokens' labels ``[B, S]``, if the labels are of tokens."""
     labels = inputs.get("labels")
-    by_token = labels is not None and labels.shape == text_of(inputs).shape[:2]
-    return labels if by_token else None
+    if labels is None or labels.is_floating_point():  # several classes of a row, or a score
+        return None
+    return labels if labels.shape == text_of(inputs).shape[:2] else None
+
+
+def check_labels(module: Any, inputs: dict[str, Any], length: int, of_template: bool) -> None:
+    """Raises a ValueError where a model that answers for each token has labels of other shapes."""
+    labels = inputs.get("labels")
+    if labels is None or not _answers_by_token(module):
+        return
+    rows, seq = text_of(inputs).shape[:2]
+    if labels.shape in ((rows, seq), (rows, length + seq)):
+        return
+    must, advice = f"[{rows}, {seq}], one for each token of the text", ""
+    if of_template:
+        must = (
+            f"[{rows}, {seq}], one for each of the template's input_ids, or "
+            f"[{rows}, {length + seq}], of the slots (-100) too"
+        )
+        advice = (
+            ". The loss of classes [B] is that of their scores: "
+            "F.cross_entropy(prompt.scores(model(template=batch).logits, batch), classes)"
+        )
+    raise ValueError(f"labels must be {must}; got {list(labels.shape)}{advice}")
+
+
+def _answers_by_token(module: Any) -> bool:
+    if type(module).__name__.endswith("ForTokenClassification"):
+        return True
+    head = getattr(module, "get_output_embeddings", None)
+    return callable(head) and head() is not None
 
 
 def answered(run: Any, made: PromptedInputs) -> Tensor | None:

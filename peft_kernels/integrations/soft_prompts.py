@@ -13,6 +13,9 @@ A template of P-tuning's comes with its batch, whose places count the slots:
     batch = template.encode(texts)
     scores = prompt.scores(model(template=batch).logits, batch)
 
+With ``labels=`` the model's own loss is that of tokens: labels of the batch's ``input_ids``, or of
+all places with -100 at the slots. That of classes is ``F.cross_entropy(scores, classes)``.
+
 What the model answers is of the text's tokens, however the prompt is computed; with a template, of
 all of its places.
 """

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from prefix_models import (
     SIZES,
     assert_close,
@@ -57,15 +58,58 @@ def by_hand(model, template, prompt, rows):
     return torch.stack(scores)
 
 
+def make_model(kind):
+    if kind == "causal":
+        return make("llama")
+    config = transformers.BertConfig(**SIZES, intermediate_size=24)
+    return transformers.BertForMaskedLM(config).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_labels_of_a_template_s_batch(kind):
+    model, rows = make_model(kind), [[4, 6, 11], [12], [5, 6, 7, 8]]
+    template = Template.parse("[P P] {x} [P] ab [MASK]", Letters(), model=kind)
+    add_prompt(model, PTuning(template, 16, dtype=torch.float64))
+    batch = template.encode(rows)
+    labels = torch.where(batch.attention_mask.bool(), batch.input_ids, -100)
+    places = torch.full((3, labels.shape[1] + 3), -100)
+    for row, slots in enumerate(batch.positions):
+        of_text = [i for i in range(places.shape[1]) if i not in slots.tolist()]
+        places[row, of_text] = labels[row]
+    logits = model(template=batch).logits
+    said, wanted = (logits[:, :-1], places[:, 1:]) if kind == "causal" else (logits, places)
+    expected = F.cross_entropy(said.flatten(0, 1), wanted.flatten())
+    for given in (labels, places):
+        assert_close(model(template=batch, labels=given).loss, expected)
+    for shape in ([3], [3, 4], [3, 2, 4]):
+        with pytest.raises(ValueError, match=r"labels must be \[3, .*F\.cross_entropy\(prompt\.sc"):
+            model(template=batch, labels=torch.ones(shape, dtype=torch.long))
+
+
+def test_labels_of_other_shapes_are_named_without_a_template_too():
+    model = make_model("masked")
+    add_prompt(model, PTuning(Template([Slots(L), Input("x")], model="causal"), 16).double())
+    with pytest.raises(ValueError, match=r"labels must be \[2, 5\], one for each token.*got \[2\]"):
+        model(tokens(2, 5), labels=torch.ones(2, dtype=torch.long))
+
+
+def test_as_many_classes_as_tokens_are_classes():
+    """Scores [B, C] of a classifier of several labels, on a text of C tokens."""
+    config = transformers.BertConfig(
+        **SIZES, intermediate_size=24, num_labels=5, problem_type="multi_label_classification"
+    )
+    model = transformers.BertForSequenceClassification(config).double().eval()
+    add_prompt(model, PTuning(Template([Slots(L), Input("x")], model="causal"), 16).double())
+    classes = torch.randint(0, 2, (2, 5)).double()
+    out = model(tokens(2, 5), labels=classes)
+    assert_close(out.loss, F.binary_cross_entropy_with_logits(out.logits, classes))
+
+
 @pytest.mark.parametrize("encoder", [None, "mlp", "lstm"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["masked", "causal"])
 def test_templates(kind, side, encoder):
-    if kind == "masked":
-        config = transformers.BertConfig(**SIZES, intermediate_size=24)
-        model = transformers.BertForMaskedLM(config).double().eval()
-    else:
-        model = make("llama")
+    model = make_model(kind)
     reader = Letters()
     reader.padding_side = side
     template = Template.parse("[P P] {x} [P] ab [MASK]", reader, model=kind)
