@@ -595,3 +595,18 @@ def test_a_sharded_layer_takes_over_whole_matrices(process_group):
     with pytest.raises(RuntimeError, match=r"lora_a is sharded .* keeps its rank, 3; got 2"):
         layer.switch(a[:2], b[:, :2])
     assert layer.r == 3
+
+
+def test_a_scale_that_requires_a_gradient_is_refused():
+    layer = LoRALinear(4, 3, 2, alpha=4)
+    layer.scale = nn.Parameter(torch.tensor(0.5))
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 4)
+    for trains in (True, False):
+        layer.lora_a.requires_grad_(trains), layer.lora_b.requires_grad_(trains)
+        with pytest.raises(ValueError, match=r"scale must not require .*scale\.detach\(\)"):
+            layer(x)
+    with torch.no_grad():
+        y = layer(x)
+    layer.scale.requires_grad_(False)
+    assert torch.equal(layer(x), y)

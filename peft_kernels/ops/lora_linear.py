@@ -204,7 +204,7 @@ def lora_linear(
         lora_a: ``[r, k]`` in float32 or the dtype of x, r >= 1.
         lora_b: ``[n, r]`` in the dtype of ``lora_a``.
         bias: ``[n]`` in the dtype of x.
-        scale: the factor of the low-rank part, a float or a 0-d tensor; it gets no gradient.
+        scale: the factor of the low-rank part, a float or a 0-d tensor without a gradient.
         dropout_p: the share of elements dropped, in [0, 1), on the low-rank branch only.
         seed: 64-bit seed of the dropout, an int or a 0-d int64 tensor; drawn from torch's
             generator when None. No mask is stored: the backward draws it again.
@@ -213,7 +213,8 @@ def lora_linear(
         ``[..., n]`` in the dtype of x, or in autocast's dtype under autocast.
 
     Raises:
-        ValueError: shapes that don't fit, tensors on several devices, ``dropout_p`` outside [0, 1).
+        ValueError: shapes that don't fit, tensors on several devices, ``dropout_p`` outside [0, 1),
+            a ``scale`` that requires a gradient.
         TypeError: dtypes that can't be mixed.
     """
     x, weight, bias = autocast(x, weight, bias)
@@ -222,6 +223,8 @@ def lora_linear(
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if not isinstance(scale, Tensor):
         scale = torch.scalar_tensor(scale, dtype=torch.float64)
+    elif scale.requires_grad:
+        _check_gradient_of_scale()
     variant = _library.variant(x.dtype)
     inputs = (rows, weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
     trained = lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
@@ -267,6 +270,14 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
         raise ValueError(f"scale must be a float or a 0-d tensor; got shape {tuple(scale.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+
+
+def _check_gradient_of_scale() -> None:
+    if torch.is_grad_enabled() and not (is_special() and wants_composition()):
+        raise ValueError(
+            "scale must not require a gradient, for it gets none: give scale.detach(), or multiply "
+            "lora_b by what is to be trained"
+        )
 
 
 def _check_dtypes(x, weight, bias, lora_a, lora_b) -> None:
