@@ -58,7 +58,7 @@ from peft_kernels.integrations._peft_prompt_host import (
     load_modules,
     module_tensors,
 )
-from peft_kernels.integrations.prefix import leaves_positions
+from peft_kernels.integrations.prefix import leaves_positions, window_of
 from peft_kernels.nn._template import Input, Slots, Template
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_tuning import PrefixTuning
@@ -93,7 +93,8 @@ def save_prompt(
     It can't be trained on from: for that keep the module's own ``state_dict()`` (and
     ``PrefixTuning.config()``), beside the optimizer's. Nor does it say whether a prefix shifts the
     text's positions, as PEFT's does: a prefix in ``model`` that leaves them alone, as encoders' do
-    by default, gets a UserWarning, since PEFT computes something else with its folder.
+    by default, gets a UserWarning, since PEFT computes something else with its folder. So does a
+    prefix for a ``model`` with layers of a sliding window, which in PEFT cuts the prefix too.
 
     Args:
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
@@ -125,6 +126,7 @@ def save_prompt(
     if model is not None:
         warn_of_left_out(model, [key.removeprefix(MODULE_PREFIX) for key in beside])
         _warn_of_positions(model, module)
+        _warn_of_window(model, module)
     tensors |= beside
     given = {"task_type": task_type, "modules_to_save": list(dict.fromkeys(names)) or None}
     if base_model_name_or_path is not None:
@@ -144,6 +146,17 @@ def _warn_of_positions(model: nn.Module, module: nn.Module) -> None:
             "module leaves the text's positions where they are, and PEFT's prefix moves them "
             "behind itself: PEFT will compute something else with this folder. Add and train a "
             "prefix for PEFT with add_prefix(model, prefix, shift_positions=True)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_window(model: nn.Module, module: nn.Module) -> None:
+    if isinstance(module, PrefixTuning) and (size := window_of(model)) is not None:
+        warnings.warn(
+            f"model has layers that attend within a window of {size}: here all queries see the "
+            "whole prefix, and PEFT's window cuts it, so that PEFT will compute something else "
+            "with this folder wherever prefix and text are longer than the window. Run it here",
             UserWarning,
             stacklevel=3,
         )
@@ -374,6 +387,7 @@ def _prefix_of(config: Mapping[str, Any], table: Tensor, factory: dict[str, Any]
     shape = (heads, config["token_dim"] // heads)
     module = PrefixTuning(config["num_virtual_tokens"], [shape] * layers, **factory)
     module.fit(module.from_table(table))
+    module.read_from_folder = True
     return module
 
 

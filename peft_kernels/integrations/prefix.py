@@ -19,6 +19,7 @@ computed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -111,7 +112,8 @@ def add_prefix(
     ``with prefix_ids(model, ids):``; -1 is a row without a prefix. ``generate`` repeats the ids for
     beams and several sequences a row.
 
-    All queries see the whole prefix, those of a sliding window too.
+    All queries see the whole prefix, those of a sliding window too, whose prefix PEFT cuts: a
+    UserWarning says so of one that :func:`peft_kernels.integrations.peft_prompts.load_prompt` read.
 
     A RuntimeWarning names a new head, or another method's parameters, that the freezing stops:
     unfreeze afterwards what is to go on.
@@ -149,6 +151,7 @@ def add_prefix(
     attach(model, attached, places, shift)
     freeze(given)
     model.add_module(CHILD, prefix.train(model.training))
+    _warn_of_window(model, prefix)
 
 
 def remove_prefix(model: nn.Module) -> PrefixTuning:
@@ -327,6 +330,33 @@ def leaves_positions(model: nn.Module, prefix: nn.Module) -> bool:
             shifts = host.__dict__[PREFIX_HOOK].moves_positions
             return not shifts and all(_can_shift(host, place) for place in places)
     return False
+
+
+def window_of(model: nn.Module) -> int | None:
+    """The window, or chunk, that some of the model's layers attend within; None without."""
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    kinds = set(getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention"))
+    for kind, name in (
+        ("sliding_attention", "sliding_window"),
+        ("chunked_attention", "attention_chunk_size"),
+    ):
+        size: int | None = getattr(config, name, None)
+        if kind in kinds and size is not None:
+            return size
+    return None
+
+
+def _warn_of_window(model: nn.Module, prefix: PrefixTuning) -> None:
+    if prefix.read_from_folder and (size := window_of(model)) is not None:
+        warnings.warn(
+            f"model has layers that attend within a window of {size}: here all queries see the "
+            "whole prefix, and PEFT's window cuts it. If PEFT trained this folder's prefix, this "
+            "computes something else wherever prefix and text are longer than the window: train "
+            "it further here, or run it with PEFT",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _can_shift(model: nn.Module, place: Place) -> bool:

@@ -66,6 +66,8 @@ class PrefixTuning(Drawn, KeepingModule):
         TypeError: a size that isn't an int.
     """
 
+    read_from_folder = False  # whether it comes from a folder, which PEFT may have trained
+
     @torch.inference_mode(False)
     def __init__(
         self,

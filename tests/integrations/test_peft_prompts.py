@@ -28,10 +28,11 @@ from peft_prompt_models import (
     their_logits,
     theirs,
 )
+from tiny_models import transformers
 from torch import nn
 
 from peft_kernels.integrations.peft_prompts import load_prompt, save_prompt
-from peft_kernels.integrations.prefix import add_prefix, remove_prefix
+from peft_kernels.integrations.prefix import add_prefix, prefix_for, remove_prefix
 from peft_kernels.nn import PrefixTuning, PromptTuning, Template
 from peft_kernels.nn._template import Input, Slots
 
@@ -87,6 +88,32 @@ def test_a_prefix_that_leaves_positions_alone_is_said_to_be_another_in_peft(tmp_
     save_prompt(tmp_path, module, model=host)  # a warning is an error here
     loaded = peft.PeftModel.from_pretrained(base(make), tmp_path).eval()
     assert_close(their_logits(loaded, make, "prefix"), expected, bare(make, "prefix"))
+
+
+def make_windowed():
+    config = transformers.MistralConfig(**make_llama().config.to_diff_dict(), sliding_window=4)
+    return transformers.MistralForCausalLM(config)
+
+
+def test_a_window_is_said_to_cut_the_prefix_in_peft(tmp_path):
+    torch.manual_seed(0)
+    host = make_windowed().eval()
+    prefix = prefix_for(host, 5, std=1.0)
+    add_prefix(host, prefix)  # a warning is an error here
+    with pytest.warns(UserWarning, match="window of 4.*PEFT will compute something else"):
+        save_prompt(tmp_path, prefix, model=host)
+    expected = host(IDS).logits
+    remove_prefix(host)
+    loaded = load_prompt(tmp_path, model=host)
+    with pytest.warns(UserWarning, match="window of 4.*If PEFT trained"):
+        add_prefix(host, loaded)
+    torch.testing.assert_close(host(IDS).logits, expected)
+    remove_prefix(host)
+    theirs = peft.PeftModel.from_pretrained(host, tmp_path).eval()
+    assert (theirs(IDS).logits - expected).abs().max() > 1e-3
+    whole = make_llama()
+    save_prompt(tmp_path, prefix_for(whole, 5), model=whole)
+    add_prefix(whole, load_prompt(tmp_path, model=whole))
 
 
 @cases
