@@ -126,7 +126,7 @@ def place_of(model: nn.Module, name: str) -> Place:
 
 
 @cache
-def _swaps(kind: type[nn.Module]) -> str | None:
+def _swaps(kind: Any) -> str | None:
     """The class's name, if its forward says that it swaps dimensions 0 and 1 of something."""
     try:
         source = inspect.getsource(kind.forward)
