@@ -18,6 +18,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 
 
+def path_of(argument: str, folder: Any, instead: str = "") -> Path:
+    """The path of a folder; a TypeError names the argument if it is none."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be the path of a folder{instead}; got {folder!r}")
+    return Path(folder)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU of a tensor, or of all the shards of a DTensor."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)

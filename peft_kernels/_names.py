@@ -16,6 +16,7 @@ from torch import nn
 
 from peft_kernels._late_parameters import RefusesLateParameters
 from peft_kernels.nn._bases import names_of
+from peft_kernels.nn._checks import check_module
 
 _DDP = "torch.nn.parallel.distributed.DistributedDataParallel"
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
@@ -57,6 +58,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     A module that the model has several times is there once, under its first name; the model itself
     is ``""``.
     """
+    check_module("model", model)
     return {name: module for name, module in _inside(model, "", set())}
 
 
@@ -104,6 +106,7 @@ def gathered(model: nn.Module, *, writes: bool = False) -> Iterator[None]:
         model: any, wrapped or not; without FSDP nothing is done.
         writes: whether what is written to them inside goes to the shards.
     """
+    check_module("model", model)
     if any(_FSDP in names_of(type(module)) for module in model.modules()):
         from torch.distributed.fsdp import FullyShardedDataParallel
 

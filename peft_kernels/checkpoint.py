@@ -25,6 +25,7 @@ from peft_kernels._folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     checked_tensors,
+    path_of,
     read_config,
     read_tensors,
     whole,
@@ -154,7 +155,7 @@ def save_adapter(
         called it, or its adapter would have had gradients.
     """
     with gathered(model):
-        _save(unwrapped(model), folder, task_type, modules_to_save)
+        _save(unwrapped(model), path_of("folder", folder), task_type, modules_to_save)
 
 
 def _save(
@@ -330,7 +331,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
             or the like, so that what is read wouldn't stay.
         Nothing is changed when one is raised.
     """
-    contents = read_adapter(folder)
+    contents = read_adapter(path_of("folder", folder))
     with gathered(model, writes=True):
         _load(model, contents)
     return model
@@ -390,7 +391,7 @@ def read_adapter(
         return _contents(config, checked_tensors("source must be a dict of tensors", source))
     if config is not None:
         raise ValueError(f"config must be None for a folder, which holds its own; got {config!r}")
-    folder = Path(source)
+    folder = path_of("source", source, ", or tensors by their keys")
     config = _read_config(folder)
     if not config.get("target_modules"):
         raise ValueError(f"{folder / CONFIG_FILE}: target_modules must name layers; got nothing")

@@ -14,6 +14,7 @@ from peft_kernels._modules_to_save import forget
 from peft_kernels._names import plain_modules, unwrapped
 from peft_kernels._resizing import choose_resizing
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
+from peft_kernels.nn._checks import check_module
 from peft_kernels.nn._off import turned_off
 from peft_kernels.nn._replaced import check_stored, fault_of_instance
 from peft_kernels.nn.lora import LoRALinear
@@ -136,6 +137,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         RuntimeError: in a forward, the block was left in the thread or task that this one was
             started by.
     """
+    check_module("model", model)
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise ValueError(
             "model must not be wrapped in DataParallel, whose threads know nothing of this; call "

@@ -17,6 +17,7 @@ from peft_kernels import checkpoint
 from peft_kernels._beside_peft import check_without_peft
 from peft_kernels._calls import unwrap, wrap
 from peft_kernels._fast_paths import choose_fast_paths, has_adapters
+from peft_kernels._folder import path_of
 from peft_kernels._freezing import freeze
 from peft_kernels._in_place import check_in_place, keep_in_place, let_go
 from peft_kernels._input_grads import let_gradients_be, let_gradients_through
@@ -363,6 +364,7 @@ class AdapterPool:
             NotADirectoryError: ``folder`` is a file.
             RuntimeError: something has replaced a layer of the pool.
         """
+        path = path_of("folder", folder)
         check_in_place(self._model)
         check_without_peft(self._model, self._store.layers)
         version, matrices = self._store.read(name)
@@ -378,7 +380,7 @@ class AdapterPool:
         }
         task_type = writable_task_type(self._model, self._task_type, with_heads=False, stacklevel=3)
         warn_of_left_out(self._model, ())
-        checkpoint.write_adapter(self._model, layers, folder, task_type=task_type)
+        checkpoint.write_adapter(self._model, layers, path, task_type=task_type)
 
     def pin(self, name: str) -> None:
         """Keeps an adapter from being evicted; ValueError if there is none of this name."""

@@ -46,7 +46,10 @@ class RowIds:
         """The user's ids as a tensor."""
         if ids is None:
             return None
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{self.argument} must be integers [rows]; got {ids!r}") from error
         if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"{self.argument} must be integers [rows]; got {list(ids.shape)} of {ids.dtype}"

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from peft_kernels._folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    path_of,
     read_config,
     read_tensors,
     whole,
@@ -117,6 +118,7 @@ def save_prompt(
         TypeError: another module.
         NotADirectoryError: ``folder`` is a file.
     """
+    path = path_of("folder", folder)
     module, model = unwrapped(module), None if model is None else unwrapped(model)
     task_type = checked_task_type(task_type, model)
     with torch.no_grad():
@@ -137,7 +139,7 @@ def save_prompt(
         WEIGHTS_FILE: safetensors.torch.save(copies, metadata={"format": "pt"}),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
-    write_files(Path(folder), contents)
+    write_files(path, contents)
 
 
 def _warn_of_positions(model: nn.Module, module: nn.Module) -> None:
@@ -285,7 +287,7 @@ def load_prompt(
         TypeError: a tensor has integers.
         The model is unchanged when one is raised.
     """
-    path = Path(folder)
+    path = path_of("folder", folder)
     config = checked_config(read_config(path), path / CONFIG_FILE)
     tensors = read_tensors(path)
     model = None if model is None else unwrapped(model)

@@ -49,6 +49,7 @@ from peft_kernels.integrations._prefix_run import (
     take_over,
 )
 from peft_kernels.integrations._supported import check_transformers
+from peft_kernels.nn._checks import check_kind, check_module
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 
 CHILD = "prefix_tuning"
@@ -140,6 +141,8 @@ def add_prefix(
         TypeError: a model whose parameters are placeholders of DeepSpeed's ZeRO-3.
     """
     check_transformers()
+    check_module("model", model)
+    check_kind("prefix", prefix, PrefixTuning)
     given, model = model, host_of(model, PREFIX_HOOK)
     places = attention_places(model)
     check_fits(prefix.layers, places)

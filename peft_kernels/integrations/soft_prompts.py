@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from peft_kernels._freezing import freeze
+from peft_kernels._names import unwrapped
 from peft_kernels.integrations._attention import SOURCE
 from peft_kernels.integrations._checkpointing import stop_carrying
 from peft_kernels.integrations._hooks import PROMPT_HOOK
@@ -38,6 +39,7 @@ from peft_kernels.integrations._prompt_prefix import obstacle
 from peft_kernels.integrations._prompt_run import PromptRun, attach, detach
 from peft_kernels.integrations._supported import check_transformers
 from peft_kernels.integrations.prefix import use_prefix_attention
+from peft_kernels.nn._checks import check_kind, check_module
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
 
@@ -100,6 +102,9 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
         TypeError: a model whose parameters are placeholders of DeepSpeed's ZeRO-3.
     """
     check_transformers()
+    check_module("model", model)
+    check_module("prompt", prompt)
+    check_kind("prompt", unwrapped(prompt), PromptTuning, PTuning)
     given, model = model, prompt_host(model)
     if as_prefix not in ("auto", True, False):
         raise ValueError(f"as_prefix must be 'auto', True or False; got {as_prefix!r}")

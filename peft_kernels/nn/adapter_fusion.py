@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice
+from peft_kernels.nn._checks import check_choice, check_share
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule, can_keep
 from peft_kernels.nn._read import check_read
@@ -78,8 +78,7 @@ class AdapterFusion(Drawn, KeepingModule):
             raise ValueError(f"adapters must have one hidden size; got {sizes}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0; got {temperature}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        check_share("dropout", dropout)
         self.hidden_size, self.preset = sizes[0], preset
         self.temperature, self.dropout = float(temperature), float(dropout)
         self.adapters = nn.ModuleList(adapters)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._checks import check_choice, check_share, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
 from peft_kernels.nn._read import check_read
@@ -171,8 +171,7 @@ class BottleneckAdapter(KeptFactor, Drawn):
         number = isinstance(scale, (int, float)) and math.isfinite(scale)
         if not number and scale not in SCALES:
             raise ValueError(f"scale must be a finite number, learned or channel; got {scale!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        check_share("dropout", dropout)
         if residual_in_norm and not norm_after:
             raise ValueError("residual_in_norm needs norm_after, which is False")
         self.hidden_size, self.bottleneck_size = hidden_size, bottleneck_size

@@ -20,6 +20,7 @@ from peft_kernels.nn._bases import (
     is_conv1d,
     is_sharded,
 )
+from peft_kernels.nn._checks import check_share
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
 from peft_kernels.nn._off import is_off
@@ -62,8 +63,7 @@ def check_settings(r: int, alpha: float, dropout: float, init: str) -> None:
         raise TypeError(f"alpha must be a number; got {alpha!r}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite; got {alpha}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+    check_share("dropout", dropout)
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
 

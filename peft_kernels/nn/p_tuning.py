@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._checks import check_choice, check_kind, check_share, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prompt_init import Embedding, embed
@@ -94,6 +94,7 @@ class PTuning(Drawn, KeepingModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_kind("template", template, Template)
         if template.length == 0:
             raise ValueError("template must have at least one soft slot, e.g. [P]; it has none")
         check_size("dim", dim)
@@ -234,8 +235,7 @@ def _check_arguments(
     check_size("num_layers", num_layers)
     if num_layers != 2 and encoder != "lstm":
         raise ValueError(f"num_layers is of an lstm encoder, and encoder is {encoder}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+    check_share("dropout", dropout)
     if dropout > 0 and (encoder != "lstm" or num_layers == 1):
         raise ValueError(
             f"dropout is between the layers of an lstm encoder: it must be 0 with encoder "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels.nn._bases import check_memory
-from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.nn._checks import check_choice, check_share, check_size
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prefix_parts import FlatPrefix, MLPPrefix, Pair, Shape
@@ -91,8 +91,7 @@ class PrefixTuning(Drawn, KeepingModule):
             check_choice("init", init, ("normal", "zero"))
         for name, size in {"length": length, "tasks": tasks, "mid": mid, "depth": depth}.items():
             check_size(name, size)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        check_share("dropout", dropout)
         self.layers = _checked_layers(layers)
         self.length, self.tasks, self.dropout = length, tasks, float(dropout)
         self.reparametrization, self.mid, self.depth = reparametrization, mid, depth
