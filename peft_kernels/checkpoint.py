@@ -149,7 +149,7 @@ def save_adapter(
             something trains that the format has no place for, such as the base of a LoRA layer, or
             PEFT has adapters in the model too.
         RuntimeError: something else replaced one that was there, as ``resize_token_embeddings``
-            does.
+            does; an adapter is pruned, parametrized or the like, for which the format has no place.
         NotADirectoryError: ``folder`` is a file.
         A layer whose B is zero still, where others were trained, gets a RuntimeWarning: nothing
         called it, or its adapter would have had gradients.
@@ -170,6 +170,9 @@ def _save(
     if not layers or "" in layers:
         raise ValueError("model must have LoRALinear layers below it; it has none")
     check_without_peft(model, layers)
+    for name, layer in layers.items():
+        with named(name):
+            check_stored(layer, own=["lora_a", "lora_b"])
     _warn_of_untrained(layers)
     adapted = {
         name: AdaptedLayer(

@@ -466,3 +466,14 @@ def test_an_adapter_that_is_computed_is_not_written_to(saved, kind, matrix):
         with pytest.raises(RuntimeError, match=rf"{matrix} .*remove"):
             call()
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_an_adapter_that_is_computed_is_not_saved(tmp_path, kind):
+    model = make_model()
+    COMPUTED[kind](model.get_submodule("1.up"), "lora_b")
+    for trains in (True, False):
+        with pytest.raises(RuntimeError, match=r"1\.up: the layer has a lora_b .*remove"):
+            save_adapter(model.requires_grad_(trains), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
