@@ -112,7 +112,7 @@ _SEQUENCE_FIRST = "is given [tokens, rows, features], as torch's layers without 
 def place_of(model: nn.Module, name: str) -> Place:
     """The place of a layer by its name."""
     *above, _ = name.split(".")
-    swaps = _swaps(type(model))
+    swaps = _swaps(_kind(model))
     if any("expert" in part.lower() and "shared" not in part.lower() for part in above):
         return Place(name, _EXPERT)
     module = model
@@ -121,8 +121,12 @@ def place_of(model: nn.Module, name: str) -> Place:
         attention = module._modules.get("self_attn")
         if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
             return Place(name, _SEQUENCE_FIRST)
-        swaps = swaps or _swaps(type(module))
+        swaps = swaps or _swaps(_kind(module))
     return Place(name, swaps=swaps)
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module)
 
 
 @cache
