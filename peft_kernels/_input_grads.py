@@ -28,7 +28,7 @@ def let_gradients_through(model: nn.Module) -> None:
     if not blocks:
         return
     for host in list(model.modules()):
-        embeddings = _embeddings_of(host)
+        embeddings = embeddings_of(host)
         if embeddings is None:
             continue
         if not _has(embeddings._forward_hooks, _AskOfOutput):
@@ -45,12 +45,13 @@ def let_gradients_be(model: nn.Module) -> None:
                 if isinstance(hook, _Ask):
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if isinstance(function := module.__dict__.get(_FUNCTION), CarriesOff):
+        if type(function := module.__dict__.get(_FUNCTION)) is CarriesOff:
             module.__dict__[_FUNCTION] = function.checkpoint
 
 
-def _embeddings_of(host: nn.Module) -> nn.Module | None:
-    find: Any = getattr(host, "get_input_embeddings", None)
+def embeddings_of(host: nn.Module, method: str = "get_input_embeddings") -> nn.Module | None:
+    """What a model of transformers' says its embeddings are; None of any other module."""
+    find: Any = getattr(host, method, None)
     try:
         found = find() if find else None
     except (AttributeError, NotImplementedError):  # a part without embeddings of its own
@@ -76,7 +77,6 @@ class _Ask:
         for block in self.blocks:
             if getattr(block, _FLAG) and block.training:
                 function: Any = getattr(block, _FUNCTION, None)
-                function = getattr(function, "checkpoint", function)  # under our own wrapper
                 yield bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
@@ -91,7 +91,7 @@ class _AskOfInput(_Ask):
     """Forward pre-hook of a model, which may be given embeddings."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._carry()
         given: Any = kwargs.get("inputs_embeds")
         if not self.is_needed(given):
@@ -101,5 +101,5 @@ class _AskOfInput(_Ask):
     def _carry(self) -> None:
         for block in self.blocks:
             function = block.__dict__.get(_FUNCTION)
-            if function is not None and not hasattr(function, "checkpoint"):  # a wrapper of ours
+            if function is not None and not isinstance(function, CarriesOff):
                 block.__dict__[_FUNCTION] = CarriesOff(function)

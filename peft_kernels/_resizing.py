@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_kernels._calls import unwrap, wrap
 from peft_kernels._fast_paths import has_adapters
+from peft_kernels._input_grads import embeddings_of
 from peft_kernels._names import plain_modules
 
 _METHOD = "resize_token_embeddings"
@@ -30,11 +31,7 @@ def choose_resizing(model: nn.Module) -> None:
 def _embeddings(host: Any) -> Iterator[nn.Module]:
     """The output and input embeddings of a model of transformers'."""
     for find in ("get_output_embeddings", "get_input_embeddings"):
-        try:
-            found = getattr(host, find)()
-        except (AttributeError, NotImplementedError):  # a part without embeddings of its own
-            continue
-        if isinstance(found, nn.Module):
+        if (found := embeddings_of(host, find)) is not None:
             yield found
 
 

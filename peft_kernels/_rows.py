@@ -112,7 +112,7 @@ _SEQUENCE_FIRST = "is given [tokens, rows, features], as torch's layers without 
 def place_of(model: nn.Module, name: str) -> Place:
     """The place of a layer by its name."""
     *above, _ = name.split(".")
-    swaps = _swaps(_kind(model))
+    kinds: list[Any] = [type(model)]
     if any("expert" in part.lower() and "shared" not in part.lower() for part in above):
         return Place(name, _EXPERT)
     module = model
@@ -121,12 +121,8 @@ def place_of(model: nn.Module, name: str) -> Place:
         attention = module._modules.get("self_attn")
         if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
             return Place(name, _SEQUENCE_FIRST)
-        swaps = swaps or _swaps(_kind(module))
-    return Place(name, swaps=swaps)
-
-
-def _kind(module: nn.Module) -> Any:
-    return type(module)
+        kinds.append(type(module))
+    return Place(name, swaps=next(filter(None, map(_swaps, kinds)), None))
 
 
 @cache

@@ -136,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w
 std::string native_info() {
   std::string info = std::string(kernels().isa) + " kernels, no BLAS";
   if (has_bf16_products()) info += "; bfloat16 base products beyond 4 rows by torch, in hardware";
-  if (has_intel_avx512()) info += "; float32 ones from 128 rows on by torch";
+  if (has_intel_avx512())
+    info += "; float32 ones from " + std::to_string(MKL_ROWS) + " rows on by torch";
   return info;
 }
 

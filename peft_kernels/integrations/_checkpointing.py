@@ -28,18 +28,16 @@ from peft_kernels.integrations._attention import (
     current_state,
     using,
 )
+from peft_kernels.nn._off import CarriesOff
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
-class CarryingCheckpoint:
-    """A checkpointing function that takes along what the running forward carries.
+class CarryingCheckpoint(CarriesOff):
+    """A checkpointing function that takes along all that the running forward carries.
 
     What is recorded isn't checkpointed: what reentrant checkpointing keeps has no graph.
     """
-
-    def __init__(self, checkpoint: Callable) -> None:
-        self.checkpoint = checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         state = current_state()
@@ -50,7 +48,7 @@ class CarryingCheckpoint:
         return self.checkpoint(partial(_resume, carried(), state, function), *args, **kwargs)
 
     def is_reentrant(self) -> bool:
-        return bool(getattr(self.checkpoint, "keywords", {}).get("use_reentrant", True))
+        return bool(self.keywords.get("use_reentrant", True))
 
 
 def carry(module: nn.Module) -> None:

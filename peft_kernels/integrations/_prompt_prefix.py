@@ -127,11 +127,15 @@ def why_not_now(model: Any, inputs: dict[str, Any], shares_dropout: bool) -> str
             return "labels and a cache to fill"
     if model.training and not shares_dropout and any(_active_dropout(model)):
         return "dropout draws for each row"
+    return None
+
+
+def why_rows_matter(model: nn.Module) -> str | None:
+    """Why a layer computes other things of a prompt by itself than of one in the rows, or None."""
     return next(filter(None, map(_why_rows_matter, model.modules())), None)
 
 
 def _why_rows_matter(module: nn.Module) -> str | None:
-    """Why a layer computes other things of a prompt by itself than of one in the rows, or None."""
     if isinstance(module, BottleneckAdapter) and module.gate is not None:
         return "the gate of an adapter is a mean over a row's tokens"
     if isinstance(module, MultiLoRALinear) and module.router.tells_rows_apart():

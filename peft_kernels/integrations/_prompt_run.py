@@ -41,6 +41,7 @@ from peft_kernels.integrations._prompt_prefix import (
     decoder_of,
     inputs_for_prefix,
     why_not_now,
+    why_rows_matter,
 )
 from peft_kernels.integrations._prompt_rows import (
     Trim,
@@ -122,9 +123,19 @@ class PromptRun:
     def runs_as_prefix(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether this forward takes the prompt as a prefix."""
         reason = self.obstacle or why_not_now(model, inputs, self.as_prefix is True)
+        reason = reason or self._why_rows_matter(model)
         if reason and self.as_prefix is True:
             raise ValueError(f"as_prefix can't be True for this forward: {reason}")
         return reason is None
+
+    def _why_rows_matter(self, model: nn.Module) -> str | None:
+        """All of the model is looked through, which takes as long as a layer: once a generation."""
+        kept = self.kept.get()
+        if kept is None:
+            return why_rows_matter(model)
+        if "rows" not in kept:
+            kept["rows"] = why_rows_matter(model)
+        return kept["rows"]
 
 
 # ---- hooks: functions of the module, so that a copied model has its own --------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peft_kernels.nn._replaced import fault_of_hooks
+
 
 def check_read(owner: nn.Module, *names: str) -> None:
     """Sees to it that what the owner reads of its parts is all that they compute with.
@@ -27,9 +29,5 @@ def check_read(owner: nn.Module, *names: str) -> None:
                 f"{type(layer).__module__}.{type(layer).__qualname__}: leave it out of the other "
                 "method's targets"
             )
-        for hook in layer._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):
-                raise TypeError(
-                    f"{where} must have no {type(hook).__name__} hook, for its weight is read and "
-                    "it is never called: remove it, or use torch.nn.utils.parametrizations"
-                )
+        if layer._forward_pre_hooks and (fault := fault_of_hooks(layer)):
+            raise TypeError(f"{where} {fault}: its weight is read, and it is never called")

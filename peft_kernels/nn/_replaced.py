@@ -55,8 +55,8 @@ def fault_of_instance(module: nn.Module) -> str | None:
             "must have no parametrizations, for they would be lost: "
             "torch.nn.utils.parametrize.remove_parametrizations() first"
         )
-    if names := hooked_tensors(module):
-        return f"must have no {names[0]} {_OF_A_HOOK.format(name=names[0])}"
+    if fault := fault_of_hooks(module):
+        return fault
     if vars(module).get("_compiled_call_impl") is not None:
         return "must not be compiled by itself: compile() the model afterwards"
     for name in _attributes(module):
@@ -81,6 +81,12 @@ def hooked_tensors(module: nn.Module) -> list[str]:
     """
     stems = (name.removesuffix(end) for name in module._parameters for end in _SOURCES)
     return [name for name in dict.fromkeys(stems) if isinstance(vars(module).get(name), Tensor)]
+
+
+def fault_of_hooks(module: nn.Module) -> str | None:
+    """Why a module whose tensors are read or replaced can't have its hooks, or None."""
+    names = hooked_tensors(module)
+    return f"must have no {names[0]} {_OF_A_HOOK.format(name=names[0])}" if names else None
 
 
 def check_stored(module: nn.Module, *, own: Iterable[str] = (), other: Iterable[str] = ()) -> None:

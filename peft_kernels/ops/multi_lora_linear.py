@@ -266,13 +266,11 @@ class _Call(NamedTuple):
         return banks, dropout, rows, list(given)
 
 
-def _chosen(call: _Call, ids: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors that say which adapter and which dropout mask a row has."""
-    return ids, *call.split(tensors)[1][1]
-
-
 def _check_chosen(former: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> None:
-    """What is saved may be what a checkpointed forward had that was computed again just now."""
+    """That a row has the adapter and the dropout mask that it had.
+
+    What is saved may be what a checkpointed forward had that was computed again just now.
+    """
     if is_special() or all(a is b for a, b in zip(former, saved, strict=True)):
         return
     if not all(map(torch.equal, former, saved)):
@@ -297,15 +295,15 @@ class _MultiLoRALinear(torch.autograd.Function):
             weight = base
             y, s = _library.get_op("multi_lora_linear_fwd", call.variant)(x, weight, bias, *rest)
         ctx.save_for_backward(x, weight, ids, order, starts, s, *tensors)
-        ctx.adds, ctx.call, ctx.chosen = adds, call, _chosen(call, ids, tensors)
+        ctx.adds, ctx.call, ctx.chosen = adds, call, (ids, *dropout[1])
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, ids, order, starts, s, *tensors = ctx.saved_tensors
-        _check_chosen(ctx.chosen, _chosen(ctx.call, ids, tensors))
         needs_x, needs_base, needs_bias = ctx.needs_input_grad[:3]
         banks, dropout, rows, receivers = ctx.call.split(tensors)
+        _check_chosen(ctx.chosen, (ids, *dropout[1]))
         sizes = _sizes(ctx.call.trained, receivers)
         silent = len(tensors) - len(receivers)
         if wants_gradient_composition(dy):

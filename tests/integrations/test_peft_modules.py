@@ -281,6 +281,15 @@ def test_a_part_of_a_head(tmp_path):
     assert_same_logits(loaded, model, make_roberta)
 
 
+def test_what_is_frozen_again_before_it_is_saved_is_left_out(tmp_path):
+    model = swap_linear(base(make_llama), ["q_proj"], 2, alpha=4)
+    key = "base_model.model.model.norm.weight"
+    for trains in (True, False):
+        model.model.norm.requires_grad_(trains)
+        save_adapter(model, tmp_path)
+        assert (key in tensors_of(tmp_path)) is trains
+
+
 def test_what_is_asked_for_is_written_though_it_is_frozen(tmp_path):
     model = swap_linear(base(make_llama), ["q_proj"], 2, alpha=4)
     save_adapter(model, tmp_path, modules_to_save=["norm"])
