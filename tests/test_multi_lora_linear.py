@@ -442,6 +442,7 @@ BAD = [
     ({"banks": bank(scales=torch.ones(3))}, ValueError, r"must be \[2\].*\(3,\)"),
     ({"banks": bank(scales=torch.ones(2).double())}, TypeError, "scales must be float32"),
     ({"banks": bank(a=torch.ones(16, 6, requires_grad=True))}, ValueError, "`trained`"),
+    ({"banks": bank(scales=torch.ones(2, requires_grad=True))}, ValueError, "scales receive no"),
     ({"banks": bank(ranks=torch.tensor([9, 9]).int())}, RuntimeError, "room for 8"),
     ({"banks": bank(table=torch.full((2, 1), 2).int())}, RuntimeError, "page 2.*there are 2"),
     ({"ids": torch.tensor([0, 2])}, ValueError, r"ids must be in \[-1, 2\); got 2"),

@@ -148,6 +148,13 @@ def parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
+@cache
+def needs_tokens(kind: Any) -> bool:
+    """Whether a module's forward can't be called without input_ids."""
+    asked = inspect.signature(kind.forward).parameters.get("input_ids")
+    return asked is not None and asked.default is asked.empty
+
+
 def takes_positions(module: Any) -> bool:
     return "position_ids" in parameters(module.__class__)
 

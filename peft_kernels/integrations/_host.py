@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_kernels._names import plain_name, unwrapped
-from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK, parameters
+from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK, needs_tokens, parameters
 from peft_kernels.nn._bases import fault_of_place, is_placeholder
 
 _WORDS = {PREFIX_HOOK: "prefix", PROMPT_HOOK: "prompt"}
@@ -128,6 +128,8 @@ def _why_no_prompt(model: Any) -> str | None:
     passes_on = not isinstance(model, PreTrainedModel)  # as PEFT's models do
     if "inputs_embeds" not in parameters(model.__class__) and not passes_on:
         return "takes no inputs_embeds, where a prompt would stand"
+    if needs_tokens(model.__class__):
+        return "needs input_ids, in whose place a prompt's embeddings would be given"
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError) as error:

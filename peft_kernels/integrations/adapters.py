@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._folder import tensors_in, whole, write_files
+from peft_kernels._folder import path_of, tensors_in, whole, write_files
 from peft_kernels._modules_to_save import warn_of_left_out
 from peft_kernels._names import check_late_parameters, unwrapped
 from peft_kernels.integrations._adapters_config import (
@@ -132,13 +132,13 @@ def save_adapter(
         ValueError: an unfit name, a model of another family, no adapters or fused ones, adapters
             that one config can't describe, or no head to write.
     """
-    host = host_of(model)
+    host, path = host_of(model), path_of("folder", folder)
     _check_name(name)
     adapters = adapters_by_place(host, BottleneckAdapter)
     invertible = embeddings_of(host)._modules.get("invertible_adapter")
     head = head_to_write(host, with_head)
-    _write_adapter(host, Path(folder), name, adapters, invertible, safetensors)
-    _write_head(host, Path(folder), head, safetensors)
+    _write_adapter(host, path, name, adapters, invertible, safetensors)
+    _write_head(host, path, head, safetensors)
     warn_of_left_out(host, head)
 
 
@@ -167,7 +167,7 @@ def save_fusion(
             `adapters` computes otherwise: a temperature, or adapters that are parallel, gated,
             with a LayerNorm after them or with an invertible one.
     """
-    host = host_of(model)
+    host, path = host_of(model), path_of("folder", folder)
     fusions = adapters_by_place(host, AdapterFusion)
     _check_names(names, len(fusions[0][1].adapters))
     if "invertible_adapter" in embeddings_of(host)._modules:
@@ -181,10 +181,10 @@ def save_fusion(
     for name, adapters in zip(names, children, strict=True):
         check_fusable(f"adapter {name}", _config_of(host, adapters, None))
     for name, adapters in zip(names, children, strict=True):
-        _write_adapter(host, Path(folder) / name, name, adapters, None, safetensors)
+        _write_adapter(host, path / name, name, adapters, None, safetensors)
     header = _header(host, ",".join(names), dict(config)) | {"adapter_names": list(names)}
-    _write_inside(host, Path(folder), FUSION_FILES, header, tensors, safetensors)
-    _write_head(host, Path(folder), head, safetensors)
+    _write_inside(host, path, FUSION_FILES, header, tensors, safetensors)
+    _write_head(host, path, head, safetensors)
     warn_of_left_out(host, head)
 
 
@@ -313,9 +313,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         Nothing is changed when one is raised.
     """
     check_late_parameters(model, "load the adapter")
-    host = host_of(model)
-    loaded = _read_adapter(host, Path(folder))
-    head = _checked_head(host, Path(folder))
+    host, path = host_of(model), path_of("folder", folder)
+    loaded, head = _read_adapter(host, path), _checked_head(host, path)
     insert(host, loaded.places, loaded.adapters, _read_with(host, head))
     _put_head(host, head)
     if loaded.invertible is not None:
@@ -352,14 +351,14 @@ def load_fusion(
         Nothing is changed when one is raised.
     """
     check_late_parameters(model, "load the fusion")
-    host, folder = host_of(model), Path(folder)
+    host, folder = host_of(model), path_of("folder", folder)
     where, header = _read_header(host, folder, FUSION_FILES)
     names = header.get("adapter_names") or header["name"]
     names = names.split(",") if isinstance(names, str) else names
     folders = {n: folder / n for n in names} if adapter_folders is None else adapter_folders
     if set(folders) != set(names):
         raise ValueError(f"adapter_folders must have {', '.join(names)}; got {', '.join(folders)}")
-    loaded = [_read_adapter(host, Path(folders[name])) for name in names]
+    loaded = [_read_adapter(host, path_of("adapter_folders", folders[name])) for name in names]
     for one in loaded:
         check_fusable(one.where, one.config)
         if [p[::2] for p in one.places] != [p[::2] for p in loaded[0].places]:

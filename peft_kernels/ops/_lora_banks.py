@@ -130,6 +130,8 @@ def check_banks(x: Tensor, base: Tensor, banks: Sequence[LoRABank], n: int) -> N
                 raise ValueError(f"a bank must be on x's device {x.device}; got {tensor.device}")
         if a.requires_grad or b.requires_grad:
             raise ValueError("a bank receives no gradients; name the tensors that do in `trained`")
+        if bank.scales.requires_grad:
+            raise ValueError("a bank's scales receive no gradients: hand in scales.detach()")
         width += b.shape[1]
     if width != n:
         raise ValueError(f"the banks' widths must add up to the {n} outputs; they are {width}")

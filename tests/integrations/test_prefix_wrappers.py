@@ -357,6 +357,40 @@ def test_no_prompt_where_there_are_no_text_embeddings():
         assert trained(model) == before
 
 
+def make_blip2():
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = transformers.OPTConfig(
+        vocab_size=32, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32, **sizes
+    )
+    config = transformers.Blip2Config(
+        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+        qformer_config=sizes | {"encoder_hidden_size": 16, "vocab_size": 32},
+        text_config=text.to_dict(),
+        num_query_tokens=2,
+        image_token_index=31,
+    )
+    return transformers.Blip2ForConditionalGeneration(config).eval()
+
+
+def test_where_tokens_must_be_given_the_text_model_inside_has_the_prompt():
+    """BLIP-2's forward can't go without input_ids, and hands embeddings to its language model."""
+    model, ids = make_blip2(), torch.cat((torch.full((2, 2), 31), tokens(2, 4).clamp(max=30)), 1)
+    prompt, image = PromptTuning(L, 16), torch.randn(2, 3, 8, 8)
+    nn.init.normal_(prompt.prompt)
+    bare = model(image, ids).logits
+    prompts.add_prompt(model, prompt)
+    out = model(image, ids).logits
+    assert (out - bare).abs().amax((1, 2)).min() > 1e-4
+    assert prompts.remove_prompt(model) is prompt
+    prompts.add_prompt(model.language_model, prompt)
+    assert torch.equal(model(image, ids).logits, out)
+
+
 def test_two_models_in_one_say_which_to_pass():
     both = nn.ModuleDict({"one": make("llama"), "other": make("gpt2")})
     with pytest.raises(ValueError, match="ModuleDict holds several: one, other"):
