@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from peft_kernels.nn._bases import check_memory
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
@@ -25,8 +27,18 @@ def path_of(argument: str, folder: Any, instead: str = "") -> Path:
     return Path(folder)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU of a tensor, or of all the shards of a DTensor."""
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU of tensors, or of all the shards of DTensors, to be written.
+
+    Raises:
+        RuntimeError: one is on the meta device. It names it.
+    """
+    for key, tensor in tensors.items():
+        check_memory(tensor, key)
+    return {key: _whole(tensor.detach()) for key, tensor in tensors.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return (gather() if gather else tensor).to("cpu", copy=True).contiguous()
 

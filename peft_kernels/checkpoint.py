@@ -173,6 +173,7 @@ def _save(
     for name, layer in layers.items():
         with named(name):
             check_stored(layer, own=["lora_a", "lora_b"])
+            check_memory(layer.lora_b, "lora_b")
     _warn_of_untrained(layers)
     adapted = {
         name: AdaptedLayer(
@@ -220,10 +221,9 @@ def write_adapter(
     config = _config_of(model, layers, task_type)
     if names:
         config["modules_to_save"] = list(names)
-    whole_modules = {KEY_PREFIX + key: whole(t.detach()) for key, t in (modules or {}).items()}
-    tensors = _tensors_of(layers) | whole_modules
+    tensors = _tensors_of(layers) | {KEY_PREFIX + key: t for key, t in (modules or {}).items()}
     contents = {
-        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        WEIGHTS_FILE: safetensors.torch.save(whole(tensors), metadata={"format": "pt"}),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     write_files(Path(folder), contents)
@@ -241,7 +241,7 @@ def _tensors_of(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
         for key, tensor in zip(("lora_A", "lora_B"), layer.adapter, strict=True):
-            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = whole(tensor)
+            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = tensor
     return tensors
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from trained_modules import MODULES, SHAPES
 
-from peft_kernels import AdapterPool, load_adapter, save_adapter, swap_linear
+from peft_kernels import AdapterPool, load_adapter, merge, save_adapter, swap_linear
 from peft_kernels.nn import LoRALinear, PrefixTuning
 
 META = {"device": "meta"}
@@ -82,6 +82,16 @@ def test_switch():
     with pytest.raises(RuntimeError, match="lora_a is on the meta device"):
         layer.switch(torch.ones(3, 8), torch.ones(8, 3))
     assert layer.r == 2
+
+
+def test_what_has_no_values_is_neither_merged_nor_saved(tmp_path):
+    model = swap_linear(on_meta(), ["0"], 2, alpha=4)
+    with pytest.raises(RuntimeError, match=r"0: weight is on the meta device, .*to_empty.*accel"):
+        merge(model)
+    assert not model[0].merged
+    with pytest.raises(RuntimeError, match=r"0: lora_b is on the meta device"):
+        save_adapter(model, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pool(saved):

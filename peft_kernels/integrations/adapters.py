@@ -225,7 +225,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     as_safetensors: bool | None,
 ) -> None:
-    tensors = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+    tensors = whole(tensors)
     contents = {files[0]: json.dumps(header, indent=2, sort_keys=True).encode()}
     if as_safetensors is not False:
         contents[files[1]] = safetensors.torch.save(tensors, metadata={"format": "pt"})

@@ -134,9 +134,8 @@ def save_prompt(
     if base_model_name_or_path is not None:
         given["base_model_name_or_path"] = base_model_name_or_path
     config = written_config(kind, host_fields(model), fields, given)
-    copies = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
     contents = {
-        WEIGHTS_FILE: safetensors.torch.save(copies, metadata={"format": "pt"}),
+        WEIGHTS_FILE: safetensors.torch.save(whole(tensors), metadata={"format": "pt"}),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     write_files(path, contents)

@@ -42,8 +42,9 @@ _QUANTISED = (
     "quantization config, or train over the quantised one with PEFT"
 )
 _NO_MEMORY = (
-    "on the meta device, where values would be lost: give the model memory and load its weights "
-    "first (to_empty() and load_state_dict(), or from_pretrained())"
+    "on the meta device, where there are no values and new ones would be lost: give the model "
+    "memory and load its weights first (to_empty() and load_state_dict(), or from_pretrained()); "
+    "if accelerate offloaded them, accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 )
 # The packages of layers that quantise their weight.
 _QUANTISERS = (
@@ -216,12 +217,12 @@ def _fault_of_no_weight(linear: nn.Module) -> str:
 
 
 def has_no_memory(tensor: Tensor) -> bool:
-    """Whether values that are written into this tensor are lost."""
+    """Whether this tensor holds no values, and loses those that are written into it."""
     return tensor.is_meta or FAKE_TENSOR in names_of(type(tensor))
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Raises a RuntimeError unless values that are written into this tensor stay there."""
+    """Raises a RuntimeError unless this tensor has values, and those written into it stay there."""
     if has_no_memory(tensor):
         raise RuntimeError(f"{name} is {_NO_MEMORY}")
 

@@ -321,6 +321,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         """``base + scale * lora_b @ lora_a``, stored as ``base``; summed wide and rounded once."""
         if is_sharded(base):
             raise RuntimeError("weight is sharded (a DTensor); merge before sharding the model")
+        for name, tensor in (("weight", base), ("lora_a", lora_a), ("lora_b", lora_b)):
+            check_memory(tensor, name)
         wide = torch.float64 if base.dtype is torch.float64 else torch.float32
         a, b = lora_a.to(base.device, wide), lora_b.to(base.device, wide)
         with torch.autocast(base.device.type, enabled=False):

@@ -35,6 +35,17 @@ def test_folders_of_adapters(folder):
     assert load_adapter(model, folder)
 
 
+def test_what_has_no_values_is_not_saved(tmp_path):
+    model = on_meta()
+    insert_adapters(model, "houlsby")
+    with pytest.raises(RuntimeError, match=r"adapter_\S* is on the meta device"):
+        save_adapter(model, tmp_path / "folder", "a")
+    with pytest.raises(RuntimeError, match=r"embeddings is on the meta device"):
+        prompt = PromptTuning(3, 16, device="meta")
+        save_prompt(tmp_path / "folder", prompt, task_type="CAUSAL_LM")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_adapters_inserted_on_meta_are_drawn_later():
     model = on_meta()
     insert_adapters(model, "pfeiffer")
