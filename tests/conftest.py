@@ -13,6 +13,14 @@ settings.register_profile("default", deadline=None, max_examples=30, derandomize
 settings.load_profile("default")
 
 
+# Minutes in one test, which would run alone at the end if their files were handed out last.
+LONG = ("test_sanitized.py",)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
