@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._calls import Carried, of_backward_s_caller
+from peft_kernels._calls import Carried, Frame, of_backward_s_caller
 from peft_kernels._rows import (
     Batch,
     Entries,
@@ -97,7 +97,7 @@ class Selection:
         self._on: dict[tuple[torch.device, bool], OnDevice] = {}
         self._in_buffer: dict[torch.device, OnDevice] = {}
         with torch.inference_mode(False):
-            self._ids = torch.tensor(ids, dtype=torch.int32)
+            self._ids = torch.tensor(ids, dtype=torch.int32, device="cpu")
 
     def on(self, device: torch.device) -> OnDevice:
         """The tensors on ``device`` for the present grad mode."""
@@ -273,6 +273,13 @@ class Router:
 
     def current(self) -> Selection | None:
         """What a layer's forward must use now; None outside of any route."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a model with an AdapterPool can't be put into a graph by torch.jit.trace or "
+                "torch.export, which would keep today's route and slots, whoever has them later: "
+                "trace a model with the one adapter (pool.save(), load_adapter()), or "
+                "torch.compile this one"
+            )
         frame = self.routes.top()
         compiling = torch.compiler.is_compiling()
         # A backward computes a checkpointed forward again, for a GPU on a thread of autograd's.
@@ -363,7 +370,8 @@ class Router:
             raise unfit_batch(frame.value.entries, batch)
         if torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
-        with self.batches.within(batch):
+        # Not closed afterwards: a checkpointed forward that is computed again has the same batch.
+        with self.batches.restored((Frame(batch),)):
             return proceed(*args, **kwargs)
 
     def around_generate(

@@ -76,6 +76,13 @@ class Store:
             raise ValueError(f"the pool has no adapter {name!r}; it has {present}")
         return version
 
+    def _check_in_pages(self, version: Version) -> None:
+        for layer in version.layers if version.trainable else ():
+            try:
+                self.layers[layer].check_in_pages(version.slot)
+            except RuntimeError as error:
+                raise RuntimeError(f"adapter {version.name!r} in {layer}: {error}") from None
+
     def _require_layers(self) -> None:
         if not self.layers:
             raise RuntimeError("the pool is detached; attach another to the model")
@@ -102,6 +109,8 @@ class Store:
             self._require_layers()
             self._settle()
             versions = {name: self.find(name) for name in names}
+            for version in versions.values():
+                self._check_in_pages(version)
             held, streams = list(versions.values()), self._streams.begin_read(self.devices())
             now = next(self._clock)
             for version in held:

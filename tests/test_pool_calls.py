@@ -27,6 +27,27 @@ def served():
         yield model, pool, alone
 
 
+@pytest.mark.parametrize("is_routed", [True, False])
+@pytest.mark.parametrize(
+    "graph",
+    [
+        lambda model: torch.jit.trace(model, X, check_trace=False),
+        lambda model: torch.export.export(model, (X,), strict=False),
+        lambda model: torch.export.export(model, (X,), strict=True),
+    ],
+    ids=["jit", "export", "strict"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_pool_isn_t_put_into_a_graph(served, graph, is_routed):
+    model, pool, _ = served
+    with pytest.raises(Exception, match="can't be put into a graph by "):
+        if is_routed:
+            with pool.route(["a", "b"]):
+                graph(model)
+        else:
+            graph(model)
+
+
 def in_thread(function):
     """What a function gives or raises in a thread of its own."""
     found = []
@@ -337,3 +358,10 @@ def test_bound_functions_keep_their_names(served):
     _, pool, _ = served
     assert pool.bind(functools.partial(print), ["a"]) is not None
     assert pool.bind(in_thread, ["a"]).__name__ == "in_thread"
+
+
+def test_a_default_device_is_not_the_route_s(served):
+    model, pool, alone = served
+    with torch.device("meta"), pool.route(["a"]):
+        out = model(X)
+    assert torch.equal(out, alone["a"])

@@ -462,3 +462,26 @@ def test_several_processes_are_told_that_ddp_averages_no_gradient_of_a_pool(begi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_beside(pool, "served")
+
+
+def test_parameters_in_other_memory_are_refused(tmp_path):
+    """They are views of what is served: an average that is put in their .data wouldn't be."""
+    model, pool = make_pool("ab")
+    parameters = pool.parameters("a")
+    former = [parameter.data for parameter in parameters]
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in parameters)), parameters)
+    says = r"adapter 'a' in 0\.up: its Parameters were given other memory"
+    with pytest.raises(RuntimeError, match=says), pool.route(["a"]):
+        pass
+    with pytest.raises(RuntimeError, match=says):
+        pool.save("a", tmp_path / "folder")
+    x = torch.randn(1, 8)
+    with pool.route(["b"]):
+        model(x)
+    for parameter, data in zip(parameters, former, strict=True):
+        parameter.data = data
+        parameter.data.zero_()
+    with pool.route(["a"]):
+        routed = model(x)
+    with pool.route([None]):
+        assert torch.equal(routed, model(x))

@@ -114,6 +114,42 @@ def test_what_a_graph_cant_train_is_refused(graph):
             torch.testing.assert_close(GRAPHS[graph](model, x)(x), model(x))
 
 
+LAYERS = {
+    "linear": lambda: peft_kernels.nn.LoRALinear(8, 6, 3, alpha=6),
+    "adapter": lambda: peft_kernels.nn.BottleneckAdapter(8, 3),
+    "fusion": lambda: peft_kernels.nn.AdapterFusion(
+        [peft_kernels.nn.BottleneckAdapter(8, r) for r in (3, 4)]
+    ),
+    "invertible": lambda: peft_kernels.nn.InvertibleAdapter(8),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (1, 4, 5, 8)], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_trace_takes_other_sizes(name, shape):
+    layer = LAYERS[name]()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    graph = traced(layer, torch.randn(shape))
+    for lead in ((3, 5), (5, 2), (1, 1)):
+        x = torch.randn(*shape[:-3], *lead, 8)
+        torch.testing.assert_close(graph(x), layer(x))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_graph_keeps_what_was_carried(graph):
+    model = peft_kernels.swap_linear(nn.Sequential(nn.Linear(8, 6)), ["0"], 3, alpha=6)
+    nn.init.normal_(model[0].lora_b)
+    x = torch.randn(2, 8)
+    with peft_kernels.disabled(model):
+        base = GRAPHS[graph](model, x)
+    adapted = GRAPHS[graph](model, x)
+    assert not torch.allclose(base(x), adapted(x))
+    torch.testing.assert_close(adapted(x), model(x))
+    with peft_kernels.disabled(model):
+        torch.testing.assert_close(base(x), model(x))
+
+
 @pytest.mark.parametrize("graph", ["export", "strict"])
 def test_a_graph_of_layers_holds_the_op(graph):
     layer = peft_kernels.nn.LoRALinear.from_linear(nn.Linear(8, 6), r=3, alpha=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -140,6 +141,16 @@ def remove_hooks(module: nn.Module, functions: Collection[Callable]) -> None:
             if hook in functions:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def forget_compiled() -> None:
+    """Has torch.compile look at all modules anew.
+
+    It doesn't guard their hooks: code that was compiled before would run on without those that
+    came since, and with those that went.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @cache

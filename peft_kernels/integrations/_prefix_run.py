@@ -228,7 +228,10 @@ def _first_input(args: tuple, kwargs: dict) -> Tensor:
     for name in ("input_ids", "inputs_embeds", "hidden_states"):
         if kwargs.get(name) is not None:
             return kwargs[name]
-    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if given is None:
+        raise ValueError("input_ids or inputs_embeds must be given; the model got no tensor")
+    return given
 
 
 # ---- positions -----------------------------------------------------------------------------------

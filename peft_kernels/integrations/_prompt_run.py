@@ -162,6 +162,10 @@ def attach(model: Any, run: PromptRun) -> None:
         for place in attention_places(model):
             place.module.__dict__[SOURCE] = _no_forward
             _guard.watch(place.module, place.path)
+    elif not run.in_encoder:
+        for layer in _first_layers(model):
+            layer.__dict__[_STACK] = run
+            layer.register_forward_pre_hook(_within_forward)
 
 
 def detach(model: nn.Module) -> None:
@@ -181,6 +185,29 @@ def _no_forward() -> None:
         "the model that has the prompt, and checkpoint by its gradient_checkpointing_enable; or "
         "add the prompt with as_prefix=False"
     )
+
+
+def _first_layers(model: nn.Module) -> list[nn.Module]:
+    """The first of each outermost list of layers: what runs whenever the model computes."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            found += list(child.children())[:1]
+        else:
+            found += _first_layers(child)
+    return found
+
+
+def _within_forward(module: Any, args: tuple) -> None:
+    run: PromptRun = module.__dict__[_STACK]
+    # A backward that computes a checkpointed layer again has its inputs with the prompt in them.
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return
+    if run.frames.top() is None:
+        raise RuntimeError(
+            "a layer ran outside of a call of the model that has the prompt, which would be left "
+            "out: call that model itself, model(...), and neither its forward() nor a part of it"
+        )
 
 
 def _generate(
@@ -261,7 +288,7 @@ def _after(module: Any, args: tuple, output: Any) -> Any:
     return output.to_tuple() if frame.as_tuple else output
 
 
-_HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after)
+_HOOKS = (_before, _before_both, _before_encoder, _before_decoder, _after, _within_forward)
 
 
 def _begin(run: PromptRun, module: nn.Module) -> Frame:

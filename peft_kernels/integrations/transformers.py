@@ -40,6 +40,7 @@ from peft_kernels.integrations._blocks import (
     overrides_at,
     places_in,
 )
+from peft_kernels.integrations._hooks import forget_compiled
 from peft_kernels.nn._checks import check_choice
 from peft_kernels.nn._off import is_off
 from peft_kernels.nn._replaced import hand_on_hooks, has_given_forward
@@ -164,6 +165,7 @@ def _insert(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None
     choose_resizing(model)
     for keeper, hook in keepers:
         keeper.register_forward_hook(hook)
+    forget_compiled()
 
 
 def _keepers(model: nn.Module, path: str) -> list[tuple[nn.Module, Any]]:
@@ -250,6 +252,7 @@ def remove_adapters(model: nn.Module) -> None:
                 del module._forward_hooks[key], module._modules["adapter"]
             elif hook in (_keep_input, _pass_on_input):
                 del module._forward_hooks[key]
+    forget_compiled()
     choose_fast_paths(unwrapped(model))
     choose_resizing(model)
     if not has_adapters(model):

@@ -72,10 +72,10 @@ class KeepingModule(nn.Module):
 def can_keep(tensor: Tensor) -> bool:
     """Whether a value of this tensor may be kept: each call can afford to look at its values.
 
-    It can't on a GPU, for which the host would have to wait, nor while torch.compile traces. Writes
-    to inference tensors aren't counted at all.
+    It can't on a GPU, for which the host would have to wait, nor while torch.compile or
+    torch.jit.trace look. Writes to inference tensors aren't counted at all.
     """
-    if torch.compiler.is_compiling():  # first: the rest isn't traced
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the rest isn't traced
         return False
     return tensor.device.type == "cpu" and not tensor.is_inference()
 

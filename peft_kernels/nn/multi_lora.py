@@ -284,6 +284,19 @@ class MultiLoRALinear(nn.Linear):
             known.lora_a.grad = known.lora_b.grad = None  # they were the old values'
             self.bound[slot] = known._replace(first=page * PAGE)
 
+    def check_in_pages(self, slot: int) -> None:
+        """Raises a RuntimeError unless a slot's Parameters, if it has any, lie in its pages."""
+        if (one := self.bound.get(slot)) is None:
+            return
+        views = self._views(one.first, one.lora_a.shape[0])
+        for parameter, view in zip((one.lora_a, one.lora_b), views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():
+                raise RuntimeError(
+                    "its Parameters were given other memory (p.data = ..., vector_to_parameters), "
+                    "which isn't served: put the former .data back, or replace() the adapter, and "
+                    "write into them in place (p.data.copy_(...))"
+                )
+
     def _views(self, first: int, r: int) -> tuple[Tensor, Tensor]:
         return self.pages_a.data[first : first + r], self.pages_b.data[first : first + r]
 

@@ -33,6 +33,7 @@ from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
     is_special,
@@ -381,11 +382,10 @@ def adapter(
     parameters = (down_weight, down_bias, up_weight, up_bias)
     norms = (pre_norm_weight, pre_norm_bias, norm_weight, norm_bias)
     _check(x, others, adds_x, parameters, norms, scale, dropout_p)
-    k, n = x.shape[-1], up_weight.shape[0]
     scale = _scale_tensor(scale)
     inputs = (
-        x.reshape(-1, k),
-        sum(others[1:], others[0]).reshape(-1, n) if others else None,
+        rows_of(x),
+        rows_of(sum(others[1:], others[0])) if others else None,
         *parameters,
         scale,
         pre_norm_weight,
@@ -407,7 +407,7 @@ def adapter(
         y = _Adapter.apply(*inputs, variant)
     else:
         y, _, _ = _library.get_op("adapter_fwd", variant)(*inputs)
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n))
+    return in_shape_of(x, y)
 
 
 def _aliases(tensor: Tensor | None) -> Tensor | None:

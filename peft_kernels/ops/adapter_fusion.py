@@ -39,6 +39,7 @@ from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
     is_special,
@@ -337,10 +338,9 @@ def adapter_fusion(
     query = None if query is x else query
     x, query, residual = autocast(x, query, residual)
     _check(x, down_weights, down_biases, absorbed, query, residual)
-    lead, n = x.shape[:-1], absorbed.mix_weight.shape[0]
     inputs = (
-        x.reshape(-1, x.shape[-1]),
-        None if query is None else query.reshape(-1, query.shape[-1]),
+        rows_of(x),
+        None if query is None else rows_of(query),
         torch.cat(list(down_weights)),
         torch.cat(list(down_biases)),
         absorbed.score_weight,
@@ -349,7 +349,7 @@ def adapter_fusion(
         absorbed.mix_bias,
         [weight.shape[0] for weight in down_weights],
         activation,
-        None if residual is None else residual.reshape(-1, n),
+        None if residual is None else rows_of(residual),
     )
     variant = _library.variant(x.dtype)
     trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
@@ -359,9 +359,7 @@ def adapter_fusion(
         y, p = _AdapterFusion.apply(*inputs, variant)
     else:
         y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)
-    if x.dim() == 2:
-        return y, p
-    return torch.ops.aten._unsafe_view.default(y, (*lead, n)), p.reshape(*lead, -1)
+    return in_shape_of(x, y), in_shape_of(x, p)
 
 
 # The checks run on every call, so a message is only put together when it is raised.

@@ -23,6 +23,7 @@ from peft_kernels import _library
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._graphs import define_in_graphs
+from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
     is_special,
@@ -219,14 +220,13 @@ def lora_linear(
     """
     x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
-    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if not isinstance(scale, Tensor):
         scale = torch.scalar_tensor(scale, dtype=torch.float64)
     elif scale.requires_grad:
         _check_gradient_of_scale()
     variant = _library.variant(x.dtype)
-    inputs = (rows, weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
+    inputs = (rows_of(x), weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
     trained = lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
     trained = trained or x.requires_grad or (bias is not None and bias.requires_grad)
     if is_special():
@@ -235,10 +235,7 @@ def lora_linear(
         y = _LoRALinear.apply(*inputs, variant)
     else:
         y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)
-    if x.dim() == 2:
-        return y
-    # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+    return in_shape_of(x, y)
 
 
 # The checks run on every call, so a message is only put together when it is raised.

@@ -39,6 +39,7 @@ from peft_kernels.ops._lora_banks import (
     route,
     sort_by_adapter,
 )
+from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
     is_batched,
@@ -447,9 +448,8 @@ def multi_lora_linear(
         raise ValueError(
             f"bias must be [{n}] in x's dtype {x.dtype}; got {tuple(bias.shape)}, {bias.dtype}"
         )
-    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    y = _apply(rows, weight, bias, False, banks, n, ids, dropout, trained, plan)
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n)) if x.dim() != 2 else y
+    y = _apply(rows_of(x), weight, bias, False, banks, n, ids, dropout, trained, plan)
+    return in_shape_of(x, y)
 
 
 def multi_lora_add_(
@@ -488,8 +488,7 @@ def multi_lora_add_(
         raise TypeError(f"y must have x's dtype {x.dtype}; got {y.dtype}")
     n = y.shape[-1]
     flat = y if y.dim() == 2 else y.view(-1, n)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    _apply(rows, flat, None, True, banks, n, ids, dropout, trained, plan)
+    _apply(rows_of(x), flat, None, True, banks, n, ids, dropout, trained, plan)
     return y
 
 

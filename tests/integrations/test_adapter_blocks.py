@@ -245,3 +245,22 @@ def test_a_block_of_placeholders():
     weight.data, weight.ds_id = torch.empty(0), 1
     with pytest.raises(TypeError, match=r"mlp\.up_proj\.weight is a placeholder of DeepSpeed's"):
         insert_adapters(model, "pfeiffer")
+
+
+@pytest.mark.parametrize("preset", ["pfeiffer", "houlsby", "parallel"])
+def test_compiled_code_meets_adapters_that_come_and_go(preset):
+    """Dynamo guards no hooks, so what was compiled before must not be run on."""
+    model, ids = make_model("Llama"), torch.tensor([[3, 1, 4, 1]])
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        base = compiled(ids)[0]
+        for _ in range(2):
+            insert_adapters(model, preset)
+            for adapter in adapters_of(model).values():
+                for parameter in adapter.parameters():
+                    nn.init.ones_(parameter)
+            adapted = model(ids)[0]
+            assert (adapted - base).abs().max() > 1e-3
+            assert_close(compiled(ids)[0], adapted)
+            remove_adapters(model)
+            assert_close(compiled(ids)[0], base)

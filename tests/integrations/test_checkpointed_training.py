@@ -6,7 +6,10 @@ from torch import nn
 
 from peft_kernels import AdapterPool, swap_linear
 from peft_kernels._input_grads import _Ask
+from peft_kernels.integrations.prefix import add_prefix, prefix_for
+from peft_kernels.integrations.soft_prompts import add_prompt
 from peft_kernels.integrations.transformers import adapters_of, fuse_adapters, insert_adapters
+from peft_kernels.nn import PromptTuning
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,6 +100,30 @@ def test_gradients_with_a_head_that_trains(kind, method, order, embeds):
     for reentrant in (True, False):
         found = gradients(kind, method, order, reentrant, embeds)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("soft", ["prefix", "prompt"])
+def test_a_soft_prompt_beside_a_pool(soft, reentrant):
+    found = []
+    for is_checkpointed in (False, True):
+        model = make_model("Llama")
+        if soft == "prefix":
+            trained = prefix_for(model, 3)
+            add_prefix(model, trained)
+        else:
+            trained = PromptTuning(3, 16)
+            add_prompt(model, trained)
+        for parameter in trained.parameters():
+            nn.init.normal_(parameter)
+        _, made = pool(model)
+        trained.requires_grad_(True)
+        if is_checkpointed:
+            checkpoint(model, reentrant)
+        with made.route(["a", "a"]):
+            model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+        found.append([parameter.grad for parameter in trained.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def inputs_that_are_differentiated(model: nn.Module) -> list[bool]:

@@ -306,6 +306,24 @@ def test_layers_outside_of_the_forward_say_so():
         model.model(tokens(1, S))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_layers_outside_of_a_call_say_so_with_the_prompt_in_the_rows(name):
+    model, ids = make(name), tokens(1, S)
+    add_prompt(model, make_prompt(model), as_prefix=False)
+    right = model(ids)[0]
+    for outside in (model.forward, model.base_model.forward):
+        with pytest.raises(RuntimeError, match="outside of a call of the model that has the promp"):
+            outside(ids)
+    assert torch.equal(model(ids)[0], right)
+    prompt = remove_prompt(model)
+    base = model.forward(ids)[0]
+    assert not torch.equal(base, right)
+    add_prompt(model.train(), prompt, as_prefix=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids)[0].square().sum().backward()
+    assert prompt.prompt.grad.abs().max() > 0
+
+
 def test_a_prefix_besides_a_prompt_is_refused():
     model = make("gpt2", torch.float32)
     prefix = prefix_for(model, 2)
