@@ -16,7 +16,7 @@ from peft_kernels._resizing import choose_resizing
 from peft_kernels.integrations._hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.nn._checks import check_module
 from peft_kernels.nn._off import turned_off
-from peft_kernels.nn._replaced import check_stored, fault_of_instance
+from peft_kernels.nn._replaced import check_stored, fault_of_replacement
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.swap import Model, named, replace_modules
@@ -98,7 +98,7 @@ def unload(model: Model, merge: bool) -> Model:
     layers = lora_layers(model)
     check_in_place(model)
     for name, layer in layers.items():
-        if fault := fault_of_instance(layer):
+        if fault := fault_of_replacement(layer, LoRALinear):
             raise TypeError(f"{name or 'model'} {fault}")
     if merge:
         _check_untied(model, layers)

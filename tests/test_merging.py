@@ -577,3 +577,17 @@ def test_computed_weights_in_a_pool_are_refused_before_anything_is_changed(kind)
         pool.detach()
     pool.create("a", 2, alpha=4)
     assert all("Multi" in type(layer).__name__ for layer in model)
+
+
+class Doubled(LoRALinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_of_a_class_with_a_forward_of_its_own_is_not_taken_out():
+    model = nn.Sequential(nn.Linear(4, 4), Doubled.from_linear(nn.Linear(4, 4), 2, alpha=4))
+    y = model(torch.eye(4))
+    for with_updates in (True, False):
+        with pytest.raises(TypeError, match=r"^1 must leave the methods .*Doubled has a forward"):
+            unload(model, merge=with_updates)
+    assert torch.equal(model(torch.eye(4)), y)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from peft_kernels._calls import Carried
 from peft_kernels.integrations._pinned import IS_CAUSAL, NAME, asked_implementation
 from peft_kernels.integrations._supported import refusal
+from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops.prefix_attention import prefix_attention
 
 try:
@@ -190,8 +191,18 @@ def attend(
     if dropout > 0 or prefix_mask is not None or head_mask is not None or need_weights:
         bias = _bias(q, k.shape[2], pair[0].shape[-2], ids, mask, prefix_mask, is_causal)
         return _direct(q, k, v, pair, ids, bias, scale, dropout, head_mask, need_weights)
+    # A prefix of another dtype, as a folder may hold, by way of that of the sums.
+    prefix_k, prefix_v = (x if x.dtype is q.dtype else x.to(acc_dtype(q)) for x in pair)
     out = prefix_attention(
-        q, k, v, *pair, is_causal=is_causal, attn_mask=mask, scale=scale, prefix_ids=ids
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        is_causal=is_causal,
+        attn_mask=mask,
+        scale=scale,
+        prefix_ids=ids,
     )
     return out.transpose(1, 2), None
 

@@ -363,3 +363,18 @@ def test_bfloat16_model_with_a_float32_prefix():
     add_prefix(model, prefix)
     loss_of(model, inputs_of("llama")).backward()
     assert all(p.grad.dtype == torch.float32 for p in prefix.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_prefix", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_prefix_of_another_dtype_is_read_as_it_is(of_prefix, dtype):
+    """As a folder may have it, or a model that was cast afterwards."""
+    model = make("llama", dtype)
+    prefix = prefix_for(model, L, dtype=of_prefix, std=1.0)
+    add_prefix(model, prefix)
+    inputs = inputs_of("llama")
+    loss_of(model, inputs).backward()
+    assert all(p.grad.dtype == of_prefix and p.grad.any() for p in prefix.parameters())
+    found = hidden(model(**inputs))
+    prefix.float()
+    assert torch.equal(hidden(model(**inputs)), found)
