@@ -174,7 +174,13 @@ def cached_inputs(run: Any, module: Any, inputs: dict[str, Any]) -> dict[str, An
     text = text_of(inputs)
     ids = run.ids_of(text)
     mask, queries = inputs.get("attention_mask"), text.shape[1]
-    seen = past_length(inputs["past_key_values"]) - run.length + queries
+    past = past_length(inputs["past_key_values"])
+    if past < run.length:
+        raise ValueError(
+            f"past_key_values must hold all of the prompt's {run.length} places, or nothing; it "
+            f"was cut to {past}"
+        )
+    seen = past - run.length + queries
     if mask is None and ids is not None:
         mask = text.new_ones(text.shape[0], seen, dtype=torch.long)
     if mask is not None:

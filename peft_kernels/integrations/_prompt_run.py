@@ -249,8 +249,13 @@ def _before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None
             "past_key_values must be empty, or be filled by a forward of this model with the prompt"
         )
     frame.marks = True
-    if inputs.get("past_key_values") is not None:
-        mark_cache(inputs["past_key_values"])
+    if (cache := inputs.get("past_key_values")) is not None:
+        if run.kept.get() is not None and getattr(cache, "is_compileable", False):
+            raise ValueError(
+                "cache_implementation must be that of a cache that grows ('dynamic') where the "
+                "prompt stands in the rows: one of fixed size has no places for it"
+            )
+        mark_cache(cache)
     return (), inputs_in_rows(run, module, inputs, frame, template)
 
 

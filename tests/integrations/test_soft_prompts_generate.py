@@ -122,6 +122,26 @@ def test_a_cache_of_the_users(name, as_prefix, position):
 
 
 @torch.no_grad()
+def test_a_cache_that_was_cut_into_the_prompt_is_refused():
+    model, ids = make("llama"), tokens(2, S)
+    add_prompt(model, make_prompt(model, tasks=1), as_prefix=False)
+    right, cache = model(ids)[0], transformers.DynamicCache()
+    model(ids, past_key_values=cache)
+    cache.crop(-(S + 1))
+    with pytest.raises(ValueError, match=f"all of the prompt's {L} places, or nothing; it was cut"):
+        model(ids, past_key_values=cache)
+    cache = transformers.DynamicCache()
+    assert_close(model(ids, past_key_values=cache)[0], right)
+
+
+def test_a_cache_of_fixed_size_is_refused_with_the_prompt_in_the_rows():
+    model = make("llama", torch.float32)
+    prompt = PromptTuning(L, 16)
+    add_prompt(model, prompt, as_prefix=False)
+    with pytest.raises(ValueError, match="cache_implementation must be that of a cache"):
+        model.generate(tokens(2, S), max_new_tokens=2, cache_implementation="static")
+
+
 def test_generate_goes_on_from_a_cache():
     """As a prefix; a cache whose rows have the prompt is refused, as generate counts its places."""
     model, ids = make("llama"), tokens(2, S)
