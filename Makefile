@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up what it needs in .venv and reuses what is there.
+# make demo | test | test-all | lint | bench: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,12 +13,17 @@ HOST_TESTS := tests/integrations tests/test_swap.py tests/test_checkpoint.py tes
   tests/test_merging.py tests/test_replaced.py tests/test_bases.py \
   --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo test test-latest lint bench clean
+.PHONY: demo test test-all test-latest lint bench clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not long"
+
+test-all: $(VENV)/installed
+	$(PYTEST)
 
 # The package is the one in this directory, with the native library that was built for .venv.
 test-latest: $(VENV)/installed $(LATEST)/requirements

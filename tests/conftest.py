@@ -13,12 +13,10 @@ settings.register_profile("default", deadline=None, max_examples=30, derandomize
 settings.load_profile("default")
 
 
-# Minutes in one test, which would run alone at the end if their files were handed out last.
-LONG = ("test_sanitized.py",)
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Files with long tests go first: handed out last, one would run alone at the end."""
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

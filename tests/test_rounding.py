@@ -311,6 +311,7 @@ def test_prompt_lookup():
     check(make, 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_builds_of_the_kernels(isa):
     if isa == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":

@@ -26,6 +26,7 @@ def runtime(name):
     return run("g++", f"-print-file-name={name}").strip()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_native_kernels_under_sanitizers():
     options = ("-DPEFT_KERNELS_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++")

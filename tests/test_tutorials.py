@@ -85,6 +85,7 @@ def run_tutorial(name, out):
 
 
 @needs_the_model
+@pytest.mark.long
 def test_many_adapters_run(tmp_path):
     written = run_tutorial("02-many-adapters.py", tmp_path)
     files = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
@@ -94,6 +95,7 @@ def test_many_adapters_run(tmp_path):
 
 
 @needs_the_model
+@pytest.mark.long
 def test_adapter_fusion_runs(tmp_path):
     written = run_tutorial("03-adapter-fusion.py", tmp_path)
     assert written == {"fusion-weights.png", "results.json"}
@@ -106,6 +108,7 @@ def test_adapter_fusion_runs(tmp_path):
 
 
 @needs_the_model
+@pytest.mark.long
 def test_soft_prompts_run(tmp_path):
     assert run_tutorial("04-soft-prompts.py", tmp_path) == {"chart.png", "results.json"}
     results = json.loads((tmp_path / "results.json").read_text())
@@ -136,6 +139,7 @@ def test_soft_prompts_run(tmp_path):
 
 
 @needs_the_model
+@pytest.mark.long
 def test_lora_fine_tuning_runs(tmp_path):
     assert run_tutorial("01-lora-fine-tuning.py", tmp_path) == {
         "adapter/adapter_config.json",

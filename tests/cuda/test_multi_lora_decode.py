@@ -184,6 +184,7 @@ def test_a_missing_barrier_shows(line):
     pytest.fail("no schedule needed this barrier")
 
 
+@pytest.mark.long
 @pytest.mark.skipif("PEFT_KERNELS_SIMT" in os.environ, reason="this is the run with sanitizers")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_under_sanitizers(tmp_path):

@@ -17,6 +17,7 @@ from decode_driver import (
 )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_in_a_process_of_their_own(tmp_path):
     run_again(

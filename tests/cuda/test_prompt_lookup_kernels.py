@@ -182,6 +182,7 @@ def run_elsewhere(file, tests, **environment):
     assert " passed" in done.stdout
 
 
+@pytest.mark.long
 @is_outermost
 @needs_compiler
 def test_under_sanitizers(tmp_path):
@@ -195,6 +196,7 @@ OP_TESTS = Path(__file__).parents[1] / "test_prompt_lookup.py"
 OF_THE_CPU = "not by_the_kernel and not every_build and not more_threads and not without_triton"
 
 
+@pytest.mark.long
 @is_outermost
 @needs_compiler
 def test_the_ops_pass_the_tests_of_the_op(tmp_path):
@@ -202,6 +204,7 @@ def test_the_ops_pass_the_tests_of_the_op(tmp_path):
     run_elsewhere(OP_TESTS, OF_THE_CPU, PEFT_KERNELS_NATIVE=str(library))
 
 
+@pytest.mark.long
 @is_outermost
 @needs_compiler
 def test_the_ops_under_sanitizers(tmp_path):
