@@ -360,8 +360,14 @@ def test_bound_functions_keep_their_names(served):
     assert pool.bind(in_thread, ["a"]).__name__ == "in_thread"
 
 
-def test_a_default_device_is_not_the_route_s(served):
+def test_a_default_device_is_not_the_pool_s(served, tmp_path):
     model, pool, alone = served
-    with torch.device("meta"), pool.route(["a"]):
-        out = model(X)
+    with torch.device("meta"):
+        with pool.route(["a"]):
+            out = model(X)
+        pool.save("a", tmp_path)
+        pool.load("again", tmp_path)
+        pool.create("new", 2, alpha=4)
     assert torch.equal(out, alone["a"])
+    assert torch.equal(routed(pool, model, ["again"], X), alone["a"])
+    assert torch.equal(routed(pool, model, ["new"], X), alone[None])

@@ -192,17 +192,9 @@ def attend(
         bias = _bias(q, k.shape[2], pair[0].shape[-2], ids, mask, prefix_mask, is_causal)
         return _direct(q, k, v, pair, ids, bias, scale, dropout, head_mask, need_weights)
     # A prefix of another dtype, as a folder may hold, by way of that of the sums.
-    prefix_k, prefix_v = (x if x.dtype is q.dtype else x.to(acc_dtype(q)) for x in pair)
+    prefix = (x if x.dtype is q.dtype else x.to(acc_dtype(q)) for x in pair)
     out = prefix_attention(
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        is_causal=is_causal,
-        attn_mask=mask,
-        scale=scale,
-        prefix_ids=ids,
+        q, k, v, *prefix, is_causal=is_causal, attn_mask=mask, scale=scale, prefix_ids=ids
     )
     return out.transpose(1, 2), None
 

@@ -163,7 +163,7 @@ def attach(model: Any, run: PromptRun) -> None:
             place.module.__dict__[SOURCE] = _no_forward
             _guard.watch(place.module, place.path)
     elif not run.in_encoder:
-        for layer in _first_layers(model):
+        for layer in _first_layers(_text_part(model, run.embedding())):
             layer.__dict__[_STACK] = run
             layer.register_forward_pre_hook(_within_forward)
 
@@ -187,10 +187,21 @@ def _no_forward() -> None:
     )
 
 
-def _first_layers(model: nn.Module) -> list[nn.Module]:
-    """The first of each outermost list of layers: what runs whenever the model computes."""
+def _text_part(model: nn.Module, embedding: nn.Module) -> nn.Module:
+    """The smallest part of the model that has the embedding and layers: not its vision tower."""
+    path = next(name for name, module in model.named_modules() if module is embedding)
+    while path:
+        path = path.rpartition(".")[0]
+        part = model.get_submodule(path)
+        if any(isinstance(module, nn.ModuleList) for module in part.modules()):
+            return part
+    return model
+
+
+def _first_layers(part: nn.Module) -> list[nn.Module]:
+    """The first of each outermost list of layers: what runs whenever the part computes."""
     found: list[nn.Module] = []
-    for child in model.children():
+    for child in part.children():
         if isinstance(child, nn.ModuleList):
             found += list(child.children())[:1]
         else:

@@ -72,6 +72,7 @@ from peft_kernels.integrations._adapters_places import (
     preset_at,
 )
 from peft_kernels.integrations._blocks import adapter_for
+from peft_kernels.integrations._hooks import forget_compiled
 from peft_kernels.integrations.transformers import remove_adapters
 from peft_kernels.nn._bases import check_memory
 from peft_kernels.nn.adapter_fusion import AdapterFusion
@@ -321,6 +322,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         embeddings = embeddings_of(host)
         embeddings.add_module("invertible_adapter", loaded.invertible.train(host.training))
         embeddings.register_forward_hook(adapt_embeddings)
+        forget_compiled()
     return [f"{place.path}.adapter" for place in loaded.places]
 
 

@@ -43,7 +43,7 @@ def fault_of_replacement(module: nn.Module, kind: type[nn.Module]) -> str | None
     if overridden := _overrides(type(module), kind):
         return (
             f"must leave the methods of {kind.__name__} as they are; {type(module).__name__} has "
-            f"a {overridden[0]} of its own, which would be lost: leave it out of the targets"
+            f"a {overridden[0]} of its own, which would be lost: leave such a layer out"
         )
     return None
 

@@ -247,7 +247,7 @@ class MultiLoRALinear(nn.Linear):
         rows = self._rows(pages, r)
         for buffer, matrix in ((self.pages_a, lora_a), (self.pages_b, lora_b.T)):
             buffer.data.index_copy_(0, rows, matrix.to(buffer.device, buffer.dtype))
-        self.table.data[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.table.data[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         self.scales.data[slot] = scale
         self.ranks.data[slot] = r
 
@@ -266,8 +266,8 @@ class MultiLoRALinear(nn.Linear):
 
     def _rows(self, pages: Sequence[int], r: int) -> Tensor:
         """The rows of the buffers that hold the r rank rows of an adapter in these pages."""
-        rows = torch.tensor(pages, dtype=torch.int64)[:, None] * PAGE + torch.arange(PAGE)
-        return rows.flatten()[:r].to(self.pages_a.device)
+        rows = [page * PAGE + row for page in pages for row in range(PAGE)]
+        return torch.tensor(rows[:r], device=self.pages_a.device)
 
     @torch.inference_mode(False)
     def bind(self, slot: int, page: int, r: int, known: Bound | None = None) -> None:

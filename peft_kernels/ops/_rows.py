@@ -16,7 +16,7 @@ def in_shape_of(x: Tensor, y: Tensor) -> Tensor:
     if x.dim() == 2:
         return y
     shape = (*x.shape[:-1], y.shape[-1])
-    if torch._C._get_tracing_state() is not None:
+    if torch.jit.is_tracing():
         return y.reshape(shape)  # a method, or the graph has the sizes that it was traced with
     # Not .view(): FSDP2 warns of a module whose output is a view, and y is nobody else's.
     return torch.ops.aten._unsafe_view.default(y, shape)

@@ -89,4 +89,4 @@ def is_recorded() -> bool:
     mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
     if mode(keys.PROXY) is not None or mode(keys.FAKE) is not None:
         return True
-    return torch._C._get_tracing_state() is not None
+    return torch.jit.is_tracing()

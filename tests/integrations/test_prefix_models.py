@@ -378,3 +378,10 @@ def test_a_prefix_of_another_dtype_is_read_as_it_is(of_prefix, dtype):
     found = hidden(model(**inputs))
     prefix.float()
     assert torch.equal(hidden(model(**inputs)), found)
+
+
+def test_a_forward_of_nothing_says_what_is_missing():
+    model = make("llama")
+    add_prefix(model, prefix_for(model, L))
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):
+        model()

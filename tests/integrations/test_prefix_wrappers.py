@@ -218,16 +218,18 @@ def test_a_copy_made_for_a_forward_is_an_error(kind):
         replica(**inputs, **{"prefix_ids" if kind == "prefix" else "task_ids": [0, 1]})
 
 
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
 def make_clip():
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
     config = transformers.CLIPConfig(
-        text_config=sizes | {"vocab_size": 32, "max_position_embeddings": 16, "eos_token_id": 2},
-        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+        text_config=SIZES | {"vocab_size": 32, "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config=SIZES | {"image_size": 8, "patch_size": 4},
         projection_dim=8,
     )
     return transformers.CLIPModel(config).eval()
@@ -257,16 +259,10 @@ def test_a_model_of_two_stacks_says_which_to_pass():
 
 
 def make_llava():
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
     return transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(
-            text_config=transformers.LlamaConfig(vocab_size=32, **sizes),
-            vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **sizes),
+            text_config=transformers.LlamaConfig(vocab_size=32, **SIZES),
+            vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **SIZES),
             image_token_index=31,
         )
     ).eval()
@@ -358,18 +354,12 @@ def test_no_prompt_where_there_are_no_text_embeddings():
 
 
 def make_blip2():
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
     text = transformers.OPTConfig(
-        vocab_size=32, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32, **sizes
+        vocab_size=32, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32, **SIZES
     )
     config = transformers.Blip2Config(
-        vision_config=sizes | {"image_size": 8, "patch_size": 4},
-        qformer_config=sizes | {"encoder_hidden_size": 16, "vocab_size": 32},
+        vision_config=SIZES | {"image_size": 8, "patch_size": 4},
+        qformer_config=SIZES | {"encoder_hidden_size": 16, "vocab_size": 32},
         text_config=text.to_dict(),
         num_query_tokens=2,
         image_token_index=31,
@@ -389,6 +379,16 @@ def test_where_tokens_must_be_given_the_text_model_inside_has_the_prompt():
     assert prompts.remove_prompt(model) is prompt
     prompts.add_prompt(model.language_model, prompt)
     assert torch.equal(model(image, ids).logits, out)
+
+
+def test_an_image_s_features_are_computed_without_the_prompt_in_the_text_s_rows():
+    """The vision tower is called by itself too, and has no prompt to be left out."""
+    model, image = make_llava(), torch.randn(1, 3, 8, 8)
+    want = model.model.vision_tower(image)[0]
+    prompts.add_prompt(model, PromptTuning(L, 16), as_prefix=False)
+    assert torch.equal(model.model.vision_tower(image)[0], want)
+    with pytest.raises(RuntimeError, match="outside of a call of the model that has the prompt"):
+        model.model.language_model(tokens(1, 4))
 
 
 def test_two_models_in_one_say_which_to_pass():

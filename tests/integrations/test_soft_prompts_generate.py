@@ -121,7 +121,6 @@ def test_a_cache_of_the_users(name, as_prefix, position):
         assert_close(rest.logits, whole[:, 3:])
 
 
-@torch.no_grad()
 def test_a_cache_that_was_cut_into_the_prompt_is_refused():
     model, ids = make("llama"), tokens(2, S)
     add_prompt(model, make_prompt(model, tasks=1), as_prefix=False)
@@ -142,6 +141,7 @@ def test_a_cache_of_fixed_size_is_refused_with_the_prompt_in_the_rows():
         model.generate(tokens(2, S), max_new_tokens=2, cache_implementation="static")
 
 
+@torch.no_grad()
 def test_generate_goes_on_from_a_cache():
     """As a prefix; a cache whose rows have the prompt is refused, as generate counts its places."""
     model, ids = make("llama"), tokens(2, S)
