@@ -279,8 +279,11 @@ def test_compiled_code_meets_parallel_adapters():
     model, ids = make_model("Llama"), torch.tensor([[3, 1, 4, 1]])
     compiled = torch.compile(model, backend="eager")
     base = compiled(ids)[0]
-    insert_adapters(model, "parallel")
-    made_of_ones(adapters_of(model))
-    adapted = model(ids)[0]
-    assert (adapted - base).abs().max() > 1e-3
-    assert_close(compiled(ids)[0], adapted)
+    for _ in range(2):  # the second time the code of the first would be found
+        insert_adapters(model, "parallel")
+        made_of_ones(adapters_of(model))
+        adapted = model(ids)[0]
+        assert (adapted - base).abs().max() > 1e-3
+        assert_close(compiled(ids)[0], adapted)
+        remove_adapters(model)
+        assert_close(compiled(ids)[0], base)
