@@ -267,7 +267,7 @@ class MultiLoRALinear(nn.Linear):
     def _rows(self, pages: Sequence[int], r: int) -> Tensor:
         """The rows of the buffers that hold the r rank rows of an adapter in these pages."""
         rows = [page * PAGE + row for page in pages for row in range(PAGE)]
-        return torch.tensor(rows[:r], device=self.pages_a.device)
+        return torch.tensor(rows[:r], dtype=torch.int64, device=self.pages_a.device)
 
     @torch.inference_mode(False)
     def bind(self, slot: int, page: int, r: int, known: Bound | None = None) -> None:
