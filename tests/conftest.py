@@ -1,6 +1,7 @@
 """Settings every test shares; TRITON_INTERPRET must be set before anything imports Triton."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TRITON_INTERPRET"] = "1"
@@ -22,3 +23,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Dynamo skips frames that another test's error went through, and guards no hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

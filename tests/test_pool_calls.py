@@ -272,7 +272,6 @@ def test_the_buffer_of_graphs_is_filled_for_whoever_reads_it(served, sorting):
 @pytest.mark.parametrize("sorts", [False, True])
 def test_compiled_code_reads_the_route_of_its_task(served, sorts, monkeypatch):
     monkeypatch.setattr(_router, "_reads_sorted", lambda device: sorts)
-    torch._dynamo.reset()  # what another test's error left behind
     model, pool, alone = served
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), alone[None])

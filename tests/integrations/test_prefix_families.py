@@ -138,7 +138,6 @@ def test_a_trained_relative_position_bias_keeps_its_gradient():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled(name):
-    torch._dynamo.reset()
     model, ids = make(name), tokens(2, 6)
     add_prefix(model, prefix_for(model, L, std=1.0))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])

@@ -93,7 +93,6 @@ def trained(model):
 @pytest.mark.parametrize("wrapper", FOUND_INSIDE)
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_model_is_found_inside(kind, wrapper):
-    torch._dynamo.reset()
     add, row_ids, remove = KINDS[kind]
     model, inputs = make("llama"), inputs_of("llama")
     wrapped = FOUND_INSIDE[wrapper](copy.deepcopy(model))
@@ -138,7 +137,6 @@ BY_POSITION = {
 @pytest.mark.parametrize("wrapper", BY_POSITION)
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
-    torch._dynamo.reset()
     add, row_ids, remove = KINDS[kind]
     model, ids = make("llama"), tokens(2, 5)
     wrapped = BY_POSITION[wrapper](copy.deepcopy(model))
@@ -158,7 +156,6 @@ def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_compiled_in_place_leaves_nothing(kind, when):
     """`module.compile()` has torch call another method of the module than it does without."""
-    torch._dynamo.reset()
     add, row_ids, remove = KINDS[kind]
     model, inputs = make("llama"), inputs_of("llama")
     bare = hidden(model(**inputs))

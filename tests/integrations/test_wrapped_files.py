@@ -37,12 +37,6 @@ def process_group(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def recompiled():
-    """Code compiled for a module serves others of its class, whose hooks torch doesn't look at."""
-    torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
 def strict():
     """PEFT warns of keys that are missing from the file, and goes on with zeros."""
     with warnings.catch_warnings():
