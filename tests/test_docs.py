@@ -1,11 +1,31 @@
-"""The pages of docs/: what they say is held by tests that exist."""
+"""README and the pages of docs/: what they say is held by tests, records and code that exist."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import pytest
+
+import peft_kernels
+from peft_kernels import cli
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "python" / "tools"))
+
+import _results  # noqa: E402  it lies beside the tools, which are scripts and no package
+import headline  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+names_of_pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+# ---- what happens when -------------------------------------------------------------------------
 
 
 def names_of_tests() -> set[str]:
@@ -21,3 +41,95 @@ def test_every_line_of_what_happens_when_names_a_test_that_exists():
     named = [re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1]) for row in rows]
     assert all(named)
     assert {name for names in named for name in names} <= names_of_tests()
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_headline_is_what_the_records_say():
+    assert headline.with_table(README) == README, "run python python/tools/headline.py"
+    assert headline.CHART.read_text() == headline.chart(), "run python python/tools/headline.py"
+
+
+@pytest.mark.parametrize("op", _results.OPS)
+@pytest.mark.parametrize("machine", _results.MACHINES, ids=lambda machine: machine.name)
+def test_a_page_of_results_is_what_its_record_says(machine, op):
+    page = machine.record(op).with_suffix(".md").read_text()
+    tables, legend = _results.markdown(machine, op).split("\nA ratio is")
+    assert page.startswith(tables) and legend
+
+
+CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`|^(?: {4}|\t).*$|<[^>]*>", re.MULTILINE | re.DOTALL)
+MEASURED = re.compile(
+    r"(?<![\w.])\d+\.\d+(?:\.\d+)*(?![\w.])|\b\d+ ?(?:ms|µs|ns|kB|MB|GB|GFLOP|TFLOP|%|×)"  # noqa: RUF001
+)
+
+
+def versions() -> set[str]:
+    """The versions that are pinned anywhere, whole and by their first two numbers."""
+    files = [*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml"]
+    text = "\n".join(path.read_text() for path in files)
+    whole = set(re.findall(r"[=>]=(\d+(?:\.\d+)+)", text)) | {"3.11", "2.0"}  # Apache's, at last
+    return whole | {".".join(version.split(".")[:2]) for version in whole}
+
+
+@names_of_pages
+def test_no_measured_figure_is_typed(page):
+    """Ratios, times and sizes stand in what is generated from records, and nowhere else."""
+    text = page.read_text()
+    if headline.BEGIN in text:
+        before, rest = text.split(headline.BEGIN)
+        text = before + rest.split(headline.END)[1]
+    found = MEASURED.findall(CODE.sub("", text))
+    assert not set(found) - versions()
+
+
+@pytest.mark.parametrize("text", ["takes 0.58 of the time", "| 0.49 |", "216 MB", "1.4 times"])
+def test_a_typed_figure_is_found(text):
+    assert MEASURED.search(CODE.sub("", text)) and not MEASURED.search(CODE.sub("", f"`{text}`"))
+
+
+# ---- commands, links and names -----------------------------------------------------------------
+
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@names_of_pages
+def test_the_commands_of_a_page_are_those_that_there_are(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lines = "\n".join(SHELL.findall(page.read_text())).splitlines()
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if words[:1] == ["peft-kernels"]:
+            cli._parser().parse_args(words[1:])
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= targets
+
+
+@names_of_pages
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = CODE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        made = re.fullmatch(r"(\w+)\.md", target) and target[:-3] in _results.OPS
+        assert target.startswith("https://") or made or (page.parent / target).exists(), target
+
+
+def documented() -> set[str]:
+    pages = (ROOT / "docs/reference").glob("*.md")
+    return {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)}
+
+
+def resolved(name: str) -> object:
+    """The object of a full name."""
+    owner, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(owner), last)
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    shown = {id(resolved(name)) for name in documented()}
+    for module in (peft_kernels, peft_kernels.nn, peft_kernels.ops):
+        public = [getattr(module, name) for name in module.__all__]
+        assert all(id(thing) in shown for thing in public if not inspect.ismodule(thing))

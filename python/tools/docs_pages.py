@@ -1,0 +1,127 @@
+"""The pages of the site that are made when it is built: a hook of MkDocs.
+
+A page for each op's benchmarks, with its charts, from the records under benchmarks/results; and in
+other pages what stands at a line ``<!-- generated: NAME -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import _results
+import headline
+import traffic
+
+from peft_kernels import cli
+from peft_kernels.tools import bench
+from peft_kernels.tools.bench_chart import save_chart
+from peft_kernels.tools.report import PEERS
+
+MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+
+
+def on_files(files: Files, *, config) -> Files:
+    """Adds the benchmarks' pages and charts."""
+    for op in _results.OPS:
+        _add(files, config, f"benchmarks/{op}.md", benchmark(op))
+        for machine in _results.MACHINES:
+            _add(files, config, f"benchmarks/{_chart_name(op, machine)}", chart(op, machine))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page, config, files) -> str:
+    """Puts what is generated in the place of its marker; an unknown name is an error."""
+    return MARKER.sub(lambda found: GENERATED[found[1]](), markdown)
+
+
+def _add(files: Files, config, name: str, content: str | bytes) -> None:
+    files.append(File.generated(config, name, content=content))
+
+
+# ---- benchmarks ------------------------------------------------------------------------------
+
+
+def benchmark(op: str) -> str:
+    about = re.sub(r"^What \w+ is", "What it is", bench.find_suite(op).__doc__ or "")
+    parts = [f"# {op}", about]
+    for machine in _results.MACHINES:
+        reached, stated = _results.floors(machine, op)
+        parts += [
+            f"## {machine.name}",
+            machine.note,
+            f"Floors reached: {reached} of {stated}.",
+            f"![ratios on {machine.name}]({_chart_name(op, machine)})",
+            _results.markdown(machine, op),
+        ]
+    return "\n\n".join(parts)
+
+
+def _chart_name(op: str, machine: _results.Machine) -> str:
+    return f"{op}-{machine.name.lower().replace(' ', '-')}.svg"
+
+
+def chart(op: str, machine: _results.Machine) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "chart.svg"
+        save_chart(path, bench.find_suite(op), list(bench.grouped(machine.rows(op))))
+        return path.read_bytes()
+
+
+def _floors() -> str:
+    machines = _results.MACHINES
+    lines = [f"| op | {' | '.join(machine.name for machine in machines)} |"]
+    lines.append("| --- |" + " ---: |" * len(machines))
+    for op in _results.OPS:
+        found = [_results.floors(machine, op) for machine in machines]
+        cells = [f"{reached} of {stated}" for reached, stated in found]
+        lines.append(f"| [{op}]({op}.md) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _machines() -> str:
+    return "\n".join(f"- **{machine.name}**: {machine.note}" for machine in _results.MACHINES)
+
+
+def _traffic() -> str:
+    """Whole passes over activations beyond the bare layer's: our plans, and the peers."""
+    passes: dict[str, dict[str, float]] = {}
+    for row in json.loads(traffic.RECORD.read_text()):
+        if row["op"] == "lora_linear":
+            passes.setdefault(f"plan `{row['plan']}`", {})[row["direction"]] = row["extra_passes"]
+    passes |= {name: {"fwd": found[0], "bwd": found[1]} for name, found in PEERS.items()}
+    lines = ["| | forward | backward |", "| --- | ---: | ---: |"]
+    for name, found in passes.items():
+        cells = [f"{found[way]:g}" if way in found else "-" for way in ("fwd", "bwd")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---- commands --------------------------------------------------------------------------------
+
+
+def _commands() -> str:
+    """What ``--help`` prints, for the command and each of its own."""
+    parser = cli._parser()
+    parsers = {"": parser} | parser._subparsers._group_actions[0].choices
+    return "\n\n".join(
+        f"## peft-kernels {name}\n\n```text\n{one.format_help()}```"
+        for name, one in parsers.items()
+    )
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "headline": headline.table,
+    "floors": _floors,
+    "machines": _machines,
+    "traffic": _traffic,
+    "commands": _commands,
+}
