@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -41,6 +40,13 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _whole(tensor: Tensor) -> Tensor:
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return (gather() if gather else tensor).to("cpu", copy=True).contiguous()
+
+
+def safetensors_of(tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a safetensors file that holds ``tensors`` as :func:`whole` leaves them."""
+    from safetensors.torch import save  # here: importing the package doesn't need it
+
+    return save(whole(tensors), metadata={"format": "pt"})
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -79,9 +85,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a pickled one that holds a dict of them."""
+    from safetensors.torch import load_file  # here: importing the package doesn't need it
+
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} must be a file of tensors; {error}") from error

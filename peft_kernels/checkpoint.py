@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from peft_kernels._beside_peft import check_without_peft
@@ -28,7 +27,7 @@ from peft_kernels._folder import (
     path_of,
     read_config,
     read_tensors,
-    whole,
+    safetensors_of,
     write_files,
 )
 from peft_kernels._in_place import check_in_place
@@ -223,7 +222,7 @@ def write_adapter(
         config["modules_to_save"] = list(names)
     tensors = _tensors_of(layers) | {KEY_PREFIX + key: t for key, t in (modules or {}).items()}
     contents = {
-        WEIGHTS_FILE: safetensors.torch.save(whole(tensors), metadata={"format": "pt"}),
+        WEIGHTS_FILE: safetensors_of(tensors),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     write_files(Path(folder), contents)

@@ -26,11 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._folder import path_of, tensors_in, whole, write_files
+from peft_kernels._folder import path_of, safetensors_of, tensors_in, whole, write_files
 from peft_kernels._modules_to_save import warn_of_left_out
 from peft_kernels._names import check_late_parameters, unwrapped
 from peft_kernels.integrations._adapters_config import (
@@ -226,13 +225,12 @@ def _write(
     tensors: Mapping[str, Tensor],
     as_safetensors: bool | None,
 ) -> None:
-    tensors = whole(tensors)
     contents = {files[0]: json.dumps(header, indent=2, sort_keys=True).encode()}
     if as_safetensors is not False:
-        contents[files[1]] = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        contents[files[1]] = safetensors_of(tensors)
     if not as_safetensors:
         buffer = io.BytesIO()
-        torch.save(tensors, buffer)
+        torch.save(whole(tensors), buffer)
         contents[files[2]] = buffer.getvalue()
     write_files(folder, contents)
     for stale in files[1:]:

@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ from peft_kernels._folder import (
     path_of,
     read_config,
     read_tensors,
-    whole,
+    safetensors_of,
     write_files,
 )
 from peft_kernels._modules_to_save import HEADS, warn_of_left_out
@@ -135,7 +134,7 @@ def save_prompt(
         given["base_model_name_or_path"] = base_model_name_or_path
     config = written_config(kind, host_fields(model), fields, given)
     contents = {
-        WEIGHTS_FILE: safetensors.torch.save(whole(tensors), metadata={"format": "pt"}),
+        WEIGHTS_FILE: safetensors_of(tensors),
         CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
     write_files(path, contents)
