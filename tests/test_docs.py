@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import peft_kernels
-from peft_kernels import cli
+from peft_kernels import _library, cli
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "python" / "tools"))
 
 import _results  # noqa: E402  it lies beside the tools, which are scripts and no package
 import headline  # noqa: E402
+import traffic  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,6 +64,12 @@ def test_a_page_of_results_is_what_its_record_says(machine, op):
     page = machine.record(op).with_suffix(".md").read_text()
     tables, legend = _results.markdown(machine, op).split("\nA ratio is")
     assert page.startswith(tables) and legend
+
+
+@pytest.mark.long
+def test_the_counted_traffic_is_what_the_record_says():
+    """Of GPU kernels; the page about evidence has its table from there."""
+    assert json.loads(traffic.RECORD.read_text()) == traffic.counted()
 
 
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`|^(?: {4}|\t).*$|<[^>]*>", re.MULTILINE | re.DOTALL)
@@ -117,9 +126,17 @@ def test_the_links_of_a_page_lead_somewhere(page):
         assert target.startswith("https://") or made or (page.parent / target).exists(), target
 
 
+DIRECTIVE = re.compile(r"^::: (\S+)\n((?: +.*\n)*)", re.MULTILINE)
+
+
 def documented() -> set[str]:
-    pages = (ROOT / "docs/reference").glob("*.md")
-    return {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)}
+    """The full names that the reference shows; of a module with members these alone."""
+    names = set()
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        for name, options in DIRECTIVE.findall(page.read_text()):
+            members = re.findall(r"- (\S+)", options)
+            names |= {f"{name}.{member}" for member in members} or {name}
+    return names
 
 
 def resolved(name: str) -> object:
@@ -133,3 +150,34 @@ def test_every_public_name_has_a_place_in_the_reference():
     for module in (peft_kernels, peft_kernels.nn, peft_kernels.ops):
         public = [getattr(module, name) for name in module.__all__]
         assert all(id(thing) in shown for thing in public if not inspect.ismodule(thing))
+
+
+# ---- support matrix ----------------------------------------------------------------------------
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the support matrix' table under a heading."""
+    section = (ROOT / "docs/support.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    table = section.strip().split("\n\n")[0]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_support_matrix_says_what_is_registered():
+    rows = {cells[0].strip("`"): cells[1:] for cells in rows_of("Ops by hardware")}
+    assert set(rows) == set(_library.OPS)
+    for op, (x86, _, nvidia, amd) in rows.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert ("C++" in x86) == (peft_kernels.backend_of(op, "cpu", dtype) == "cpu")
+        with peft_kernels.backend("triton"):
+            has_triton = peft_kernels.backend_of(op, "cuda", torch.float32) == "triton"
+        assert has_triton == ("Triton" in nvidia) == ("Triton" in amd)
+        assert (ROOT / f"csrc/cuda/{op}.cu").exists() == ("CUDA" in nvidia)
+
+
+def test_the_support_matrix_has_the_pinned_versions():
+    tested = {cells[0].strip("`").lower(): cells[1] for cells in rows_of("Versions")}
+    for file in ("requirements-dev.txt", "requirements-latest.txt"):
+        pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / file).read_text(), re.MULTILINE))
+        for package in tested.keys() & pins.keys():
+            assert pins[package] in tested[package]
+        assert {"torch", "triton", "transformers", "peft"} <= tested.keys() & pins.keys()

@@ -1,7 +1,7 @@
-"""The docstrings' roles as links of the site: an extension of Griffe, which reads them.
+"""The docstrings as the site shows them: an extension of Griffe, which reads them.
 
 ``:func:`add_prefix` `` becomes a link where a page under docs/reference shows that name, and code
-where none does.
+where none does. The tensors of a module, which its class lists as ``Parameters``, are attributes.
 """
 
 from __future__ import annotations
@@ -15,27 +15,42 @@ from griffe import Extension, Object
 
 PAGES = Path(__file__).parents[2] / "docs" / "reference"
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`~?\.?([^`]+)`")
+SHOWN = re.compile(r"^::: (\S+)(?:\n +options:\n +members:\n((?: +- \S+\n)+))?", re.MULTILINE)
 
 
 @functools.cache
-def shown() -> frozenset[str]:
-    """The full names that the reference pages show."""
-    texts = (page.read_text() for page in PAGES.glob("*.md"))
-    return frozenset(name for text in texts for name in re.findall(r"^::: (\S+)", text, re.M))
+def shown() -> dict[str, str]:
+    """What the reference pages show: the full names of the site, by those that a reader knows.
+
+    Where a page shows members of a module, such as ``ops.adapter.adapter``, the package that is
+    around the module has them too.
+    """
+    names: dict[str, str] = {}
+    for page in PAGES.glob("*.md"):
+        for name, members in SHOWN.findall(page.read_text()):
+            package = name.rpartition(".")[0]
+            found = re.findall(r"- (\S+)", members)
+            names |= {f"{package}.{member}": f"{name}.{member}" for member in found}
+            names |= {} if found else {name: name}
+    return names
 
 
 def as_link(name: str) -> str:
     """A link to what ``name`` says, where it is known which that is."""
-    found = [full for full in shown() if full == name or full.endswith("." + name)]
-    owner = name.rpartition(".")[0]
-    if owner in shown() and not found:
-        found = [name]
+    found = [full for known, full in shown().items() if f".{known}".endswith(f".{name}")]
+    owner, _, member = name.rpartition(".")
+    if not found and owner in shown():
+        found = [f"{shown()[owner]}.{member}"]
     return f"[`{name}`][{found[0]}]" if len(found) == 1 else f"`{name}`"
 
 
-class Roles(Extension):
+class Docstrings(Extension):
     """Rewrites each docstring before it is parsed."""
 
     def on_object(self, *, obj: Object, loader: Any, **kwargs: Any) -> None:
-        if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(lambda role: as_link(role[1]), obj.docstring.value)
+        if obj.docstring is None:
+            return
+        text = ROLE.sub(lambda role: as_link(role[1]), obj.docstring.value)
+        if obj.is_class:
+            text = re.sub(r"^Parameters:$", "Attributes:", text, flags=re.MULTILINE)
+        obj.docstring.value = text
