@@ -8,9 +8,9 @@ export PATH := $(BIN):$(PATH)
 
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-# What touches a host library. Learning takes long, and isn't another thing with another host.
-HOST_TESTS := tests/integrations tests/test_swap.py tests/test_checkpoint.py tests/test_nn_lora.py \
-  tests/test_merging.py tests/test_replaced.py tests/test_bases.py \
+# The rooms that touch a host library. Learning takes long, and isn't another thing with another host.
+HOST_TESTS := tests/integrations tests/formats tests/models tests/modules tests/nn/test_nn_lora.py \
+  tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_prompts_beside.py \
   --ignore tests/integrations/test_soft_prompts_learn.py
 
 .PHONY: demo test test-all test-latest lint docs bench clean

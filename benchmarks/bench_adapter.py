@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from _timing import of_suite, time_one
 
-from peft_kernels.tools.suites import adapter as suite
+from peft_kernels.tools.bench.suites import adapter as suite
 
 
 @of_suite(suite)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from _timing import of_suite, time_one
 
-from peft_kernels.tools.suites import prefix_attention as suite
+from peft_kernels.tools.bench.suites import prefix_attention as suite
 
 
 @of_suite(suite)

@@ -2,10 +2,11 @@
 
 from peft_kernels import nn, ops
 from peft_kernels._library import backend, backend_of, load_native
-from peft_kernels.checkpoint import load_adapter, save_adapter
-from peft_kernels.merging import disabled, merge, print_trainable_parameters, unload, unmerge
+from peft_kernels._moved import keep_old_paths
+from peft_kernels.formats.peft_lora import load_adapter, save_adapter
+from peft_kernels.models.merging import disabled, merge, print_trainable_parameters, unload, unmerge
+from peft_kernels.models.swap import swap_linear
 from peft_kernels.pool import AdapterPool
-from peft_kernels.swap import swap_linear
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,3 +26,4 @@ __all__ = [
 ]
 
 load_native()
+keep_old_paths()

@@ -45,7 +45,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int:
-    from peft_kernels.tools.bench import Request, bench, to_document
+    from peft_kernels.tools.bench.run import Request, bench, to_document
 
     if args.all and (args.shapes or args.dtype or args.backward):
         raise UserError("--all measures every case; it takes no --shapes, --dtype or --backward")
@@ -71,7 +71,7 @@ def _bench(args: argparse.Namespace, console: Console) -> int:
 def _report(args: argparse.Namespace, console: Console) -> int:
     if not HAS_TRITON:
         raise UserError("report compiles Triton kernels, and triton is not installed")
-    from peft_kernels.tools.report import find, print_tables
+    from peft_kernels.tools.report.run import find, print_tables
 
     found = find(console)
     if args.json:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_size
+from peft_kernels.modules.checks import check_size
 
 MOST_COMMON = 5000  # Lester et al. 2021, section 3.2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft_kernels.nn._replaced import fault_of_hooks
+from peft_kernels.modules.replaced import fault_of_hooks
 
 
 def check_read(owner: nn.Module, *names: str) -> None:

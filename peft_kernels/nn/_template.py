@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice
+from peft_kernels.modules.checks import check_choice
 
 MODELS = ("masked", "causal")
 SIDES = ("left", "right")

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice, check_share
+from peft_kernels.modules.checks import check_choice, check_share
+from peft_kernels.modules.replaced import check_all_stored, has_hooks
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule, can_keep
 from peft_kernels.nn._read import check_read
-from peft_kernels.nn._replaced import check_all_stored, has_hooks
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 

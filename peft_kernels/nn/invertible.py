@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.modules.checks import check_choice, check_size
+from peft_kernels.modules.replaced import check_all_stored
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._read import check_read
-from peft_kernels.nn._replaced import check_all_stored
 from peft_kernels.nn.bottleneck import INITS, init_bottleneck_, reduced
 from peft_kernels.ops._activations import activation_name
 from peft_kernels.ops.adapter import adapter

@@ -13,18 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._bases import (
-    HALF_DTYPES,
-    check_base,
-    check_memory,
-    is_conv1d,
-    is_sharded,
-)
-from peft_kernels.nn._checks import check_share
+from peft_kernels.calls.off import is_off
+from peft_kernels.modules.bases import HALF_DTYPES, check_base, check_memory, is_conv1d, is_sharded
+from peft_kernels.modules.checks import check_share
+from peft_kernels.modules.replaced import Origin, check_stored, take_over
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
-from peft_kernels.nn._off import is_off
-from peft_kernels.nn._replaced import Origin, check_stored, take_over
 from peft_kernels.ops.lora_linear import lora_linear
 
 INITS = ("kaiming_uniform", "gaussian")

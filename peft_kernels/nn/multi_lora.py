@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._router import Router, unrouted, unrouted_routing
-from peft_kernels._rows import Place
-from peft_kernels.nn._bases import check_base, is_conv1d
-from peft_kernels.nn._off import is_off
-from peft_kernels.nn._replaced import Origin, take_over
+from peft_kernels.calls.off import is_off
+from peft_kernels.calls.router import Router, unrouted, unrouted_routing
+from peft_kernels.calls.rows import Place
+from peft_kernels.modules.bases import check_base, is_conv1d
+from peft_kernels.modules.replaced import Origin, take_over
 from peft_kernels.nn.lora import adapter_dtype_for, check_weight
 from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
 

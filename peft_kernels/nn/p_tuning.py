@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice, check_kind, check_share, check_size
+from peft_kernels.modules.checks import check_choice, check_kind, check_share, check_size
+from peft_kernels.modules.replaced import check_all_stored, check_stored
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prompt_init import Embedding, embed
-from peft_kernels.nn._replaced import check_all_stored, check_stored
 from peft_kernels.nn._template import Template, TemplateBatch, Verbalizer
 from peft_kernels.ops.prompt_lookup import PromptedInputs, prompt_lookup
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.nn._bases import check_memory
-from peft_kernels.nn._checks import check_choice, check_share, check_size
+from peft_kernels.modules.bases import check_memory
+from peft_kernels.modules.checks import check_choice, check_share, check_size
+from peft_kernels.modules.replaced import check_all_stored
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._kept import KeepingModule
 from peft_kernels.nn._prefix_parts import FlatPrefix, MLPPrefix, Pair, Shape
-from peft_kernels.nn._replaced import check_all_stored
 
 SITES = ("self", "encoder", "cross")
 REPARAMETRIZATIONS = ("flat", "mlp")

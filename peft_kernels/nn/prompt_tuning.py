@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.nn._checks import check_choice, check_size
+from peft_kernels.modules.checks import check_choice, check_size
+from peft_kernels.modules.replaced import check_all_stored
 from peft_kernels.nn._drawn import Drawn
-from peft_kernels.nn._replaced import check_all_stored
 from peft_kernels.ops.prompt_lookup import POSITIONS, PromptedInputs, prompt_lookup
 
 INITS = ("uniform", "normal")

@@ -210,14 +210,14 @@ _library.define(
     FWD_SCHEMA,
     reference=adapter_fwd_ref,
     fake=_fwd_fake,
-    triton="peft_kernels.triton.adapter:adapter_fwd",
+    triton="peft_kernels.triton.adapter.launch:adapter_fwd",
 )
 _library.define(
     "adapter_bwd",
     BWD_SCHEMA,
     reference=adapter_bwd_ref,
     fake=_bwd_fake,
-    triton="peft_kernels.triton.adapter:adapter_bwd",
+    triton="peft_kernels.triton.adapter.launch:adapter_bwd",
 )
 
 

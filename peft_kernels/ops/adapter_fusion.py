@@ -161,14 +161,14 @@ _library.define(
     FWD_SCHEMA,
     reference=adapter_fusion_fwd_ref,
     fake=_fwd_fake,
-    triton="peft_kernels.triton.adapter_fusion:adapter_fusion_fwd",
+    triton="peft_kernels.triton.adapter_fusion.launch:adapter_fusion_fwd",
 )
 _library.define(
     "adapter_fusion_bwd",
     BWD_SCHEMA,
     reference=adapter_fusion_bwd_ref,
     fake=_bwd_fake,
-    triton="peft_kernels.triton.adapter_fusion:adapter_fusion_bwd",
+    triton="peft_kernels.triton.adapter_fusion.launch:adapter_fusion_bwd",
 )
 
 

@@ -113,14 +113,14 @@ _library.define(
     FWD_SCHEMA,
     reference=lora_linear_fwd_ref,
     fake=_fwd_fake,
-    triton="peft_kernels.triton.lora_linear:lora_linear_fwd",
+    triton="peft_kernels.triton.lora_linear.launch:lora_linear_fwd",
 )
 _library.define(
     "lora_linear_bwd",
     BWD_SCHEMA,
     reference=lora_linear_bwd_ref,
     fake=_bwd_fake,
-    triton="peft_kernels.triton.lora_linear:lora_linear_bwd",
+    triton="peft_kernels.triton.lora_linear.launch:lora_linear_bwd",
 )
 
 

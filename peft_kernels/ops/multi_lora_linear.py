@@ -242,7 +242,7 @@ for _name, _schema, _reference, _fake in (
         _schema,
         reference=_reference,
         fake=_fake,
-        triton=f"peft_kernels.triton.multi_lora_linear:multi_lora_linear_{_name}",
+        triton=f"peft_kernels.triton.multi_lora_linear.launch:multi_lora_linear_{_name}",
     )
 
 

@@ -259,14 +259,14 @@ _library.define(
     FWD_SCHEMA,
     reference=prefix_attention_fwd_ref,
     fake=_fwd_fake,
-    triton="peft_kernels.triton.prefix_attention:prefix_attention_fwd",
+    triton="peft_kernels.triton.prefix_attention.launch:prefix_attention_fwd",
 )
 _library.define(
     "prefix_attention_bwd",
     BWD_SCHEMA,
     reference=prefix_attention_bwd_ref,
     fake=_bwd_fake,
-    triton="peft_kernels.triton.prefix_attention:prefix_attention_bwd",
+    triton="peft_kernels.triton.prefix_attention.launch:prefix_attention_bwd",
 )
 
 

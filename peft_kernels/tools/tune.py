@@ -1,7 +1,8 @@
 """``peft-kernels tune``: measures `lora_linear`'s plans on the present GPU and caches the best.
 
-The plans are in ``peft_kernels/triton/_plans.py``. Every measured bucket of (direction, dtypes, m,
-n, k, r, dropout) goes into the tune cache, which later processes on this kind of GPU read.
+The plans are in ``peft_kernels/triton/lora_linear/plans.py``. Every measured bucket of
+(direction, dtypes, m, n, k, r, dropout) goes into the tune cache, which later processes on this
+kind of GPU read.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from triton.runtime.errors import OutOfResources
 from peft_kernels.tools import UserError
 from peft_kernels.tools.outputs import check_file
 from peft_kernels.tools.printing import show
-from peft_kernels.triton import _plans
-from peft_kernels.triton import lora_linear as launchers
+from peft_kernels.triton.common import chips
+from peft_kernels.triton.lora_linear import launch as launchers
+from peft_kernels.triton.lora_linear import plans
 
 # (m, n, k, r): decoding, a short and a long batch, on the layer shapes of 1B to 70B models
 SHAPES = tuple(
@@ -45,7 +47,7 @@ class NoGPUError(UserError, RuntimeError):
 class Measurement:
     """Milliseconds of every plan that can serve a problem; ``best`` is the least."""
 
-    problem: _plans.Problem
+    problem: plans.Problem
     milliseconds: dict[str, float]
     best: str
 
@@ -76,7 +78,7 @@ def tune(
     if timer is None:
         timer, device = _gpu_timer, device or _require_gpu()
     device = torch.device(device or "cpu")
-    check_file("the tune cache (PEFT_KERNELS_CACHE)", _plans.cache_file())
+    check_file("the tune cache (PEFT_KERNELS_CACHE)", plans.cache_file())
     measurements = [
         measurement
         for dtype, adapter_dtype in dtypes
@@ -84,7 +86,7 @@ def tune(
         for measurement in _measure(shape, dtype, adapter_dtype, dropout_p, device, timer)
     ]
     measured = {m.problem.bucket(): m.best for m in measurements}
-    path = _plans.save_cache({_plans.device_key(device): measured})
+    path = plans.save_cache({plans.device_key(device): measured})
     console = console or Console()
     show(console, _table(measurements, device))
     console.print(f"{len(measured)} buckets written to {path}", soft_wrap=True)
@@ -122,20 +124,20 @@ def _measure(
     calls = _calls(shape, dtype, adapter_dtype, dropout_p, device)
     found = []
     for direction, call in calls.items():
-        problem = _plans.Problem(direction, dtype, adapter_dtype, m, n, k, r, dropout_p > 0)
+        problem = plans.Problem(direction, dtype, adapter_dtype, m, n, k, r, dropout_p > 0)
         times = _time_plans(_candidates(problem, device), call, timer)
         found.append(Measurement(problem, times, min(times, key=times.__getitem__)))
     return found
 
 
-def _candidates(problem: _plans.Problem, device: torch.device) -> list[str]:
+def _candidates(problem: plans.Problem, device: torch.device) -> list[str]:
     """The plans that can serve the problem: a forced plan that can't is replaced by another."""
-    plans = []
-    for plan in _plans.PLANS:
-        with _plans.force(plan):
-            if _plans.choose(device, problem) == plan:
-                plans.append(plan)
-    return plans
+    able = []
+    for plan in plans.PLANS:
+        with plans.force(plan):
+            if plans.choose(device, problem) == plan:
+                able.append(plan)
+    return able
 
 
 def _calls(
@@ -166,13 +168,13 @@ def _calls(
     return {"fwd": forward, "bwd": backward}
 
 
-def _time_plans(plans: list[str], call: Callable[[], object], timer: Timer) -> dict[str, float]:
+def _time_plans(names: list[str], call: Callable[[], object], timer: Timer) -> dict[str, float]:
     """The median of ROUNDS rounds; the plans take turns, so that a drift of the clock hits all."""
-    times: dict[str, list[float]] = {plan: [] for plan in plans}
+    times: dict[str, list[float]] = {plan: [] for plan in names}
     for _ in range(ROUNDS):
         for plan in list(times):
             try:
-                with _plans.force(plan):
+                with plans.force(plan):
                     times[plan].append(timer(call))
             except OutOfResources:
                 # A GPU smaller than the tiles: "library" takes the GEMM, and the least of them.
@@ -189,12 +191,12 @@ def to_document(measurements: Iterable[Measurement]) -> dict[str, Any]:
         {"bucket": m.problem.bucket(), "milliseconds": m.milliseconds, "best": m.best}
         for m in measurements
     ]
-    return {"cache": str(_plans.cache_file()), "measurements": rows}
+    return {"cache": str(plans.cache_file()), "measurements": rows}
 
 
 def cached() -> dict[str, Any]:
     """The tune cache: its file, and the plan of each bucket by device and versions."""
-    return {"cache": str(_plans.cache_file()), "plans": _plans.load_cache()}
+    return {"cache": str(plans.cache_file()), "plans": plans.load_cache()}
 
 
 def print_cached(console: Console, found: dict[str, Any]) -> None:
@@ -210,9 +212,9 @@ def print_cached(console: Console, found: dict[str, Any]) -> None:
 
 
 def _table(measurements: list[Measurement], device: torch.device) -> Table:
-    table = Table(title=f"milliseconds on {_plans.device_key(device)}")
+    table = Table(title=f"milliseconds on {plans.device_key(device)}")
     table.add_column("bucket")
-    for plan in _plans.PLANS:
+    for plan in plans.PLANS:
         table.add_column(plan, justify="right")
     table.add_column("best")
     table.add_column("default")
@@ -220,8 +222,8 @@ def _table(measurements: list[Measurement], device: torch.device) -> Table:
         times = measurement.milliseconds
         table.add_row(
             measurement.problem.bucket(),
-            *(f"{times[plan]:.4f}" if plan in times else "" for plan in _plans.PLANS),
+            *(f"{times[plan]:.4f}" if plan in times else "" for plan in plans.PLANS),
             measurement.best,
-            _plans.default_plan(_plans.arch_name(device), measurement.problem),
+            plans.default_plan(chips.arch_name(device), measurement.problem),
         )
     return table

@@ -21,17 +21,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as ALL_MASKS
 from transformers.models.auto import modeling_auto
 
-from peft_kernels.integrations.prefix import (
+from peft_kernels.integrations.transformers.adapters import adapters_of, insert_adapters
+from peft_kernels.integrations.transformers.prefix import (
     add_prefix,
     attention_places,
     prefix_for,
     remove_prefix,
     text_values,
 )
-from peft_kernels.integrations.soft_prompts import add_prompt
-from peft_kernels.integrations.transformers import adapters_of, insert_adapters
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt
+from peft_kernels.models.swap import swap_linear
 from peft_kernels.nn import LoRALinear, PromptTuning
-from peft_kernels.swap import swap_linear
 
 METHODS = ("LoRA", "adapters", "prefix", "prompt")
 L, S = 3, 5

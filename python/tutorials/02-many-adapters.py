@@ -49,7 +49,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from peft_kernels import AdapterPool
-from peft_kernels.tools.measure import Timing, synchronize
+from peft_kernels.tools.bench.measure import Timing, synchronize
 
 R, ALPHA = 8, 16
 ROWS = 8  # of each task, both in a batch to train on and in the one to compare

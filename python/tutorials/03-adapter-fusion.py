@@ -48,9 +48,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import peft_kernels
-from peft_kernels.integrations.transformers import adapters_of, fuse_adapters, insert_adapters
+from peft_kernels.integrations.transformers.adapters import (
+    adapters_of,
+    fuse_adapters,
+    insert_adapters,
+)
 from peft_kernels.nn import AdapterFusion
-from peft_kernels.tools.measure import Budget, Timing, interleaved
+from peft_kernels.tools.bench.measure import Budget, Timing, interleaved
 
 SOURCES, TARGET = ("method", "verb", "returns"), "special"
 REDUCTION = 16  # of 384 features, to 24

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import peft_kernels
-from peft_kernels.tools.measure import saved_bytes, synchronize
+from peft_kernels.tools.bench.measure import saved_bytes, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Attention's query, key, value and output, and both feed-forward layers.

@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 
-from peft_kernels.tools.peak import peak, reset_peak
+from peft_kernels.tools.bench.peak import peak, reset_peak
 
 STEPS = 4
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import AdapterPool
 from peft_kernels.nn import LoRALinear
-from peft_kernels.tools.measure import Budget, Timing, interleaved
+from peft_kernels.tools.bench.measure import Budget, Timing, interleaved
 
 Tokens = Mapping[str, Tensor]
 

@@ -191,7 +191,7 @@ def test_under_sanitizers(tmp_path):
     run_elsewhere(__file__, "reference or vectors or not_there", **environment)
 
 
-OP_TESTS = Path(__file__).parents[1] / "test_prompt_lookup.py"
+OP_TESTS = Path(__file__).parents[1] / "ops" / "test_prompt_lookup.py"
 # The launcher refuses no values, and its library holds no other op and no builds to choose from.
 OF_THE_CPU = "not by_the_kernel and not every_build and not more_threads and not without_triton"
 

@@ -7,10 +7,10 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels import AdapterPool, disabled, load_adapter, save_adapter, swap_linear
-from peft_kernels.integrations import adapters
-from peft_kernels.integrations.peft_prompts import load_prompt, save_prompt
-from peft_kernels.integrations.prefix import add_prefix, prefix_for, prefix_ids
-from peft_kernels.integrations.soft_prompts import add_prompt, task_ids
+from peft_kernels.formats.adapter_hub import folder
+from peft_kernels.formats.peft_prompts.folder import load_prompt, save_prompt
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, prefix_ids
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, task_ids
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, PrefixTuning, PromptTuning, PTuning
 
 DROPOUTS = {
@@ -55,10 +55,10 @@ NONE = {
     "pool.save": (lambda: with_pool().save("x", None), "folder must be the path"),
     "save_prompt": (lambda: save_prompt(None, PromptTuning(3, 16)), "folder must be the path"),
     "load_prompt": (lambda: load_prompt(None), "folder must be the path"),
-    "save the adapter": (lambda: adapters.save_adapter(make_bert(), None, "x"), "folder must be"),
-    "load the adapter": (lambda: adapters.load_adapter(make_bert(), None), "folder must be the"),
-    "save the fusion": (lambda: adapters.save_fusion(make_bert(), None, ["x"]), "folder must be"),
-    "load the fusion": (lambda: adapters.load_fusion(make_bert(), None), "folder must be the path"),
+    "save the adapter": (lambda: folder.save_adapter(make_bert(), None, "x"), "folder must be"),
+    "load the adapter": (lambda: folder.load_adapter(make_bert(), None), "folder must be the"),
+    "save the fusion": (lambda: folder.save_fusion(make_bert(), None, ["x"]), "folder must be"),
+    "load the fusion": (lambda: folder.load_fusion(make_bert(), None), "folder must be the path"),
 }
 
 

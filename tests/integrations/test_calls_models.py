@@ -8,10 +8,10 @@ import pytest
 import torch
 from prefix_models import hidden, make, tokens
 
-from peft_kernels import _calls
-from peft_kernels.integrations.prefix import add_prefix, prefix_for, prefix_ids
-from peft_kernels.integrations.soft_prompts import add_prompt, task_ids
-from peft_kernels.integrations.transformers import adapters_of, insert_adapters
+from peft_kernels.calls import carried
+from peft_kernels.integrations.transformers.adapters import adapters_of, insert_adapters
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, prefix_ids
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, task_ids
 from peft_kernels.nn import PromptTuning
 
 IDS = tokens(2, 5)
@@ -71,7 +71,7 @@ def a_layer(model):
 
 
 def is_empty():
-    return not any(_calls.carried().values())
+    return not any(carried.carried().values())
 
 
 @each_method

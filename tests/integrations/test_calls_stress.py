@@ -11,9 +11,9 @@ from prefix_models import GREEDY, make, tokens
 from tiny_models import make_llama
 
 from peft_kernels import AdapterPool
-from peft_kernels.integrations.prefix import add_prefix, prefix_for, prefix_ids
-from peft_kernels.integrations.soft_prompts import add_prompt, task_ids
-from peft_kernels.integrations.transformers import adapters_of, insert_adapters
+from peft_kernels.integrations.transformers.adapters import adapters_of, insert_adapters
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, prefix_ids
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, task_ids
 from peft_kernels.nn import PromptTuning
 
 THREADS, TASKS = 4, 3

@@ -5,10 +5,14 @@ import torch
 from torch import nn
 
 from peft_kernels import AdapterPool, swap_linear
-from peft_kernels._input_grads import _Ask
-from peft_kernels.integrations.prefix import add_prefix, prefix_for
-from peft_kernels.integrations.soft_prompts import add_prompt
-from peft_kernels.integrations.transformers import adapters_of, fuse_adapters, insert_adapters
+from peft_kernels.integrations.transformers.adapters import (
+    adapters_of,
+    fuse_adapters,
+    insert_adapters,
+)
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt
+from peft_kernels.models.input_grads import _Ask
 from peft_kernels.nn import PromptTuning
 
 transformers = pytest.importorskip("transformers")

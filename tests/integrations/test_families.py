@@ -13,7 +13,7 @@ import _families  # noqa: E402  it lies beside the tools, which are scripts and 
 import families  # noqa: E402
 
 from peft_kernels import AdapterPool, swap_linear, unload  # noqa: E402  transformers first
-from peft_kernels.integrations.prefix import prefix_for  # noqa: E402
+from peft_kernels.integrations.transformers.prefix import prefix_for  # noqa: E402
 
 FOUR = transformers.__version__.startswith("4.57")
 

@@ -6,7 +6,7 @@ from tiny_models import make_bert, make_gpt2
 from torch import nn
 
 from peft_kernels import swap_linear
-from peft_kernels.integrations.peft_view import peft_view
+from peft_kernels.integrations.peft.view import peft_view
 
 peft = pytest.importorskip("peft")
 loraplus = pytest.importorskip("peft.optimizers")

@@ -8,7 +8,7 @@ from prefix_models import L, assert_close, make, tokens
 from torch import nn
 from transformers.masking_utils import sdpa_mask
 
-from peft_kernels.integrations._attention import (
+from peft_kernels.integrations.transformers.attention.prefixed import (
     Prefixes,
     attend,
     attention,
@@ -16,7 +16,7 @@ from peft_kernels.integrations._attention import (
     recording,
     using,
 )
-from peft_kernels.integrations.prefix import add_prefix, attention_places, prefix_for
+from peft_kernels.integrations.transformers.prefix import add_prefix, attention_places, prefix_for
 
 B, HQ, HKV, S, T, D = 3, 4, 2, 3, 5, 8
 

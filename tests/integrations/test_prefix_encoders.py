@@ -6,7 +6,7 @@ import pytest
 import torch
 from prefix_models import L, assert_close, hidden, tokens, transformers
 
-from peft_kernels.integrations.prefix import (
+from peft_kernels.integrations.transformers.prefix import (
     add_prefix,
     attention_places,
     init_from_text,

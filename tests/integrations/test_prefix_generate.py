@@ -15,7 +15,7 @@ from prefix_models import (
     with_prefix,
 )
 
-from peft_kernels.integrations.prefix import add_prefix, prefix_for, remove_prefix
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, remove_prefix
 
 # ---- generating ----------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from prefix_models import (
     with_prefix,
 )
 
-from peft_kernels.integrations.prefix import (
+from peft_kernels.integrations.transformers.prefix import (
     add_prefix,
     init_from_text,
     prefix_for,

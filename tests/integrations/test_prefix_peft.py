@@ -6,8 +6,8 @@ import pytest
 import torch
 from prefix_models import L, assert_close, gradients, hidden, inputs_of, make, tokens, transformers
 
-from peft_kernels.integrations.peft_prompts import load_prompt
-from peft_kernels.integrations.prefix import add_prefix, prefix_for
+from peft_kernels.formats.peft_prompts.folder import load_prompt
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for
 
 peft = pytest.importorskip("peft")
 NAMES = ["llama", "gpt2", "opt", "qwen2", "qwen3"]

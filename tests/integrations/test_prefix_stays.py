@@ -8,8 +8,8 @@ import torch
 from prefix_models import L, assert_close, each_decoder, hidden, inputs_of, make, transformers
 from prompt_models import make_prompt
 
-from peft_kernels.integrations.prefix import add_prefix, prefix_for, remove_prefix
-from peft_kernels.integrations.soft_prompts import add_prompt, remove_prompt
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, remove_prefix
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, remove_prompt
 
 
 def as_prefix(model):

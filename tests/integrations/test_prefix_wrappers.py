@@ -9,9 +9,9 @@ from prompt_models import make_prompt
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from peft_kernels._calls import carried
-from peft_kernels.integrations import prefix as prefixes
-from peft_kernels.integrations import soft_prompts as prompts
+from peft_kernels.calls.carried import carried
+from peft_kernels.integrations.transformers import prefix as prefixes
+from peft_kernels.integrations.transformers import soft_prompts as prompts
 from peft_kernels.nn import PrefixTuning, PromptTuning
 
 

@@ -23,8 +23,8 @@ from prompt_models import (
     runs_of_prompt,
 )
 
-from peft_kernels.integrations.prefix import add_prefix, prefix_for
-from peft_kernels.integrations.soft_prompts import add_prompt, remove_prompt, task_ids
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, remove_prompt, task_ids
 from peft_kernels.nn import PromptTuning
 
 # -- as a prefix and in the rows are the same

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from prefix_models import assert_close, each_decoder, gradients, make, tokens, transformers
 
-from peft_kernels.integrations.soft_prompts import add_prompt, remove_prompt, task_ids
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, remove_prompt, task_ids
 from peft_kernels.nn import PromptTuning
 
 L, S, NEW = 4, 5, 4

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tiny_models import transformers
 from torch import Tensor
 
-from peft_kernels.integrations.prefix import add_prefix, init_from_text, prefix_for
-from peft_kernels.integrations.soft_prompts import add_prompt
+from peft_kernels.integrations.transformers.prefix import add_prefix, init_from_text, prefix_for
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt
 from peft_kernels.nn import PromptTuning, PTuning, Template
 from peft_kernels.nn._template import Input, Slots
 

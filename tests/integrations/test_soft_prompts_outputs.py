@@ -20,7 +20,7 @@ from prompt_models import (
     padded,
 )
 
-from peft_kernels.integrations.soft_prompts import add_prompt, task_ids
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt, task_ids
 
 
 @pytest.mark.parametrize("position", ["front", "after_padding"])

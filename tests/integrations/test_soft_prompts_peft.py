@@ -7,10 +7,10 @@ import torch
 from prefix_models import tokens
 from prompt_models import TOLERANCE, L, S, make, padded, relative
 
-from peft_kernels.integrations.soft_prompts import add_prompt
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt
 from peft_kernels.nn import PromptTuning, PTuning, Template
 from peft_kernels.nn._template import Input, Slots
-from peft_kernels.tools.suites import prompt_lookup as suite
+from peft_kernels.tools.bench.suites import prompt_lookup as suite
 
 peft = pytest.importorskip("peft")
 

@@ -20,7 +20,7 @@ from prompt_models import (
     runs_of_prompt,
 )
 
-from peft_kernels.integrations.soft_prompts import add_prompt
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt
 from peft_kernels.nn import PTuning, Template, Verbalizer
 from peft_kernels.nn._template import Anchor, Input, Mask, Slots
 

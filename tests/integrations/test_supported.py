@@ -4,9 +4,9 @@ import pytest
 from prefix_models import L, inputs_of, make
 from prompt_models import make_prompt
 
-from peft_kernels.integrations import _supported
-from peft_kernels.integrations.prefix import add_prefix, prefix_for, text_values
-from peft_kernels.integrations.soft_prompts import add_prompt
+from peft_kernels.integrations.transformers import supported
+from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, text_values
+from peft_kernels.integrations.transformers.soft_prompts import add_prompt
 
 CALLS = {
     "add_prefix": lambda model, given: add_prefix(model, given[0]),
@@ -20,7 +20,7 @@ CALLS = {
 def test_other_lines_are_refused(call, version, monkeypatch):
     model = make("llama")
     given, before = (prefix_for(model, L), make_prompt(model)), set(vars(model))
-    monkeypatch.setattr(_supported.transformers, "__version__", version)
+    monkeypatch.setattr(supported.transformers, "__version__", version)
     with pytest.raises(RuntimeError, match=f"needs transformers 4.57 or 5; got {version}: install"):
         CALLS[call](model, given)
     assert set(vars(model)) == before
@@ -30,5 +30,5 @@ def test_other_lines_are_refused(call, version, monkeypatch):
 @pytest.mark.parametrize("version", ["4.57.0", "4.57.6", "5.0.0", "5.24.0.dev0"])
 def test_both_lines_are_taken(version, monkeypatch):
     model = make("llama")
-    monkeypatch.setattr(_supported.transformers, "__version__", version)
+    monkeypatch.setattr(supported.transformers, "__version__", version)
     add_prefix(model, prefix_for(model, L))

@@ -13,8 +13,8 @@ from triton.runtime import interpreter
 import peft_kernels
 from peft_kernels.ops._activations import ACTIVATIONS
 from peft_kernels.ops.adapter_fusion import Absorbed, adapter_fusion
-from peft_kernels.triton import _launch, _plans
-from peft_kernels.triton import adapter_fusion as launchers
+from peft_kernels.triton.adapter_fusion import launch as launchers
+from peft_kernels.triton.common import chips, launch
 
 op = importlib.import_module("peft_kernels.ops.adapter_fusion")
 
@@ -122,16 +122,16 @@ def test_scores_far_apart():
     check(inputs, (4, 4, 2))
 
 
-@pytest.mark.parametrize("arch", [*_plans.ARCHS, "other"])
+@pytest.mark.parametrize("arch", [*chips.ARCHS, "other"])
 @pytest.mark.parametrize("dtypes", ["bf16", "bf16/f32"])
 def test_shipped_tiles(arch, dtypes):
-    with patch.object(_plans, "arch_name", lambda device: arch):
+    with patch.object(chips, "arch_name", lambda device: arch):
         check(inputs_of(70, 75, (20, 9), residual=True, dtypes=dtypes), (20, 9))
 
 
 def test_a_small_gpu():
     """Few programs, each with several blocks of rows; nothing is split."""
-    with patch.object(_plans, "SAFE", replace(_plans.SAFE, cores=1)):
+    with patch.object(chips, "SAFE", replace(chips.SAFE, cores=1)):
         check(inputs_of(100, 70, (9, 8)), (9, 8))
 
 
@@ -270,8 +270,8 @@ def test_the_backend_launches_its_kernels():
         launched.append(kernel.fn.__name__)
         launch_run(kernel, *rest)
 
-    launch_run = _launch.run
-    with patch.object(_launch, "run", run_and_note):
+    launch_run = launch.run
+    with patch.object(launch, "run", run_and_note):
         check(inputs_of(9, 12, [3, 4]), [3, 4])
     assert {
         "adapter_fusion_products_kernel",

@@ -14,8 +14,8 @@ import peft_kernels
 from peft_kernels.ops import adapter
 from peft_kernels.ops._activations import ACTIVATIONS
 from peft_kernels.ops.adapter import example_inputs
-from peft_kernels.triton import _activations, _launch, _plans
-from peft_kernels.triton import adapter as launchers
+from peft_kernels.triton.adapter import launch as launchers
+from peft_kernels.triton.common import activations, chips, launch
 
 op = importlib.import_module("peft_kernels.ops.adapter")
 
@@ -112,7 +112,7 @@ def test_activations_far_out(activation):
 
 def test_the_slope_is_the_reference_s():
     assert (
-        _activations.LEAKY_SLOPE.value
+        activations.LEAKY_SLOPE.value
         == importlib.import_module("peft_kernels.ops._activations").LEAKY_SLOPE
     )
 
@@ -146,16 +146,16 @@ def test_rows_off_zero():
     check(inputs, adds_x=True)
 
 
-@pytest.mark.parametrize("arch", [*_plans.ARCHS, "other"])
+@pytest.mark.parametrize("arch", [*chips.ARCHS, "other"])
 @pytest.mark.parametrize("dtypes", ["bf16", "bf16/f32"])
 def test_shipped_tiles(arch, dtypes):
-    with patch.object(_plans, "arch_name", lambda device: arch):
+    with patch.object(chips, "arch_name", lambda device: arch):
         check(inputs_of(70, 75, 20, kind="houlsby", dtypes=dtypes), adds_x=True)
 
 
 def test_a_small_gpu():
     """Few programs, each with several blocks of rows; nothing is split."""
-    with patch.object(_plans, "SAFE", replace(_plans.SAFE, cores=1)):
+    with patch.object(chips, "SAFE", replace(chips.SAFE, cores=1)):
         check(inputs_of(150, 70, 9, kind="before and after"))
 
 
@@ -216,7 +216,7 @@ def test_scale_and_seed_on_the_device(scale):
     """The kernels load them themselves; here "the device" is the interpreter's memory."""
     inputs = inputs_of(20, 35, 4, scale=scale)
     expected = run(inputs, "triton", dropout_p=0.3, seed=SEED)
-    with patch.object(_launch, "on_device", lambda tensor: True):
+    with patch.object(launch, "on_device", lambda tensor: True):
         assert_same_bits(run(inputs, "triton", dropout_p=0.3, seed=SEED), expected)
 
 
@@ -253,7 +253,7 @@ def test_nothing_is_copied_to_the_host(monkeypatch):
             return original(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
-    monkeypatch.setattr(_launch, "on_device", lambda tensor: True)
+    monkeypatch.setattr(launch, "on_device", lambda tensor: True)
     a = inputs_of(12, 16, 4, kind="before and after")
     dy = torch.randn(12, 16)
     for scale in (torch.tensor(0.7), torch.rand(16)):
@@ -295,8 +295,8 @@ def test_the_backend_launches_its_kernels():
         launched.append(kernel.fn.__name__)
         launch_run(kernel, *rest)
 
-    launch_run = _launch.run
-    with patch.object(_launch, "run", run_and_note):
+    launch_run = launch.run
+    with patch.object(launch, "run", run_and_note):
         check(inputs_of(9, 12, 5, kind="houlsby"), adds_x=True)
     assert {
         "adapter_fwd_kernel",

@@ -17,8 +17,8 @@ from peft_kernels.ops.multi_lora_linear import (
     example_trained,
     sort_by_adapter,
 )
-from peft_kernels.triton import _launch
-from peft_kernels.triton import multi_lora_linear as launchers
+from peft_kernels.triton.common import launch
+from peft_kernels.triton.multi_lora_linear import launch as launchers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLANS = ["decode", "grouped", "single"]
@@ -218,8 +218,8 @@ def test_the_backend_launches_its_kernels(plan, adds):
         launched.append(kernel.fn.__name__)
         launch_run(kernel, *rest)
 
-    launch_run = _launch.run
-    with patch.object(_launch, "run", run_and_note):
+    launch_run = launch.run
+    with patch.object(launch, "run", run_and_note):
         run(example_inputs(19, [24, 9], 21, RANKS), plan, slots=[1, 2], adds=adds)
     grouped = ["multi_shrink_kernel", "multi_delta_kernel"]
     decode = ["decode_shrink_kernel", "decode_tile_kernel"]

@@ -12,8 +12,9 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import peft_kernels
-from peft_kernels.triton import _blocks, _launch, _plans
-from peft_kernels.triton import lora_linear as launchers
+from peft_kernels.triton.common import blocks, chips, launch
+from peft_kernels.triton.lora_linear import launch as launchers
+from peft_kernels.triton.lora_linear import plans as lora_plans
 
 op = importlib.import_module("peft_kernels.ops.lora_linear")
 
@@ -46,7 +47,7 @@ class Case:
         return dict(zip(NAMES, (y, s, *gradients), strict=True))
 
     def triton(self, plan) -> dict[str, Tensor]:
-        with _plans.force(plan):
+        with lora_plans.force(plan):
             return self.run(launchers.lora_linear_fwd, launchers.lora_linear_bwd)
 
     def check(self, plan) -> None:
@@ -68,7 +69,7 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
-plans = pytest.mark.parametrize("plan", _plans.PLANS)
+plans = pytest.mark.parametrize("plan", lora_plans.PLANS)
 
 
 # ---- shapes and dtypes -----------------------------------------------------------------------
@@ -114,11 +115,11 @@ def test_no_rows(plan):
 
 
 @plans
-@pytest.mark.parametrize("arch", [*_plans.ARCHS, "other"])
+@pytest.mark.parametrize("arch", [*chips.ARCHS, "other"])
 @pytest.mark.parametrize("m", [9, 150])
 def test_shipped_tiles(plan, arch, m):
     """The tiles that a GPU gets, whose sizes are not those of the case."""
-    with patch.object(_plans, "arch_name", lambda device: arch):
+    with patch.object(chips, "arch_name", lambda device: arch):
         Case(m, 140, 150, 20).check(plan)
 
 
@@ -126,7 +127,7 @@ def test_shipped_tiles(plan, arch, m):
 @pytest.mark.parametrize("m", [40, 150])
 def test_a_small_gpu(plan, m):
     """Few programs, each with several blocks of columns and rows; nothing is split."""
-    with patch.object(_plans, "SAFE", replace(_plans.SAFE, cores=1)):
+    with patch.object(chips, "SAFE", replace(chips.SAFE, cores=1)):
         Case(m, 300, 100, 20).check(plan)
 
 
@@ -177,7 +178,7 @@ def test_scale_and_seed_on_the_device(plan, scale_dtype):
     case = Case(20, 35, 30, 4)
     expected = case.triton(plan)
     with (
-        patch.object(_launch, "on_device", lambda tensor: True),
+        patch.object(launch, "on_device", lambda tensor: True),
         patch.dict(globals(), SCALE=SCALE.to(scale_dtype)),
     ):
         assert_same_bits(case.triton(plan), expected)
@@ -193,7 +194,7 @@ def test_only_what_is_needed(plan, needed):
     def bwd(*args):
         return launchers.lora_linear_bwd(*args[:-3], *needs)
 
-    with _plans.force(plan):
+    with lora_plans.force(plan):
         out = case.run(launchers.lora_linear_fwd, bwd)
     for name, wanted in zip(("dx", "da", "db"), needs, strict=True):
         if wanted:
@@ -208,7 +209,7 @@ def test_only_what_is_needed(plan, needed):
 @triton.jit
 def _offsets_kernel(base, out, first_row, row_stride, BLOCK: tl.constexpr):
     rows = first_row + tl.arange(0, BLOCK)
-    pointers = _blocks.pointers(base, rows, rows, row_stride, 1)
+    pointers = blocks.pointers(base, rows, rows, row_stride, 1)
     where = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(out + where, pointers.to(tl.int64) - base.to(tl.int64))
 
@@ -225,7 +226,7 @@ def test_offsets_have_64_bits():
 @triton.jit
 def _rounded_kernel(values, out, BLOCK: tl.constexpr):
     where = tl.arange(0, BLOCK)
-    tl.store(out + where, _blocks.rounded(tl.load(values + where), tl.bfloat16))
+    tl.store(out + where, blocks.rounded(tl.load(values + where), tl.bfloat16))
 
 
 def test_bfloat16_rounding_in_the_interpreter():
@@ -262,12 +263,12 @@ def test_the_backend_launches_its_kernels(plan, forward, backward):
         launched.append(kernel.fn.__name__)
         launch_run(kernel, *rest)
 
-    launch_run = _launch.run
+    launch_run = launch.run
     inputs = op.example_inputs(20, 35, 30, 4)
     for name in ("x", "lora_a", "lora_b"):
         inputs[name].requires_grad_()
-    note = patch.object(_launch, "run", run_and_note)
-    with note, _plans.force(plan), peft_kernels.backend("triton"):
+    note = patch.object(launch, "run", run_and_note)
+    with note, lora_plans.force(plan), peft_kernels.backend("triton"):
         y = op.lora_linear(**inputs)
         assert set(launched) == forward
         launched.clear()

@@ -13,8 +13,8 @@ from triton.runtime import interpreter
 
 import peft_kernels
 from peft_kernels.ops.prefix_attention import prefix_attention
-from peft_kernels.triton import _launch, _plans
-from peft_kernels.triton import prefix_attention as launchers
+from peft_kernels.triton.common import chips, launch
+from peft_kernels.triton.prefix_attention import launch as launchers
 
 op = importlib.import_module("peft_kernels.ops.prefix_attention")
 
@@ -219,9 +219,9 @@ def test_a_zero_gradient_would_fail():
 # ---- tiles and parts -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", [*_plans.ARCHS, "other"])
+@pytest.mark.parametrize("arch", [*chips.ARCHS, "other"])
 def test_shipped_tiles(arch):
-    with patch.object(_plans, "arch_name", lambda device: arch):
+    with patch.object(chips, "arch_name", lambda device: arch):
         check(
             inputs_of(b=2, s=70, t=150, length=70, dtypes="bf16"),
             lengths=torch.tensor([150, 80]),
@@ -231,10 +231,10 @@ def test_shipped_tiles(arch):
 
 @pytest.mark.parametrize("size", [80, 256])
 @pytest.mark.parametrize(
-    ("arch", "dtypes"), [*((arch, "bf16") for arch in (*_plans.ARCHS, "other")), ("other", "f32")]
+    ("arch", "dtypes"), [*((arch, "bf16") for arch in (*chips.ARCHS, "other")), ("other", "f32")]
 )
 def test_shipped_tiles_of_wide_heads(arch, dtypes, size):
-    with patch.object(_plans, "arch_name", lambda device: arch):
+    with patch.object(chips, "arch_name", lambda device: arch):
         check(inputs_of(b=1, s=35, t=70, length=35, d=size, dtypes=dtypes))
 
 
@@ -271,7 +271,7 @@ def test_parts_have_many_keys():
 @pytest.mark.parametrize("cores", [1, 6, 64])
 def test_parts_of_the_prefix_gradient(cores):
     """The batch in one part or several, and a row's queries too."""
-    with patch.object(_plans, "SAFE", replace(_plans.SAFE, cores=cores)):
+    with patch.object(chips, "SAFE", replace(chips.SAFE, cores=cores)):
         check(inputs_of(b=3, s=70, t=10, hkv=1, length=40))
 
 
@@ -351,13 +351,13 @@ class noting:
     """Context manager: the set of the kernels that were launched."""
 
     def __enter__(self):
-        launched, launch_run = set(), _launch.run
+        launched, launch_run = set(), launch.run
 
         def run_and_note(kernel, *rest):
             launched.add(kernel.fn.__name__)
             launch_run(kernel, *rest)
 
-        self.patch = patch.object(_launch, "run", run_and_note)
+        self.patch = patch.object(launch, "run", run_and_note)
         self.patch.start()
         return launched
 

@@ -1,0 +1,128 @@
+"""Which task each row of a call is of: what prefixes and prompts in a model share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels.calls.carried import Carried
+from peft_kernels.calls.rows import Batch
+
+
+class _Ids(NamedTuple):
+    """The ids that a ``with`` block, a generation or a forward has."""
+
+    of: str  # "block", "generate" or "call"
+    ids: Tensor | None
+    repeats: bool  # whether a row may be followed by its copies, as in generate's beams
+
+
+class RowIds:
+    """Which of several prefixes or prompts each row of a batch has.
+
+    They belong to the call. A forward has those it is given, else those of the generation it is a
+    step of, else those of the ``with`` block around it; a forward inside another's, as a hook runs
+    one, has none of the other's.
+
+    Args:
+        argument: the name by which they are given, for errors.
+        count: of prefixes or prompts.
+    """
+
+    def __init__(self, argument: str, count: int) -> None:
+        self.argument, self.count = argument, count
+        self._carried: Carried[_Ids] = Carried(f"the with block of {argument}")
+
+    def checked(self, ids: Any) -> Tensor | None:
+        """The user's ids as a tensor."""
+        if ids is None:
+            return None
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{self.argument} must be integers [rows]; got {ids!r}") from error
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"{self.argument} must be integers [rows]; got {list(ids.shape)} of {ids.dtype}"
+            )
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.count:
+            span = f"{int(ids.min())} to {int(ids.max())}"
+            raise ValueError(f"{self.argument} must be in [-1, {self.count}); got {span}")
+        return ids.long()
+
+    def check_given(self, ids: Tensor | None) -> None:
+        if ids is None and self.count > 1:
+            raise ValueError(
+                f"{self.argument} must be given: there are {self.count} tasks, and each row has one"
+            )
+
+    @property
+    def given(self) -> Tensor | None:
+        """The running call's."""
+        found = self._carried.get()
+        return None if found is None else found.ids
+
+    def of_batch(self, batch: int, device: torch.device) -> Tensor | None:
+        """``[batch]``, or None where none are given."""
+        found = self._carried.get()
+        if found is None or found.ids is None:
+            return None
+        ids, rows = found.ids.to(device), found.ids.shape[0]
+        if found.repeats and rows and batch % rows == 0:
+            ids = ids.repeat_interleave(batch // rows)
+        if ids.shape[0] != batch:
+            raise ValueError(
+                f"{self.argument} must have one id for each of {batch} rows; got {rows}"
+            )
+        return ids
+
+    def within(self, ids: Any) -> AbstractContextManager[None]:
+        """Sets the rows' ids within the block."""
+        return self._carried.within(_Ids("block", self.checked(ids), False))
+
+    def generating(self, ids: Any, rows: int | None) -> AbstractContextManager[None]:
+        """Within it a row's copies (beams, several sequences) have its id.
+
+        Args:
+            ids: None: as set before.
+            rows: of what is generated from, whose number the ids must have; None: not known.
+        """
+        found = self._outside().ids if ids is None else self.checked(ids)
+        if found is not None and rows not in (None, found.shape[0]):
+            raise ValueError(
+                f"{self.argument} must have one id for each of {rows} rows; got {found.shape[0]}"
+            )
+        return self._carried.within(_Ids("generate", found, True))
+
+    def begin_call(self, ids: Any) -> None:
+        """Sets the ids of a forward, which end with it: see ``keep_apart``.
+
+        Args:
+            ids: the forward's own; None: as set before.
+        """
+        own = _Ids("call", self.checked(ids), False)
+        outside = self._outside()
+        self._carried.push(own if ids is not None else outside._replace(of="call"))
+
+    def _outside(self) -> _Ids:
+        """Those that a new call has unless it's given its own."""
+        is_inside = False
+        for frame in reversed(self._carried.frames()):
+            found = frame.value
+            if found is None:
+                self._carried.get()  # says that the block has ended
+            elif found.of == "block" or (found.of == "generate" and not is_inside):
+                return found
+            else:
+                is_inside = True
+        return _Ids("block", None, False)
+
+
+def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many rows a call of generate is given; None where no tensor says it."""
+    batch = Batch.of(args, kwargs)
+    return None if batch is None else batch.rows

@@ -1,0 +1,395 @@
+"""Swaps LoRALinear into a model, choosing layers by name with Hugging Face PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from peft_kernels.models.fast_paths import choose_fast_paths
+from peft_kernels.models.freezing import freeze
+from peft_kernels.models.in_place import keep_in_place, let_go, replaced_layers
+from peft_kernels.models.input_grads import let_gradients_through
+from peft_kernels.models.modules_to_save import batches_seen, check_task_type, remember, settings_of
+from peft_kernels.models.resizing import choose_resizing
+from peft_kernels.modules.bases import check_bases, is_conv1d
+from peft_kernels.modules.names import (
+    check_late_parameters,
+    plain_modules,
+    replace_child,
+    unwrapped,
+)
+from peft_kernels.modules.uncalled import uncalled_layers
+from peft_kernels.nn.adapter_fusion import AdapterFusion
+from peft_kernels.nn.bottleneck import BottleneckAdapter
+from peft_kernels.nn.invertible import InvertibleAdapter
+from peft_kernels.nn.lora import LoRALinear, check_settings
+from peft_kernels.nn.p_tuning import PTuning
+from peft_kernels.nn.prefix_tuning import PrefixTuning
+from peft_kernels.nn.prompt_tuning import PromptTuning
+
+ALL_LINEAR = "all-linear"
+SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
+
+# What this package puts into models: "all-linear" means the model's own layers.
+_ADDED = (
+    AdapterFusion,
+    BottleneckAdapter,
+    InvertibleAdapter,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value")
+
+
+def swap_linear(
+    model: Model,
+    target_modules: str | Iterable[str],
+    r: int,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    init: str = "kaiming_uniform",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    task_type: str | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> Model:
+    """Replaces the chosen linear layers of ``model`` by LoRALinear, in place, and freezes the rest.
+
+    Each new layer keeps the Parameters of the one it replaces
+    (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
+    names is matched by the first and replaced under all of them. A layer has one adapter: for
+    several by name there is :class:`peft_kernels.AdapterPool`, or PEFT itself. Afterwards only
+    adapters require gradients, those of earlier swaps included. A RuntimeWarning names a new head,
+    or another method's parameters, that trained until now: unfreeze yourself what is to go on.
+
+    Reentrant gradient checkpointing gives nothing a gradient behind frozen embeddings. In a model
+    of transformers', the embeddings' output is made to require gradients at each forward that is so
+    checkpointed (what ``enable_input_require_grads`` does). Where you call
+    ``torch.utils.checkpoint`` yourself, use ``use_reentrant=False``.
+
+    Args:
+        model: any module; the layers to replace are below it. Names are those that it has without
+            wrappers (DistributedDataParallel, torch.compile, activation checkpointing and others).
+        target_modules: which layers. A list holds full names, or endings of names that begin at a
+            dot. A str is a regular expression that must match the full name, or ``"all-linear"``:
+            every nn.Linear and Conv1D except the output embeddings, adapters that were put in
+            before, and, with a warning, layers that are never called: nn.MultiheadAttention reads
+            the weight of its out_proj, VideoMAE's and WavLM's attention those of their projections.
+            A class that does so may say it: ``uncalled_linears = ("up", "down")``.
+        r, alpha: rank and alpha where no pattern says otherwise.
+        dropout, use_rslora, init, adapter_dtype: as in LoRALinear.
+        rank_pattern, alpha_pattern: rank, alpha by layer. A key is a regular expression that must
+            match the full name, or an ending of it that begins at a dot; the first match counts.
+        exclude_modules: layers to leave out, in the form of ``target_modules``.
+        layers_to_transform: the indices of the blocks to adapt, with a list of targets only. The
+            index of a block is the first number in a name that follows two parts of it.
+        layers_pattern: the part (or parts) of a name that a block's index must follow instead.
+        task_type: PEFT's name of the task, which :func:`peft_kernels.save_adapter` writes.
+            ``"SEQ_CLS"`` keeps a ``score`` or ``classifier`` head out of ``"all-linear"``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: a pattern of ``target_modules`` that selects nothing, a value out of range.
+        TypeError: a target that isn't a linear layer, is a LoRALinear already, or is read and never
+            called, so that it would have no effect.
+        Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
+        matches no target gets a RuntimeWarning, as in PEFT.
+    """
+    check_task_type(task_type)
+    targets = required_targets(
+        model,
+        target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        task_type=task_type,
+    )
+    swap_targets(
+        model,
+        targets,
+        r,
+        alpha=alpha,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        init=init,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        adapter_dtype=adapter_dtype,
+    )
+    remember(model, task_type=task_type)
+    return model
+
+
+# ---- matching --------------------------------------------------------------------------------
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    *,
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    task_type: str | None = None,
+) -> dict[str, nn.Module]:
+    """The modules that :func:`swap_linear`'s arguments of the same names select, by name.
+
+    The names are those of the model without wrappers (:mod:`peft_kernels.modules.names`).
+    """
+    if layers_pattern and layers_to_transform is None:
+        raise ValueError("layers_pattern needs layers_to_transform, which is None")
+    if isinstance(target_modules, str) and layers_to_transform is not None:
+        raise ValueError("layers_to_transform needs target_modules to be a list, not a str")
+    target_modules = checked_names("target_modules", target_modules)
+    if exclude_modules is not None:
+        exclude_modules = checked_names("exclude_modules", exclude_modules)
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        target_modules = _all_linear(model, task_type)
+    indices = {layers_to_transform} if isinstance(layers_to_transform, int) else layers_to_transform
+    return {
+        name: module
+        for name, module in plain_modules(model).items()
+        if name
+        and matches(name, target_modules)
+        and not (exclude_modules and matches(name, exclude_modules, "exclude_modules"))
+        and (not indices or _block_index(name, layers_pattern) in indices)
+    }
+
+
+def required_targets(
+    model: nn.Module, target_modules: str | Iterable[str], **options: Any
+) -> dict[str, nn.Module]:
+    """:func:`find_targets`, or a ValueError where a pattern of ``target_modules`` selects none."""
+    target_modules = checked_names("target_modules", target_modules)
+    targets = find_targets(model, target_modules, **options)
+    if targets and not unmatched(target_modules, targets):
+        return targets
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    every = find_targets(model, target_modules, **options | dict.fromkeys(narrowing))
+    left = unmatched(target_modules, targets)
+    if lost := [one for one in left if one not in unmatched(target_modules, every)]:
+        by = " and ".join(name for name in narrowing if options.get(name) is not None)
+        raise ValueError(
+            f"target_modules must select layers that {by} leaves; it leaves none of what {lost} "
+            f"matches, of {len(every)} layers in all, e.g. {next(iter(every))}"
+        )
+    require_matches(target_modules, targets)
+    return targets
+
+
+def checked_names(argument: str, names: str | Iterable[str]) -> str | list[str]:
+    """A str as it is, anything else as a list; a TypeError names what isn't one of names."""
+    if isinstance(names, str):
+        return names
+    listed = list(names) if isinstance(names, Iterable) else [names]
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in listed):
+        raise TypeError(f"{argument} must be a str, or a list of names; got {names!r}")
+    return listed
+
+
+def matches(name: str, patterns: str | Iterable[str], argument: str = "target_modules") -> bool:
+    """Whether a regular expression (a str) or one of several endings selects module ``name``."""
+    if isinstance(patterns, str):
+        return re.fullmatch(checked_expression(argument, patterns), name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in patterns)
+
+
+def checked_expression(argument: str, expression: str) -> str:
+    """``expression``, once it is a regular one; a TypeError or ValueError names the argument."""
+    if not isinstance(expression, str):
+        raise TypeError(f"{argument} must have a str for a regular expression; got {expression!r}")
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{argument} must be a regular expression, as Python's re reads them; got "
+            f"{expression!r}: {error}"
+        ) from error
+    return expression
+
+
+def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the first key of a rank or alpha pattern that matches ``name``."""
+    for key, value in patterns.items():
+        checked_expression("a key of alpha_pattern or rank_pattern", key)
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
+    head, uncalled = _head(unwrapped(model), task_type), uncalled_layers(model)
+    added = {
+        part
+        for module in model.modules()
+        if isinstance(module, _ADDED)
+        for part in module.modules()
+    }
+    linear = {
+        name: module
+        for name, module in plain_modules(model).items()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+        if module not in added
+    }
+    if idle := [name for name, module in linear.items() if module in uncalled]:
+        warnings.warn(
+            f"all-linear leaves out layers whose weight is read and which are never called, e.g. "
+            f"{idle[0]} (by {type(uncalled[linear[idle[0]]].owner).__name__}); {len(idle)} in all",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return [name for name, module in linear.items() if module not in uncalled]
+
+
+def _head(model: nn.Module, task_type: str | None) -> nn.Module | None:
+    """What "all-linear" leaves out: the output embeddings, or a sequence classification head."""
+    find_output_embeddings = getattr(model, "get_output_embeddings", None)
+    output_embeddings = find_output_embeddings() if find_output_embeddings else None
+    if output_embeddings is not None or task_type != "SEQ_CLS":
+        return output_embeddings
+    heads = (getattr(model, name, None) for name in SEQUENCE_CLASSIFICATION_HEADS)
+    return next((head for head in heads if head is not None), None)
+
+
+def _block_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    if isinstance(layers_pattern, str):
+        layers_pattern = [layers_pattern]
+    if layers_pattern:
+        parts = [checked_expression("layers_pattern", part) for part in layers_pattern]
+        expressions = [rf"(?:^|.*?\.)(?:{part})\.(\d+)\." for part in parts]
+    else:
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
+    found = (re.match(expression, name) for expression in expressions)
+    first = next((match for match in found if match), None)
+    return int(first.groups()[-1]) if first else None
+
+
+def require_matches(target_modules: str | list[str], targets: Iterable[str]) -> None:
+    """Raises a ValueError unless every pattern has selected something."""
+    if (left := unmatched(target_modules, targets)) or not targets:
+        raise ValueError(
+            f"target_modules must select layers of the model; nothing matches {left} (a list "
+            "holds names or endings of names, a str is a regular expression for the full name)"
+        )
+
+
+def unmatched(target_modules: str | list[str], targets: Iterable[str]) -> list[str]:
+    """The patterns that have selected nothing."""
+    if isinstance(target_modules, str):
+        return [] if targets else [target_modules]
+    return [end for end in target_modules if not any(matches(n, [end]) for n in targets)]
+
+
+# ---- replacing -------------------------------------------------------------------------------
+
+
+def swap_targets(
+    model: Model,
+    targets: Mapping[str, nn.Module],
+    r: int,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    init: str = "kaiming_uniform",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    silently: Iterable[nn.Parameter] = (),
+) -> Model:
+    """:func:`swap_linear` for layers that :func:`find_targets` has found.
+
+    Parameters in ``silently`` are frozen with the rest and not spoken of.
+    """
+    rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
+    for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{argument} must be a dict, of values by pattern; got {patterns!r}")
+    check_bases(model, targets)
+    check_settings(r, alpha, dropout, init)
+    check_late_parameters(model, "swap")
+    _warn_unused("rank_pattern", rank_pattern, targets)
+    _warn_unused("alpha_pattern", alpha_pattern, targets)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        swapped: dict[nn.Module, nn.Module] = {}
+        for name, module in targets.items():
+            with named(name):
+                swapped[module] = LoRALinear.from_linear(
+                    module,
+                    pattern_value(rank_pattern, name, r),
+                    alpha=pattern_value(alpha_pattern, name, alpha),
+                    dropout=dropout,
+                    use_rslora=use_rslora,
+                    init=init,
+                    adapter_dtype=adapter_dtype,
+                )
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    remember(model, batches=batches_seen(model) | settings_of(model).get("batches", {}))
+    replace_modules(model, swapped)
+    keep_in_place(model, swapped.values())
+    freeze(model, _adapters(model), silently=silently)
+    choose_fast_paths(model)
+    choose_resizing(model)
+    let_gradients_through(model)
+    return model
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Has an error say which layer it is about."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{name or 'model'}: {error}") from error
+
+
+def _warn_unused(argument: str, patterns: Mapping[str, float], names: Iterable[str]) -> None:
+    for key, value in patterns.items():
+        if not any(pattern_value({key: True}, name, False) for name in names):
+            warnings.warn(
+                f"{argument} has {key!r}: {value}, which matches no target",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def replace_modules(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts the values of ``swapped`` where its keys are, under every name they have."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in swapped:
+                replace_child(parent, name, swapped[child])
+
+
+def give_up_replaced(model: nn.Module) -> None:
+    """Has the model go on without those adapters whose layers were replaced by something else.
+
+    Else its forward and :func:`peft_kernels.save_adapter` raise: what replaced them, such as
+    ``resize_token_embeddings``, rarely meant to.
+    """
+    let_go(model, replaced_layers(model))
+
+
+def _adapters(model: nn.Module) -> list[nn.Parameter]:
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    return [parameter for layer in layers for parameter in (layer.lora_a, layer.lora_b)]

@@ -1,0 +1,460 @@
+"""Compiles every launch of the shipped plans ahead of time, for GPUs that need not be there.
+
+The launches are recorded from the launchers themselves, run on tensors without data, so that what
+is compiled here is what a GPU would be given. Run as a program (``python -m
+peft_kernels.tools.report.compile WORKERS TARGET...``), it prints the rows as JSON; it must not run
+under ``TRITON_INTERPRET=1``, where a kernel isn't compiled at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from peft_kernels.tools.report.compile_prefix import PREFIX_CASES, PrefixCase
+from peft_kernels.triton.adapter import launch as adapter_launchers
+from peft_kernels.triton.adapter_fusion import launch as fusion_launchers
+from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import launch as common_launch
+from peft_kernels.triton.lora_linear import launch as launchers
+from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.multi_lora_linear import launch as multi_launchers
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip to compile for, and what its tensor-core instructions are called."""
+
+    gpu: GPUTarget
+    plans: str  # the architecture whose tiles it is given
+    shared_limit: int  # bytes a program may use
+    tensor_core: str  # pattern of the instruction's name
+    narrow: str  # the same for tiles of fewer rows than that instruction takes
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 163 * 1024, r"\bHMMA\b", r"\bHMMA\b"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * 1024, r"\bHGMMA\b", r"\bHMMA\b"),
+    "sm_100": Target(
+        GPUTarget("cuda", 100, 32), "sm_100", 227 * 1024, r"\bUTC\w*MMA\b", r"\bHMMA\b"
+    ),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024, r"\bv_mfma\w*", r"\bv_mfma\w*"
+    ),
+    # the tiles for any other GPU, held to the smallest limit
+    "other (sm_80)": Target(
+        GPUTarget("cuda", 80, 32), "other", 48 * 1024, r"\bHMMA\b", r"\bHMMA\b"
+    ),
+}
+# Kernels whose products have keys for rows.
+PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")
+# Kernels that multiply no tiles: sums, and few rows against an adapter each.
+ELEMENTWISE_KERNELS = (
+    "sum_partials", "sum_parts", "decode_shrink", "adapter_fold", "adapter_down",
+    "adapter_fusion_weights", "adapter_fusion_weights_bwd",
+    "prefix_attention_combine", "prefix_attention_delta",
+)  # fmt: skip
+
+
+def _dtypes(dtype: str, adapter_dtype: str) -> str:
+    return f"{dtype}/{adapter_dtype}".replace("bfloat", "bf").replace("float", "f")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward and backward of `lora_linear` whose launches are compiled."""
+
+    m: int
+    r: int
+    dtype: str
+    adapter_dtype: str
+    dropout: bool
+    plans: tuple[str, ...]
+
+    def label(self) -> str:
+        dropout = " dropout" if self.dropout else ""
+        return f"m={self.m} r={self.r} {_dtypes(self.dtype, self.adapter_dtype)}{dropout}"
+
+    def run(self) -> None:
+        x, weight, bias, dy = _base(self.m, N, self.dtype)
+        a, b = (
+            _empty(self.r, K, dtype=self.adapter_dtype),
+            _empty(N, self.r, dtype=self.adapter_dtype),
+        )
+        scale = torch.tensor(1.0)
+        seed = _empty(dtype="int64") if self.dropout else None
+        p = 0.1 if self.dropout else 0.0
+        for plan in self.plans:
+            with plans.force(plan):
+                _, s = launchers.lora_linear_fwd(x, weight, bias, a, b, scale, p, seed)
+                launchers.lora_linear_bwd(dy, x, weight, a, b, s, scale, p, seed, True, True, True)
+
+
+@dataclass(frozen=True)
+class MultiCase:
+    """The same of `multi_lora_linear`, and of its delta alone, added to another's y and dx."""
+
+    m: int
+    max_rank: int
+    widths: tuple[int, ...]
+    dtype: str
+    adapter_dtype: str
+    dropout: bool
+    plan: str
+    per_id: int = 1
+
+    def label(self) -> str:
+        dropout = " dropout" if self.dropout else ""
+        banks = f" {len(self.widths)} banks" if len(self.widths) > 1 else ""
+        dtypes = _dtypes(self.dtype, self.adapter_dtype)
+        return f"{self.plan} m={self.m} R={self.max_rank}{banks} {dtypes}{dropout}"
+
+    def run(self) -> None:
+        x, weight, bias, dy = _base(self.m, sum(self.widths), self.dtype)
+        slots, rows, pages = 32, 4096, self.max_rank // 8
+        a = [_empty(rows, K, dtype=self.adapter_dtype) for _ in self.widths]
+        b = [_empty(rows, width, dtype=self.adapter_dtype) for width in self.widths]
+
+        def by_slot(*shape: int, dtype: str) -> list[torch.Tensor]:
+            return [_empty(slots, *shape, dtype=dtype) for _ in self.widths]
+
+        tables, ranks = by_slot(pages, dtype="int32"), by_slot(dtype="int32")
+        ids = _empty(self.m // self.per_id, dtype="int32")
+        route = (ids, ids, _empty(slots + 2, dtype="int32"))
+        rest = (a, b, tables, ranks, by_slot(dtype="float32"), *route)
+        p, seeds = (
+            (by_slot(dtype=dtype) if self.dropout else []) for dtype in ("float64", "int64")
+        )
+        fwd, bwd = multi_launchers.multi_lora_linear_fwd, multi_launchers.multi_lora_linear_bwd
+        y, s = fwd(x, weight, bias, *rest, p, seeds, self.plan)
+        multi_launchers.multi_lora_linear_add(y, x, *rest, p, seeds, self.plan)
+        if self.plan != "decode":
+            trained = (by_slot(dtype="int32"), [512] * len(self.widths))
+            for base in (weight, None):
+                bwd(dy, x, base, *rest, s, p, seeds, *trained, True, self.plan)
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    """The same of `adapter`, all of whose options are used or none."""
+
+    m: int
+    r: int
+    dtype: str
+    adapter_dtype: str
+    full: bool  # biases, both LayerNorms, x and another residual, dropout, a scale by channel
+    activation: str
+
+    def label(self) -> str:
+        full = " full" if self.full else ""
+        dtypes = _dtypes(self.dtype, self.adapter_dtype)
+        return f"{self.activation} m={self.m} r={self.r} {dtypes}{full}"
+
+    def run(self) -> None:
+        x, _, _, dy = _base(self.m, N, self.dtype)
+        residual = _empty(self.m, N, dtype=self.dtype) if self.full else None
+
+        def parameter(*shape: int) -> torch.Tensor:
+            return _empty(*shape, dtype=self.adapter_dtype)
+
+        def optional(size: int) -> torch.Tensor | None:
+            return parameter(size) if self.full else None
+
+        down, up = parameter(self.r, K), parameter(N, self.r)
+        scale = parameter(N) if self.full else torch.tensor(1.0)
+        inputs = (
+            x, residual, down, optional(self.r), up, optional(N), scale,
+            optional(K), optional(K), 1e-5, optional(N), optional(N), 1e-5,
+        )  # fmt: skip
+        seed = _empty(dtype="int64") if self.full else None
+        rest = (self.activation, self.full, 0.1 if self.full else 0.0, seed)
+        _, z, statistics = adapter_launchers.adapter_fwd(*inputs, *rest)
+        needs = (True, self.full, True, True, self.full, self.full)
+        adapter_launchers.adapter_bwd(dy, *inputs, z, statistics, *rest, *needs)
+
+
+@dataclass(frozen=True)
+class FusionCase:
+    """The same of `adapter_fusion`; the query is x, or with ``other_query`` another tensor."""
+
+    m: int
+    sizes: tuple[int, ...]
+    dtype: str
+    adapter_dtype: str
+    other_query: bool
+    activation: str
+
+    def label(self) -> str:
+        query = " query" if self.other_query else ""
+        dtypes = _dtypes(self.dtype, self.adapter_dtype)
+        sizes = f"{len(self.sizes)} x {self.sizes[0]}"
+        return f"fusion {self.activation} m={self.m} {sizes} {dtypes}{query}"
+
+    def run(self) -> None:
+        x, _, _, dy = _base(self.m, N, self.dtype)
+        query = _empty(self.m, K, dtype=self.dtype) if self.other_query else None
+        ranks, adapters = sum(self.sizes), len(self.sizes)
+
+        def parameter(*shape: int) -> torch.Tensor:
+            return _empty(*shape, dtype=self.adapter_dtype)
+
+        mix = parameter(N, ranks + adapters)
+        inputs = (
+            x, query, parameter(ranks, K), parameter(ranks), parameter(ranks + adapters, K),
+            parameter(ranks + adapters), mix[:, :ranks], mix[:, ranks:].T,
+            list(self.sizes), self.activation,
+        )  # fmt: skip
+        _, z, w, p = fusion_launchers.adapter_fusion_fwd(*inputs, dy)
+        needs = (True, self.other_query, True, True, True)
+        fusion_launchers.adapter_fusion_bwd(dy, *inputs, z, w, p, *needs)
+
+
+def _empty(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _base(m: int, n: int, dtype: str) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias and dy without data."""
+    return tuple(_empty(*shape, dtype=dtype) for shape in ((m, K), (n, K), (n,), (m, n)))
+
+
+CASES: tuple[AnyCase, ...] = (
+    # the heaviest use of every tile: the widest rank block, float32 adapters (three products for
+    # one), dropout
+    Case(8192, 64, "bfloat16", "float32", True, plans.PLANS),
+    Case(16, 64, "bfloat16", "float32", True, plans.PLANS),
+    # float16 multiplies float32 adapters in another way
+    Case(8192, 64, "float16", "float32", True, ("i", "ii")),
+    # the lightest
+    Case(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
+    # float32 takes the library's GEMM unless `tune` says otherwise
+    Case(8192, 64, "float32", "float32", True, ("library",)),
+    # the same five for many adapters
+    MultiCase(8192, 64, (4096,), "bfloat16", "float32", True, "grouped"),
+    MultiCase(64, 64, (4096,), "bfloat16", "float32", True, "grouped"),
+    MultiCase(8192, 64, (4096,), "float16", "float32", True, "grouped"),
+    MultiCase(8192, 16, (2048, 1024, 1024), "bfloat16", "bfloat16", False, "single", 1024),
+    MultiCase(8192, 64, (4096,), "float32", "float32", True, "grouped"),
+    # few rows
+    MultiCase(16, 64, (4096,), "bfloat16", "bfloat16", False, "decode"),
+    MultiCase(16, 64, (2048, 1024, 1024), "float16", "float32", False, "decode"),
+)
+# the heaviest and the lightest of `adapter`, and its float32 products
+ADAPTER_CASES = (
+    AdapterCase(8192, 64, "bfloat16", "float32", True, "gelu_tanh"),
+    AdapterCase(8192, 64, "bfloat16", "bfloat16", True, "gelu"),
+    AdapterCase(8192, 64, "float16", "float32", False, "silu"),
+    AdapterCase(8192, 16, "bfloat16", "bfloat16", False, "relu"),
+    AdapterCase(8192, 64, "float32", "float32", True, "gelu"),
+)
+# the same of `adapter_fusion`; the heaviest has a query of its own
+FUSION_CASES = (
+    FusionCase(8192, (64,) * 8, "bfloat16", "float32", True, "gelu_tanh"),
+    FusionCase(64, (16, 16), "float16", "float16", False, "relu"),
+    FusionCase(8192, (48,) * 8, "float32", "float32", False, "gelu"),
+)
+CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES
+N = K = 4096
+
+
+@dataclass(frozen=True)
+class CompiledRow:
+    """What the compiler made of one kernel in one configuration."""
+
+    target: str
+    kernel: str
+    case: str
+    dtype: str  # of x
+    tile: str
+    registers: int
+    spills: int  # bytes a thread
+    shared: int  # bytes a program
+    shared_limit: int
+    tensor_core: dict[str, int]  # instruction: how often it occurs
+    multiplies: bool  # tiles
+
+    def within_budget(self) -> bool:
+        """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
+        needs_tensor_cores = self.multiplies and self.dtype != "float32"
+        return (
+            self.spills == 0
+            and self.shared <= self.shared_limit
+            and (bool(self.tensor_core) or not needs_tensor_cores)
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the specialisation and options it would be launched with."""
+
+    target: str
+    module: str
+    kernel: str
+    case: str
+    dtype: str
+    tile: str
+    multiplies: bool
+    narrow: bool  # fewer rows than the tensor cores' widest instruction takes
+    signature: dict[str, Any]
+    constexprs: dict[Any, Any]
+    attrs: dict[Any, Any]
+    options: dict[str, int]
+
+    def key(self) -> str:
+        # The sums have no tile to choose, and differ in the divisibility of their sizes only.
+        sums = self.kernel.startswith("sum_")
+        specialised = () if sums else (self.signature, self.constexprs, self.attrs)
+        return str((self.target, self.kernel, specialised, self.options))
+
+
+AnyCase = Case | MultiCase | AdapterCase | FusionCase | PrefixCase
+
+
+# ---- recording the launches --------------------------------------------------------------------
+
+
+def launches(name: str, cases: tuple[AnyCase, ...] = CASES) -> list[Launch]:
+    """Every distinct launch of ``cases`` on the target ``name``."""
+    found: dict[str, Launch] = {}
+    for case in cases:
+        for launch in _launches_of(name, case):
+            found.setdefault(launch.key(), launch)
+    return list(found.values())
+
+
+def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
+    target = TARGETS[name]
+    backend = make_backend(target.gpu)
+    calls: list[tuple[Any, tuple, dict]] = []
+
+    def record(kernel: Any, grid: tuple, args: tuple, options: dict[str, Any]) -> None:
+        calls.append((kernel, args, options))
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(common_launch, "run", record))
+        stack.enter_context(patch.object(chips, "arch_name", lambda device: target.plans))
+        case.run()
+    for kernel, args, options in calls:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, extra = bind(*args, **options)
+        _, signature, constexprs, attrs = kernel._pack_args(
+            backend, options, bound, specialization, extra
+        )
+        stem = kernel.__name__.removesuffix("_kernel")
+        tile = [f"{side}{bound[f'BLOCK_{side}']}" for side in "MNKR" if f"BLOCK_{side}" in bound]
+        tile += [f"{option.removeprefix('num_')[0]}{value}" for option, value in extra.items()]
+        yield Launch(
+            target=name,
+            module=kernel.fn.__module__,
+            kernel=stem,
+            case=case.label(),
+            dtype=case.dtype,
+            tile=" ".join(tile),
+            multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
+            narrow=stem == "decode_tile"
+            or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64)
+            or (stem in PRODUCTS_OF_KEYS and bound["BLOCK_N"] < 64),
+            signature=signature,
+            constexprs=constexprs,
+            attrs=attrs,
+            options=extra,
+        )
+
+
+# ---- compiling and reading the result ----------------------------------------------------------
+
+
+def compile_launch(launch: Launch) -> CompiledRow:
+    target = TARGETS[launch.target]
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel + "_kernel")
+    source = ASTSource(kernel, launch.signature, launch.constexprs, launch.attrs)
+    compiled = triton.compile(source, target=target.gpu, options=launch.options)
+    if target.gpu.backend == "hip":
+        registers, spills, text = _read_amdgcn(compiled.asm["amdgcn"])
+    else:
+        registers, spills, text = _read_cubin(compiled.asm["cubin"])
+    pattern = target.narrow if launch.narrow else target.tensor_core
+    return CompiledRow(
+        target=launch.target,
+        kernel=launch.kernel,
+        case=launch.case,
+        dtype=launch.dtype,
+        tile=launch.tile,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        shared_limit=target.shared_limit,
+        tensor_core=dict(Counter(re.findall(pattern, text))),
+        multiplies=launch.multiplies,
+    )
+
+
+def _read_amdgcn(text: str) -> tuple[int, int, str]:
+    """(vector registers, spilled bytes a thread, assembly)."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the compiled kernel's metadata has no {name}")
+        return int(found.group(1))
+
+    spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+    return field("vgpr_count"), 4 * spilled, text
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, bytes of stack a thread, SASS); Triton's kernels have a stack only to spill."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _cuobjdump("-res-usage", path)
+        sass = _cuobjdump("-sass", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no resource usage: {usage!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local, sass
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    result = subprocess.run(
+        [tools / "cuobjdump", option, path],
+        capture_output=True,
+        text=True,
+        # cuobjdump starts nvdisasm, which lies beside it
+        env={"PATH": str(tools)},
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(f"cuobjdump {option} failed: {result.stderr.strip()}")
+    return result.stdout
+
+
+def compile_rows(names: list[str], workers: int) -> list[CompiledRow]:
+    jobs = [launch for name in names for launch in launches(name)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_launch, jobs))
+
+
+if __name__ == "__main__":
+    json.dump([asdict(row) for row in compile_rows(sys.argv[2:], int(sys.argv[1]))], sys.stdout)

@@ -1,0 +1,1 @@
+"""What the ops' Triton kernels and launchers share; it knows none of the ops."""

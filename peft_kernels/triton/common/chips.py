@@ -1,0 +1,190 @@
+"""GPU architectures: their figures, the tiles shipped for them, and what products they have.
+
+A GPU that isn't among them gets tiles that any supported chip has room for.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+# Ranks are handled in blocks of at most this many; a higher rank loops over blocks.
+MAX_BLOCK_R = 64
+# Beside a full tile of y or dx, P and Q of this many ranks are what the registers hold.
+MAX_TILE_BLOCK_R = 32
+MIN_BLOCK_R = 16  # the least depth of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's block sizes (0 where it has no such side), warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A GPU architecture: its datasheet figures and the tiles shipped for it.
+
+    ``cores``: SMs or CUs, which the split-K kernels fill. ``balance``: bf16 FLOP per byte of DRAM
+    traffic at which a kernel turns from memory-bound to compute-bound. ``tiles``: by kernel, for
+    at most `FEW_ROWS` rows and for more; 16-bit x.
+    """
+
+    cores: int
+    balance: float
+    tiles: dict[str, Tile]
+
+
+FEW_ROWS = 64
+
+ARCHS: dict[str, Arch] = {
+    # A100: 312 TFLOP/s, 2.0 TB/s
+    "sm_80": Arch(
+        cores=108,
+        balance=156,
+        tiles={
+            "tile_few": Tile(16, 64, 128, 4, 4),
+            "tile_many": Tile(128, 128, 64, 8, 3),
+            "tile_masked": Tile(128, 128, 32, 8, 3),
+            "in_loop_few": Tile(16, 64, 64, 4, 3),
+            "in_loop_many": Tile(128, 128, 32, 8, 3),
+            "shrink": Tile(128, 0, 32, 8, 3),
+            "from_dy": Tile(32, 128, 0, 8, 2),
+            "grad_a": Tile(32, 0, 128, 8, 2),
+            "add_low_rank": Tile(64, 128, 0, 4, 1),
+        },
+    ),
+    # H100 SXM: 990 TFLOP/s, 3.35 TB/s. wgmma takes 64 rows a warp group.
+    "sm_90": Arch(
+        cores=132,
+        balance=295,
+        tiles={
+            "tile_few": Tile(64, 64, 128, 4, 4),
+            "tile_many": Tile(128, 256, 64, 8, 3),
+            "tile_masked": Tile(128, 128, 64, 8, 3),
+            "in_loop_few": Tile(64, 32, 64, 4, 4),
+            "in_loop_many": Tile(128, 128, 64, 8, 3),
+            "shrink": Tile(64, 0, 64, 4, 4),
+            "from_dy": Tile(64, 64, 0, 8, 3),
+            "grad_a": Tile(64, 0, 128, 8, 3),
+            "add_low_rank": Tile(64, 128, 0, 4, 1),
+        },
+    ),
+    # B200: 2250 TFLOP/s, 8 TB/s. tcgen05 takes 64 or 128 rows.
+    "sm_100": Arch(
+        cores=148,
+        balance=281,
+        tiles={
+            "tile_few": Tile(64, 64, 128, 4, 4),
+            "tile_many": Tile(128, 256, 64, 8, 3),
+            "tile_masked": Tile(128, 128, 64, 8, 3),
+            "in_loop_few": Tile(64, 32, 64, 4, 4),
+            "in_loop_many": Tile(128, 128, 64, 8, 3),
+            "shrink": Tile(128, 0, 64, 8, 3),
+            "from_dy": Tile(64, 64, 0, 8, 2),
+            "grad_a": Tile(64, 0, 128, 8, 3),
+            "add_low_rank": Tile(128, 128, 0, 8, 1),
+        },
+    ),
+    # MI300X: 1307 TFLOP/s, 5.3 TB/s; 64 KB of LDS.
+    "gfx942": Arch(
+        cores=304,
+        balance=247,
+        tiles={
+            "tile_few": Tile(16, 64, 128, 4, 2),
+            "tile_many": Tile(128, 128, 64, 8, 2),
+            "tile_masked": Tile(128, 128, 32, 8, 2),
+            "in_loop_few": Tile(16, 64, 32, 4, 2),
+            "in_loop_many": Tile(128, 64, 64, 8, 2),
+            "shrink": Tile(64, 0, 32, 4, 2),
+            "from_dy": Tile(64, 64, 0, 8, 1),
+            "grad_a": Tile(32, 0, 128, 8, 1),
+            "add_low_rank": Tile(64, 128, 0, 4, 1),
+        },
+    ),
+}
+# Any other GPU: within 48 KB of shared memory, the least that a supported chip has.
+SAFE = Arch(
+    cores=64,
+    balance=0,
+    tiles={
+        "tile_few": Tile(16, 64, 64, 4, 2),
+        "tile_many": Tile(64, 64, 32, 4, 2),
+        "tile_masked": Tile(64, 64, 32, 4, 2),
+        "in_loop_few": Tile(16, 64, 32, 4, 2),
+        "in_loop_many": Tile(64, 64, 32, 4, 2),
+        "shrink": Tile(32, 0, 32, 4, 2),
+        "from_dy": Tile(32, 64, 0, 4, 2),
+        "grad_a": Tile(32, 0, 64, 4, 2),
+        "add_low_rank": Tile(32, 64, 0, 4, 1),
+    },
+)
+# float32 x, on any GPU: multiplied outside the tensor cores unless TF32 is allowed, so a thread
+# holds a small tile.
+FLOAT32 = {
+    "tile_few": Tile(16, 64, 32, 4, 2),
+    "tile_many": Tile(64, 64, 16, 4, 2),
+    "tile_masked": Tile(64, 64, 16, 4, 2),
+    "in_loop_few": Tile(16, 64, 32, 4, 2),
+    "in_loop_many": Tile(64, 64, 16, 4, 2),
+    "shrink": Tile(32, 0, 32, 4, 2),
+    "from_dy": Tile(16, 64, 0, 4, 2),
+    "grad_a": Tile(32, 0, 64, 4, 2),
+    "add_low_rank": Tile(32, 64, 0, 4, 1),
+}
+
+
+@functools.cache
+def arch_name(device: torch.device) -> str:
+    """``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"``, or ``"other"``."""
+    if device.type != "cuda":
+        return "other"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx942" if properties.gcnArchName.startswith("gfx942") else "other"
+    # sm_86 and sm_89 have less shared memory than sm_80, and sm_120 less than sm_100: "other".
+    capability = (properties.major, properties.minor)
+    if properties.major == 10:
+        return "sm_100"
+    return {(8, 0): "sm_80", (9, 0): "sm_90"}.get(capability, "other")
+
+
+def arch(name: str) -> Arch:
+    return ARCHS.get(name, SAFE)
+
+
+def tile(name: str, kernel: str, dtype: torch.dtype, m: int) -> Tile:
+    """The shipped tile of ``kernel`` on the architecture ``name`` for m rows of x."""
+    tiles = FLOAT32 if dtype is torch.float32 else arch(name).tiles
+    return tiles.get(kernel) or tiles[f"{kernel}_few" if m <= FEW_ROWS else f"{kernel}_many"]
+
+
+def rank_block(r: int) -> int:
+    return min(max(triton.next_power_of_2(r), MIN_BLOCK_R), MAX_BLOCK_R)
+
+
+def gemm_is_competitive(name: str, dtype: torch.dtype, n: int, k: int) -> bool:
+    """Whether our GEMM can be expected to match the library's.
+
+    It can't on an architecture without tiles of its own, with float32 x, and with rows that aren't
+    a multiple of 16 elements, which Triton loads one by one.
+    """
+    return name in ARCHS and dtype is not torch.float32 and n % 16 == 0 and k % 16 == 0
+
+
+def terms(dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
+    """Numbers of ``dtype`` that together hold A, B, S or dS to the adapters' precision."""
+    return 3 if dtype is torch.bfloat16 and adapter_dtype is torch.float32 else 2
+
+
+def float32_precision() -> str:
+    """``input_precision`` of the products of float32 x: TF32 if torch allows it, as `F.linear`."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,62 @@
+"""What the launchers share: the launch itself, splitting long sums, and adding up the parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from peft_kernels.triton.common import chips
+from peft_kernels.triton.common.sum_kernels import sum_partials_kernel
+
+GROUP_M = 8  # rows of tiles that share their columns in L2
+SUM_PARTS, SUM_BLOCK = 16, 256
+# More splits than this cost more in adding them up than they bring in parallelism.
+MAX_SPLITS = 64
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    if 0 not in grid:
+        run(kernel, grid, args, options)
+
+
+def run(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+    """Apart from `launch`, so that a tool can record launches instead of running them."""
+    kernel[grid](*args, **options)
+
+
+def options(tile: chips.Tile) -> dict[str, int]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def argument(value: Tensor | float | None, default: float) -> tuple[Any, bool]:
+    """A kernel's argument and whether it is a pointer: a tensor on the GPU is read there."""
+    if value is None:
+        return default, False
+    if not isinstance(value, Tensor):
+        return value, False
+    return (value, True) if on_device(value) else (value.item(), False)
+
+
+def on_device(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def chunks(arch: chips.Arch, length: int, block: int, programs: int) -> tuple[int, int]:
+    """Splits ``length`` where ``programs`` alone don't fill the GPU: (chunk length, chunks)."""
+    wanted = 2 * arch.cores // max(programs, 1)
+    chunk = block * triton.cdiv(triton.cdiv(length, block), min(max(wanted, 1), MAX_SPLITS))
+    return chunk, triton.cdiv(length, chunk) if length else 0
+
+
+def sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
+    """out = factor (parts[0] + parts[1] + ...); zeros when there is none."""
+    value, is_pointer = argument(factor, 1.0)
+    launch(
+        sum_partials_kernel,
+        (triton.cdiv(out.numel(), SUM_BLOCK),),
+        parts, out, value, parts.shape[0], out.numel(),
+        FACTOR_ON_DEVICE=is_pointer, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,347 @@
+# mypy: disable-error-code="no-untyped-def, valid-type, attr-defined"
+"""The Triton kernels of ``lora_linear``; the maths is in ``peft_kernels/ops/lora_linear.py``.
+
+    shrink_kernel          S  = dropout(x) A^T                     skinny, split over k
+    tile_kernel            out = a w + factor P Q (+ bias)         y with P = S, dx with P = dS
+    in_loop_kernel         y and S in one loop over k              for few rows or columns
+    from_dy_kernel         dS = dy B and dB = dy^T S               one read of dy
+    grad_a_kernel          dA = dS^T dropout(x)                    split over m
+    add_low_rank_kernel    out += factor P Q                       after a library GEMM
+
+Rounding. Sums are float32. Products of two tensors in x's dtype are exact. S, dS, dA and dB keep
+float32's precision (`wide_dot`); inside y and dx, whose elements are rounded to x's dtype anyway,
+the two small operands are rounded to x's dtype first (`rank_dot`). No kernel uses an atomic, and
+every sum has one order, so the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from peft_kernels.triton.common.blocks import (
+    dot,
+    float_scalar,
+    kept_mask,
+    pointers,
+    rank_dot,
+    rounded,
+    scalar,
+    step,
+    tile_position,
+    wide_dot,
+)
+
+# ---- the low-rank part of a tile ---------------------------------------------------------------
+
+
+@triton.jit
+def _low_rank(
+    p, q, rows, cols, m, n, r, sq_r, sq_n, factor, dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """factor P Q of one tile; P is [m, r], contiguous, float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # One stage: r is mostly one block, and stages would take shared memory from the base's loop.
+    for first in tl.range(0, r, BLOCK_R, num_stages=1):
+        ranks = first + tl.arange(0, BLOCK_R)
+        p_mask = (rows < m)[:, None] & (ranks < r)[None, :]
+        p_tile = tl.load(pointers(p, rows, ranks, r, 1), mask=p_mask, other=0.0)
+        q_mask = (ranks < r)[:, None] & (cols < n)[None, :]
+        q_tile = tl.load(pointers(q, ranks, cols, sq_r, sq_n), mask=q_mask, other=0.0)
+        acc = rank_dot(p_tile * factor, q_tile, acc, dtype, PRECISION)
+    return acc
+
+
+# ---- forward -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def shrink_kernel(
+    x, a, out, seed, threshold, inv_keep, m, k, r, chunk, sx_m, sx_k, sa_r, sa_k,
+    DROPOUT: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """S[split, i, c] = sum over split's chunk of k of dropout(x)[i, k] A[c, k].
+
+    ``out`` is [splits, m, r] float32. Grid: (row blocks x rank blocks, splits); the rank blocks of
+    a row block are neighbours, so that the second one finds x in L2.
+    """
+    rank_blocks = tl.cdiv(r, BLOCK_R)
+    rows = tl.program_id(0) // rank_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    first = split * chunk
+    last = min(first + chunk, k)
+    inner = tl.arange(0, BLOCK_K)
+    if DROPOUT:
+        key = scalar(seed, SEED_ON_DEVICE)
+
+    # 1. S = dropout(x) A^T over this split's columns
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    x_ptrs = pointers(x, rows, first + inner, sx_m, sx_k)
+    a_ptrs = pointers(a, first + inner, ranks, sa_k, sa_r)
+    for start in range(first, last, BLOCK_K):
+        here = start + inner < last
+        x_tile = tl.load(x_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
+        a_tile = tl.load(a_ptrs, mask=here[:, None] & (ranks < r)[None, :], other=0.0)
+        if DROPOUT:
+            kept = kept_mask(key, threshold, rows, start, BLOCK_M, BLOCK_K)
+            x_tile = tl.where(kept, x_tile, 0.0)
+        acc = wide_dot(x_tile, a_tile, acc, TERMS, PRECISION)
+        x_ptrs += step(BLOCK_K, sx_k)
+        a_ptrs += step(BLOCK_K, sa_k)
+    if DROPOUT:
+        acc = acc * inv_keep
+
+    # 2. the split's own slice: no atomics
+    out += split.to(tl.int64) * m * r
+    mask = (rows < m)[:, None] & (ranks < r)[None, :]
+    tl.store(pointers(out, rows, ranks, r, 1), acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def tile_kernel(
+    a, w, bias, p, q, out, factor, seed, threshold, m, n, depth, r,
+    sa_m, sa_k, sw_k, sw_n, sq_r, sq_n,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, FACTOR_ON_DEVICE: tl.constexpr,
+    SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out = a w + mask o (factor P Q) + bias, one store; a [m, depth], w [depth, n].
+
+    y:  a = x,  w = W^T, P = S,  Q = B^T, factor = scale, no mask
+    dx: a = dy, w = W,   P = dS, Q = A,   factor = 1 / (1 - p), the mask of dropout
+    """
+    pid_m, pid_n = tile_position(
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
+    )
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = out.dtype.element_ty
+
+    # 1. factor P Q, first: the mask applies to it alone, and the base then adds to the same tile
+    scale = float_scalar(factor, FACTOR_ON_DEVICE)
+    acc = _low_rank(
+        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    if DROPOUT:
+        key = scalar(seed, SEED_ON_DEVICE)
+        acc = tl.where(kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N), acc, 0.0)
+
+    # 2. a w, products of x's dtype summed in float32
+    a_ptrs = pointers(a, rows, inner, sa_m, sa_k)
+    w_ptrs = pointers(w, inner, cols, sw_k, sw_n)
+    for start in range(0, depth, BLOCK_K):
+        here = start + inner < depth
+        a_tile = tl.load(a_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
+        w_tile = tl.load(w_ptrs, mask=here[:, None] & (cols < n)[None, :], other=0.0)
+        acc = dot(a_tile, w_tile, acc, PRECISION)
+        a_ptrs += step(BLOCK_K, sa_k)
+        w_ptrs += step(BLOCK_K, sw_k)
+
+    # 3. bias, and the only rounding and store
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def in_loop_kernel(
+    x, w, bias, a, b, y, s, scale, seed, threshold, inv_keep, m, n, k, r,
+    sx_m, sx_k, sw_k, sw_n, sa_r, sa_k, sb_n, sb_r,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = x W^T + scale S B^T + bias and S = dropout(x) A^T in one loop over k; r <= BLOCK_R.
+
+    x is read for the base and serves S as well. Every program of a row of tiles computes the same
+    S; the one of the first columns stores it.
+    """
+    pid_m, pid_n = tile_position(
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
+    )
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    inner = tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = y.dtype.element_ty
+    if DROPOUT:
+        key = scalar(seed, SEED_ON_DEVICE)
+
+    # 1. x W^T and S = dropout(x) A^T
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    s_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    x_ptrs = pointers(x, rows, inner, sx_m, sx_k)
+    w_ptrs = pointers(w, inner, cols, sw_k, sw_n)
+    a_ptrs = pointers(a, inner, ranks, sa_k, sa_r)
+    for start in range(0, k, BLOCK_K):
+        here = start + inner < k
+        x_tile = tl.load(x_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
+        w_tile = tl.load(w_ptrs, mask=here[:, None] & (cols < n)[None, :], other=0.0)
+        a_tile = tl.load(a_ptrs, mask=here[:, None] & (ranks < r)[None, :], other=0.0)
+        acc = dot(x_tile, w_tile, acc, PRECISION)
+        if DROPOUT:
+            kept = kept_mask(key, threshold, rows, start, BLOCK_M, BLOCK_K)
+            x_tile = tl.where(kept, x_tile, 0.0)
+        s_acc = wide_dot(x_tile, a_tile, s_acc, TERMS, PRECISION)
+        x_ptrs += step(BLOCK_K, sx_k)
+        w_ptrs += step(BLOCK_K, sw_k)
+        a_ptrs += step(BLOCK_K, sa_k)
+    if DROPOUT:
+        s_acc = s_acc * inv_keep
+
+    # 2. S, for the backward
+    if pid_n == 0:
+        s_mask = (rows < m)[:, None] & (ranks < r)[None, :]
+        tl.store(pointers(s, rows, ranks, r, 1), s_acc, mask=s_mask)
+
+    # 3. + scale S B^T + bias, and the only rounding and store of y
+    b_mask = (ranks < r)[:, None] & (cols < n)[None, :]
+    b_tile = tl.load(pointers(b, ranks, cols, sb_r, sb_n), mask=b_mask, other=0.0)
+    acc = rank_dot(s_acc * float_scalar(scale, SCALE_ON_DEVICE), b_tile, acc, dtype, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    tl.store(pointers(y, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
+
+
+# ---- backward ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def from_dy_kernel(
+    dy, b, s, ds, db, m, n, r, group, chunk, sdy_m, sdy_n, sb_n, sb_r,
+    NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dS = dy B and dB = dy^T S from one read of dy, both without scale.
+
+    A program owns ``group`` blocks of columns and ``chunk`` rows of dy. ``ds`` is [groups, m, r],
+    ``db`` is [chunks, n, r], float32; `sum_partials` adds them up. Grid: (groups x rank
+    blocks, chunks).
+    """
+    rank_blocks = tl.cdiv(r, BLOCK_R)
+    which = tl.program_id(0) // rank_blocks
+    ranks = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    first = split * chunk
+    last = min(first + chunk, m)
+    within = tl.arange(0, BLOCK_M)
+    first_block = which * group
+    last_block = min(first_block + group, tl.cdiv(n, BLOCK_N))
+    ds += which.to(tl.int64) * m * r
+    db += split.to(tl.int64) * n * r
+
+    for block in range(first_block, last_block):
+        cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns_mask = (cols < n)[:, None] & (ranks < r)[None, :]
+        if NEEDS_DS:
+            b_tile = tl.load(pointers(b, cols, ranks, sb_n, sb_r), mask=columns_mask, other=0.0)
+        acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        dy_ptrs = pointers(dy, first + within, cols, sdy_m, sdy_n)
+        for start in range(first, last, BLOCK_M):
+            rows = start + within
+            mask = (rows < last)[:, None] & (ranks < r)[None, :]
+            dy_mask = (rows < last)[:, None] & (cols < n)[None, :]
+            dy_tile = tl.load(dy_ptrs, mask=dy_mask, other=0.0)
+            # 1. dS += dy B, in the program's own slice: small enough to stay in the cache
+            if NEEDS_DS:
+                ds_ptrs = pointers(ds, rows, ranks, r, 1)
+                part = tl.load(ds_ptrs, mask=mask & (block > first_block), other=0.0)
+                part = wide_dot(dy_tile, b_tile, part, TERMS, PRECISION)
+                tl.store(ds_ptrs, part, mask=mask)
+            # 2. dB += dy^T S
+            if NEEDS_DB:
+                s_tile = tl.load(pointers(s, rows, ranks, r, 1), mask=mask, other=0.0)
+                acc = wide_dot(tl.trans(dy_tile), s_tile, acc, TERMS, PRECISION)
+            dy_ptrs += step(BLOCK_M, sdy_m)
+        # 3. this chunk of rows' part of dB
+        if NEEDS_DB:
+            tl.store(pointers(db, cols, ranks, r, 1), acc, mask=columns_mask)
+        # the next block of columns loads what other threads stored to dS
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def grad_a_kernel(
+    x, ds, da, seed, threshold, inv_keep, m, k, r, chunk, sx_m, sx_k,
+    DROPOUT: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dA[split, c, k] = sum over split's chunk of rows of dS[i, c] dropout(x)[i, k].
+
+    ``da`` is [splits, r, k] float32. Computed as [BLOCK_K, BLOCK_R], so that the long side is the
+    tensor cores' m. Grid: (blocks of k x rank blocks, splits).
+    """
+    rank_blocks = tl.cdiv(r, BLOCK_R)
+    first_col = tl.program_id(0) // rank_blocks * BLOCK_K
+    cols = first_col + tl.arange(0, BLOCK_K)
+    ranks = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    first = split * chunk
+    last = min(first + chunk, m)
+    within = tl.arange(0, BLOCK_M)
+    if DROPOUT:
+        key = scalar(seed, SEED_ON_DEVICE)
+
+    # 1. dA^T = dropout(x)^T dS; the mask is drawn again
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    x_ptrs = pointers(x, first + within, cols, sx_m, sx_k)
+    ds_ptrs = pointers(ds, first + within, ranks, r, 1)
+    for start in range(first, last, BLOCK_M):
+        rows = start + within
+        x_tile = tl.load(x_ptrs, mask=(rows < last)[:, None] & (cols < k)[None, :], other=0.0)
+        ds_mask = (rows < last)[:, None] & (ranks < r)[None, :]
+        ds_tile = tl.load(ds_ptrs, mask=ds_mask, other=0.0)
+        if DROPOUT:
+            kept = kept_mask(key, threshold, rows, first_col, BLOCK_M, BLOCK_K)
+            x_tile = tl.where(kept, x_tile, 0.0)
+        acc = wide_dot(tl.trans(x_tile), ds_tile, acc, TERMS, PRECISION)
+        x_ptrs += step(BLOCK_M, sx_m)
+        ds_ptrs += step(BLOCK_M, r)
+    if DROPOUT:
+        acc = acc * inv_keep
+
+    # 2. the split's own slice
+    da += split.to(tl.int64) * r * k
+    mask = (cols < k)[:, None] & (ranks < r)[None, :]
+    tl.store(pointers(da, cols, ranks, 1, k), acc, mask=mask)
+
+
+# ---- beside a library GEMM, and sums -----------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def add_low_rank_kernel(
+    p, q, out, factor, seed, threshold, m, n, r, sq_r, sq_n,
+    DROPOUT: tl.constexpr, FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out += mask o (factor P Q) in place; out [m, n], contiguous, holds the GEMM's result."""
+    pid_m, pid_n = tile_position(
+        tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
+    )
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = out.dtype.element_ty
+
+    # 1. factor P Q
+    scale = float_scalar(factor, FACTOR_ON_DEVICE)
+    acc = _low_rank(
+        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    if DROPOUT:
+        key = scalar(seed, SEED_ON_DEVICE)
+        acc = tl.where(kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N), acc, 0.0)
+
+    # 2. read, add, write
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    out_ptrs = pointers(out, rows, cols, n, 1)
+    acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, rounded(acc, dtype), mask=mask)

@@ -1,0 +1,286 @@
+"""Launchers of the Triton kernels of ``lora_linear``: which kernel, on which grid, in which order.
+
+The maths and the schemas are in ``peft_kernels/ops/lora_linear.py``, the kernels in
+``kernels.py``, the plans in ``plans.py`` and the tiles in ``common/chips.py``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from peft_kernels.ops._dropout import threshold
+from peft_kernels.triton.common import chips
+from peft_kernels.triton.common.launch import (
+    GROUP_M,
+    MAX_SPLITS,
+    argument,
+    chunks,
+    launch,
+    options,
+    sum_partials,
+)
+from peft_kernels.triton.lora_linear import kernels
+from peft_kernels.triton.lora_linear import plans
+
+# ---- forward -----------------------------------------------------------------------------------
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y ``[m, n]`` in x's dtype and S ``[m, r]`` in float32."""
+    call = _Call("fwd", x, weight, lora_a, dropout_p, seed)
+    plan = plans.choose(x.device, call.problem)
+    bias = None if bias is None else bias.contiguous()
+    with torch.cuda.device_of(x):
+        if plan == "ii":
+            return _in_loop(call, x, weight, bias, lora_a, lora_b, scale)
+        s = _shrink(call, x, lora_a)
+        if plan == "library":
+            y = F.linear(x, weight, bias)
+            return _add_low_rank(call, s, lora_b.T, y, scale, masked=False), s
+        y = x.new_empty(call.m, call.n)
+        return _tile(call, x, weight.T, bias, s, lora_b.T, y, scale, masked=False), s
+
+
+# ---- backward ----------------------------------------------------------------------------------
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx ``[m, k]``, dA ``[r, k]``, dB ``[n, r]``; of size 0 where not needed."""
+    call = _Call("bwd", x, weight, lora_a, dropout_p, seed)
+    dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    with torch.cuda.device_of(x):
+        ds, db = _from_dy(call, dy, lora_b, s.contiguous(), scale, needs_x or needs_a, needs_b, db)
+        if needs_x:
+            factor = call.inv_keep
+            if plans.choose(x.device, call.problem) == "library":
+                dx = _add_low_rank(call, ds, lora_a, torch.mm(dy, weight), factor, masked=True)
+            else:
+                dx = x.new_empty(call.m, call.k)
+                dx = _tile(call, dy, weight, None, ds, lora_a, dx, factor, masked=True)
+        if needs_a:
+            da = _grad_a(call, x, ds, lora_a)
+    return dx, da, db
+
+
+# ---- what the launches of one call share -------------------------------------------------------
+
+
+class _Call:
+    """The sizes, tiles and dropout of one call of the op."""
+
+    def __init__(
+        self,
+        direction: str,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.m, self.k = x.shape
+        self.n, self.r = weight.shape[0], lora_a.shape[0]
+        self.dropout = seed is not None
+        self.problem = plans.Problem(
+            direction, x.dtype, lora_a.dtype, self.m, self.n, self.k, self.r, self.dropout
+        )
+        self.arch_name = chips.arch_name(x.device)
+        self.block_r = chips.rank_block(self.r)
+        self.rank_blocks = triton.cdiv(self.r, self.block_r)
+        self.inv_keep = 1.0 / (1.0 - dropout_p)
+        self.threshold = threshold(dropout_p)
+        self.seed, self.seed_on_device = argument(seed, 0)
+        self.precision = chips.float32_precision()
+
+    def tile(self, kernel: str) -> chips.Tile:
+        return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)
+
+    def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
+        return chunks(chips.arch(self.arch_name), length, block, programs)
+
+    def column_groups(self, block: int) -> tuple[int, int]:
+        """Splits the columns of dy in groups: (blocks in a group, groups).
+
+        G groups and C chunks of rows fill the GPU when G C is about twice the cores; their partial
+        sums, (G m + C n) r numbers, are fewest at G / C = n / m.
+        """
+        blocks = triton.cdiv(self.n, block)
+        wanted = 2 * chips.arch(self.arch_name).cores / self.rank_blocks
+        groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
+        group = triton.cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
+        return group, triton.cdiv(blocks, group) if blocks else 0
+
+
+# ---- launches ----------------------------------------------------------------------------------
+
+
+def _shrink(call: _Call, x: Tensor, lora_a: Tensor) -> Tensor:
+    """S = dropout(x) A^T."""
+    tile = call.tile("shrink")
+    programs = triton.cdiv(call.m, tile.m) * call.rank_blocks
+    chunk, splits = call.chunks(call.k, tile.k, programs)
+    splits = max(splits, 1)  # k = 0 still has an S, of zeros
+    parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
+    launch(
+        kernels.shrink_kernel,
+        (programs, splits),
+        x, lora_a, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
+        *x.stride(), *lora_a.stride(),
+        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
+        PRECISION=call.precision,
+        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
+    )  # fmt: skip
+    if splits == 1:
+        return parts[0]
+    return sum_partials(parts, x.new_empty(call.m, call.r, dtype=torch.float32), 1.0)
+
+
+def _in_loop(
+    call: _Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y and S from one loop over k."""
+    tile = call.tile("in_loop")
+    y = x.new_empty(call.m, call.n)
+    s = x.new_empty(call.m, call.r, dtype=torch.float32)
+    factor, on_device = argument(scale, 1.0)
+    launch(
+        kernels.in_loop_kernel,
+        (triton.cdiv(call.m, tile.m) * triton.cdiv(call.n, tile.n),),
+        x, weight, bias, lora_a, lora_b, y, s, factor, call.seed, call.threshold, call.inv_keep,
+        call.m, call.n, call.k, call.r,
+        *x.stride(), weight.stride(1), weight.stride(0), *lora_a.stride(), *lora_b.stride(),
+        HAS_BIAS=bias is not None, DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
+        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), PRECISION=call.precision,
+        GROUP_M=GROUP_M,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
+    )  # fmt: skip
+    return y, s
+
+
+def _tile(
+    call: _Call,
+    a: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    p: Tensor,
+    q: Tensor,
+    out: Tensor,
+    factor: Tensor | float,
+    masked: bool,
+) -> Tensor:
+    """out = a w + mask o (factor P Q) + bias."""
+    dropout = masked and call.dropout
+    tile = call.tile("tile_masked" if dropout else "tile")
+    m, n = out.shape
+    value, on_device = argument(factor, 1.0)
+    launch(
+        kernels.tile_kernel,
+        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
+        a, w, bias, p, q, out, value, call.seed, call.threshold, m, n, a.shape[1], call.r,
+        *a.stride(), *w.stride(), *q.stride(),
+        HAS_BIAS=bias is not None, DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
+        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
+    )  # fmt: skip
+    return out
+
+
+def _add_low_rank(
+    call: _Call, p: Tensor, q: Tensor, out: Tensor, factor: Tensor | float, masked: bool
+) -> Tensor:
+    """out += mask o (factor P Q), in place."""
+    tile = call.tile("add_low_rank")
+    m, n = out.shape
+    value, on_device = argument(factor, 1.0)
+    launch(
+        kernels.add_low_rank_kernel,
+        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
+        p, q, out, value, call.seed, call.threshold, m, n, call.r, *q.stride(),
+        DROPOUT=masked and call.dropout, FACTOR_ON_DEVICE=on_device,
+        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
+        BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
+    )  # fmt: skip
+    return out
+
+
+def _from_dy(
+    call: _Call,
+    dy: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scale: Tensor,
+    needs_ds: bool,
+    needs_db: bool,
+    db: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dS = scale dy B and dB = scale dy^T S; what isn't needed is left as it is."""
+    tile = call.tile("from_dy")
+    group, groups = call.column_groups(tile.n)
+    chunk, splits = call.chunks(call.m, tile.m, groups * call.rank_blocks)
+    ds = s.new_empty(call.m if needs_ds else 0, call.r)
+    ds_parts = s.new_empty(groups, *ds.shape)
+    db = lora_b.new_empty(call.n if needs_db else 0, call.r) if needs_db else db
+    db_parts = s.new_empty(splits, *db.shape)
+    if needs_ds or needs_db:
+        launch(
+            kernels.from_dy_kernel,
+            (groups * call.rank_blocks, splits),
+            dy, lora_b, s, ds_parts, db_parts, call.m, call.n, call.r, group, chunk,
+            *dy.stride(), *lora_b.stride(),
+            NEEDS_DS=needs_ds, NEEDS_DB=needs_db, TERMS=call.problem.terms(),
+            PRECISION=call.precision,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **options(tile),
+        )  # fmt: skip
+    return sum_partials(ds_parts, ds, scale), sum_partials(db_parts, db, scale)
+
+
+def _grad_a(call: _Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
+    """dA = dS^T dropout(x)."""
+    tile = call.tile("grad_a")
+    programs = triton.cdiv(call.k, tile.k) * call.rank_blocks
+    chunk, splits = call.chunks(call.m, tile.m, programs)
+    parts = ds.new_empty(splits, call.r, call.k)
+    launch(
+        kernels.grad_a_kernel,
+        (programs, splits),
+        x, ds, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
+        *x.stride(),
+        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
+        PRECISION=call.precision,
+        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
+    )  # fmt: skip
+    return sum_partials(parts, lora_a.new_empty(lora_a.shape), 1.0)

@@ -1,0 +1,178 @@
+"""Which kernels of ``lora_linear`` serve a shape: forced, measured or computed.
+
+A *plan* is one way to compute the op:
+
+``"i"``        S first, then y in one tile; backward: dS and dB, then dx in one tile, and dA
+``"ii"``       S and y in one loop over k; forward only, and only up to `IN_LOOP_MAX_RANK`
+``"library"``  the library's GEMM, then the low-rank part added in place
+
+`choose` takes the plan that `peft-kernels tune` measured for the device and the shape's bucket, and
+without a measurement the one that `default_plan` computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from peft_kernels.triton.common import chips
+
+PLANS = ("i", "ii", "library")
+IN_LOOP_MAX_RANK = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan is chosen for; ``direction`` is "fwd" or "bwd"."""
+
+    direction: str
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    r: int
+    dropout: bool
+
+    def terms(self) -> int:
+        return chips.terms(self.dtype, self.adapter_dtype)
+
+    def bucket(self) -> str:
+        """The tune cache's key: every size rounded up to a power of two."""
+        sizes = " ".join(
+            f"{name}{triton.next_power_of_2(max(size, 1))}"
+            for name, size in (("m", self.m), ("n", self.n), ("k", self.k), ("r", self.r))
+        )
+        dtypes = f"{_short(self.dtype)}/{_short(self.adapter_dtype)}"
+        return f"{self.direction} {dtypes} {sizes}" + (" dropout" if self.dropout else "")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def default_plan(name: str, problem: Problem) -> str:
+    """The plan without a measurement.
+
+    "library" where our GEMM isn't competitive. Otherwise "i" or, in the forward, "ii" where it is
+    cheaper:
+
+    "i" reads x once more: m k b bytes. "ii" multiplies x and A once in each of the T column tiles
+    instead: T 2 m k R FLOP, R the rank's block, times the terms of a float32 A beside 16-bit x. So
+    "ii" wins while T R 2 / b < balance. With few rows the base waits for the weight and those FLOP
+    are free, so "ii" also saves a launch. Under dropout the mask would be drawn T times (some 20
+    integer instructions an element), so T must be 1 there.
+    """
+    if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
+        return "library"
+    if problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK:
+        return "i"
+    columns = triton.cdiv(problem.n, chips.tile(name, "in_loop", problem.dtype, problem.m).n)
+    if problem.dropout:
+        return "ii" if columns == 1 else "i"
+    if problem.m <= chips.FEW_ROWS:
+        return "ii"
+    terms = 1 if problem.adapter_dtype is problem.dtype else problem.terms()
+    flops_per_byte = columns * 2 * chips.rank_block(problem.r) * terms / problem.dtype.itemsize
+    return "ii" if flops_per_byte < chips.ARCHS[name].balance else "i"
+
+
+_forced: str | None = None
+
+
+@contextmanager
+def force(plan: str) -> Iterator[None]:
+    """Uses ``plan`` wherever it can serve inside a ``with`` block: for `tune` and the tests."""
+    global _forced
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}; got {plan!r}")
+    previous, _forced = _forced, plan
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(device: torch.device, problem: Problem) -> str:
+    """The plan that serves ``problem`` on ``device``."""
+    plan = _forced or _chosen(device, problem)
+    # Without columns of y no program of "ii" would store S.
+    cannot = problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK or problem.n == 0
+    return "i" if plan == "ii" and cannot else plan
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(device: torch.device, problem: Problem) -> str:
+    measured = load_cache().get(device_key(device), {}).get(problem.bucket())
+    return measured or default_plan(chips.arch_name(device), problem)
+
+
+# ---- the tune cache --------------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    """``$PEFT_KERNELS_CACHE/plans.json``, by default in ``~/.cache/peft_kernels``."""
+    folder = os.environ.get("PEFT_KERNELS_CACHE") or Path.home() / ".cache" / "peft_kernels"
+    return Path(folder) / "plans.json"
+
+
+@functools.cache
+def device_key(device: torch.device) -> str:
+    """A measurement holds for one kind of device and one version of torch and Triton."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name} | torch {torch.__version__} | triton {triton.__version__}"
+
+
+@functools.cache
+def load_cache() -> dict[str, dict[str, str]]:
+    """The measured plans, ``{device key: {bucket: plan}}``, read once a process."""
+    path = cache_file()
+    try:
+        return _checked(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"{path} is not a tune cache ({error}); the default plans are used. Delete it, or"
+            " write it anew with `peft-kernels tune`.",
+            stacklevel=2,
+        )
+        return {}
+
+
+def _checked(content: object) -> dict[str, dict[str, str]]:
+    if not isinstance(content, dict):
+        raise ValueError("it must hold an object")
+    for buckets in content.values():
+        if not isinstance(buckets, dict) or not set(map(str, buckets.values())) <= set(PLANS):
+            raise ValueError(f"every bucket's plan must be one of {', '.join(PLANS)}")
+    return content
+
+
+def save_cache(measured: dict[str, dict[str, str]]) -> Path:
+    """Adds ``measured`` to the cache file in one atomic step, and uses it from now on."""
+    path = cache_file()
+    merged = {key: dict(buckets) for key, buckets in load_cache().items()}
+    for key, buckets in measured.items():
+        merged.setdefault(key, {}).update(buckets)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(merged, indent=1, sort_keys=True))
+    draft.replace(path)
+    forget_cache()
+    return path
+
+
+def forget_cache() -> None:
+    """Makes the next `choose` read the cache file again."""
+    load_cache.cache_clear()
+    _chosen.cache_clear()

@@ -1,0 +1,71 @@
+"""Every Triton kernel in every shipped configuration, compiled for chips that aren't here."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from peft_kernels.tools.report import run
+
+KERNELS = {
+    "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "sum_partials",
+    "multi_shrink", "multi_tile", "multi_delta", "multi_grad", "sum_parts",
+    "decode_shrink", "decode_tile",
+    "adapter_fold", "adapter_fwd", "adapter_norm_bwd", "adapter_bwd", "adapter_up", "adapter_down",
+    "adapter_fusion_products", "adapter_fusion_mix", "adapter_fusion_grad",
+    "adapter_fusion_weights", "adapter_fusion_weights_bwd",
+    "prefix_attention_fwd", "prefix_attention_combine", "prefix_attention_delta",
+    "prefix_attention_query_grad", "prefix_attention_text_grad", "prefix_attention_prefix_grad",
+}  # fmt: skip
+
+
+def marked(target, *values):
+    """One chip is compiled for by make test, and all by make test-all."""
+    return pytest.param(target, *values, marks=() if target == "sm_90" else pytest.mark.long)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The rows of a target, compiled when it is first asked for."""
+    return cache(lambda target: run.compile_table((target,)))
+
+
+@pytest.mark.parametrize("target", [marked(target) for target in run.TARGETS])
+def test_budget(compiled, target):
+    """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
+    rows = compiled(target)
+    # Chips without tiles of their own take the base product from the library.
+    shipped = KERNELS - {"multi_tile"} if target.startswith("other") else KERNELS
+    assert {row.kernel for row in rows} == shipped
+    assert all(row.registers > 0 for row in rows)
+    assert [row for row in rows if not row.within_budget()] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        marked("sm_80", "HMMA"),
+        marked("sm_90", "HGMMA"),
+        marked("sm_100", "UTCHMMA"),
+        marked("gfx942", "v_mfma_f32"),
+    ],
+)
+def test_tensor_core_instructions(compiled, target, instruction):
+    rows = [row for row in compiled(target) if row.dtype == "bfloat16" and row.kernel == "tile"]
+    assert rows
+    for row in rows:
+        assert any(name.startswith(instruction) for name in row.tensor_core), row
+
+
+def test_budget_sees_each_excess(compiled):
+    """A row over any one limit is outside."""
+    row = next(row for row in compiled("sm_90") if row.kernel == "tile")
+    assert row.within_budget()
+    assert not replace(row, spills=4).within_budget()
+    assert not replace(row, shared=row.shared_limit + 1).within_budget()
+    assert not replace(row, tensor_core={}).within_budget()
+
+
+def test_unknown_target():
+    with pytest.raises(ValueError, match="targets must be among sm_80"):
+        run.compile_table(("sm_42",))

@@ -1,0 +1,194 @@
+"""Plans: the arithmetic default, the measurement with an injected timer, and the cache."""
+
+import io
+import json
+import warnings
+
+import pytest
+import torch
+from rich.console import Console
+from triton.runtime.errors import OutOfResources
+
+from peft_kernels.tools import tune as tuning
+from peft_kernels.triton.lora_linear import plans
+
+CPU = torch.device("cpu")
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def problem(direction="fwd", m=8192, n=4096, k=4096, r=16, dtype=BF16, adapter=BF16, dropout=False):
+    return plans.Problem(direction, dtype, adapter, m, n, k, r, dropout)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "cache"))
+    plans.forget_cache()
+    yield plans.cache_file()
+    monkeypatch.undo()
+    plans.forget_cache()
+
+
+# ---- the default -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        (problem(n=2048), "ii"),  # 16 column tiles x 16 FLOP a byte: below an H100's balance
+        (problem(n=14336), "i"),
+        (problem(n=2048, adapter=F32), "i"),  # three times the FLOP
+        (problem(m=8, n=14336), "ii"),  # few rows: the weight's bytes bind
+        (problem(m=8, r=65), "i"),  # more ranks than the loop holds
+        (problem(n=2048, dropout=True), "i"),  # the mask would be drawn 16 times
+        (problem(n=128, dropout=True), "ii"),
+        (problem("bwd"), "i"),
+        (problem(dtype=F32, adapter=F32), "library"),
+        (problem("bwd", dtype=F32, adapter=F32), "library"),
+        (problem(k=4104), "library"),  # rows that can't be loaded 16 bytes at a time
+        (problem("bwd", n=4104), "library"),
+    ],
+)
+def test_default_plan(case, plan):
+    assert plans.default_plan("sm_90", case) == plan
+
+
+def test_default_plan_depends_on_the_chip():
+    case = problem(n=2560)
+    assert plans.default_plan("sm_90", case) == "i"
+    assert plans.default_plan("sm_80", case) == "i"
+    case = problem(n=1536)  # 12 column tiles: 192 FLOP a byte
+    assert plans.default_plan("sm_90", case) == "ii"
+    assert plans.default_plan("sm_80", case) == "i"
+    assert plans.default_plan("other", case) == "library"
+
+
+def test_a_plan_that_cannot_serve_is_replaced():
+    with plans.force("ii"):
+        assert plans.choose(CPU, problem()) == "ii"
+        assert plans.choose(CPU, problem("bwd")) == "i"
+        assert plans.choose(CPU, problem(r=plans.IN_LOOP_MAX_RANK + 1)) == "i"
+        assert plans.choose(CPU, problem(n=0)) == "i"
+
+
+def test_force_takes_known_plans_only():
+    expected = pytest.raises(ValueError, match=r"plan must be one of i, ii, library; got 'iii'")
+    with expected, plans.force("iii"):
+        pass
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+class FakeTimer:
+    """Gives every plan the time it is told, after running the call once."""
+
+    def __init__(self, **milliseconds):
+        self.milliseconds = milliseconds
+        self.calls = []
+
+    def __call__(self, call):
+        plan = plans._forced
+        self.calls.append(plan)
+        call()
+        if self.milliseconds[plan] is None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return self.milliseconds[plan]
+
+
+def run_tune(timer, shapes=((5, 12, 9, 3),), **options):
+    console = Console(file=io.StringIO(), width=200)
+    found = tuning.tune(shapes, ((BF16, F32),), timer=timer, console=console, **options)
+    return found, console.file.getvalue()
+
+
+def test_tune_measures_every_plan_and_keeps_the_fastest(cache):
+    timer = FakeTimer(i=3.0, ii=1.0, library=2.0)
+    found, printed = run_tune(timer)
+    by_direction = {m.problem.direction: m for m in found}
+    assert by_direction["fwd"].milliseconds == {"i": 3.0, "ii": 1.0, "library": 2.0}
+    assert by_direction["fwd"].best == "ii"
+    assert by_direction["bwd"].milliseconds == {"i": 3.0, "library": 2.0}
+    assert by_direction["bwd"].best == "library"
+    # the plans take turns
+    assert timer.calls == ["i", "ii", "library"] * 3 + ["i", "library"] * 3
+    assert "3.0000" in printed and str(cache) in printed
+
+
+def test_tuned_plan_is_chosen_for_its_bucket_only():
+    case = problem(m=5, n=12, k=9, r=3, adapter=F32)
+    before = plans.choose(CPU, case)
+    assert before == "library"
+    run_tune(FakeTimer(i=1.0, ii=2.0, library=3.0))
+    assert plans.choose(CPU, case) == "i"
+    same_bucket = problem(m=8, n=16, k=16, r=4, adapter=F32)
+    assert plans.choose(CPU, same_bucket) == "i"
+    for other in (
+        problem(m=9, n=12, k=9, r=3, adapter=F32),
+        problem(m=5, n=12, k=9, r=3, adapter=BF16),
+        problem(m=5, n=12, k=9, r=3, adapter=F32, dropout=True),
+    ):
+        assert plans.choose(CPU, other) == "library"
+
+
+def test_a_plan_that_does_not_fit_the_gpu_is_left_out():
+    found, _ = run_tune(FakeTimer(i=None, ii=None, library=1.0))
+    assert [m.milliseconds for m in found] == [{"library": 1.0}] * 2
+
+
+def test_tuning_again_adds_to_the_cache(cache):
+    run_tune(FakeTimer(i=1.0, ii=2.0, library=3.0))
+    run_tune(FakeTimer(i=3.0, ii=2.0, library=1.0), shapes=((70, 12, 9, 3),))
+    buckets = json.loads(cache.read_text())[plans.device_key(CPU)]
+    assert buckets == {
+        "fwd bfloat16/float32 m8 n16 k16 r4": "i",
+        "bwd bfloat16/float32 m8 n16 k16 r4": "i",
+        "fwd bfloat16/float32 m128 n16 k16 r4": "library",
+        "bwd bfloat16/float32 m128 n16 k16 r4": "library",
+    }
+    assert [path.name for path in cache.parent.iterdir()] == ["plans.json"]  # no draft is left
+
+
+def test_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(RuntimeError, match=r"there is none: torch .* (built without|finds no)"):
+        tuning.tune()
+
+
+# ---- the cache -------------------------------------------------------------------------------
+
+
+def write_cache(path, content):
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+
+
+def test_another_device_or_version_is_not_used(cache):
+    case = problem()
+    write_cache(cache, json.dumps({"NVIDIA X | torch 1 | triton 1": {case.bucket(): "ii"}}))
+    assert plans.choose(CPU, case) == "library"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": 1}', '{"a": {"b": "fastest"}}', '{"a": {"b": []}}']
+)
+def test_a_corrupt_cache_warns_once_and_is_replaced(cache, content):
+    write_cache(cache, content)
+    with pytest.warns(UserWarning, match=r"plans\.json is not a tune cache"):
+        assert plans.choose(CPU, problem()) == "library"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans.choose(CPU, problem(m=1))
+        run_tune(FakeTimer(i=1.0, ii=2.0, library=3.0))
+    assert len(json.loads(cache.read_text())) == 1
+
+
+def test_the_cache_is_read_once(cache):
+    write_cache(cache, "{}")
+    plans.choose(CPU, problem())
+    cache.unlink()
+    cache.parent.rmdir()
+    plans.choose(CPU, problem(m=1))
+    assert plans.load_cache() == {}
