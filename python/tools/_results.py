@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from peft_kernels.tools import bench
-from peft_kernels.tools.errors import Error
-from peft_kernels.tools.measure import Timing
+from peft_kernels.tools.bench import run as bench
+from peft_kernels.tools.bench.errors import Error
+from peft_kernels.tools.bench.measure import Timing
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 OPS = (

@@ -22,9 +22,9 @@ import headline
 import traffic
 
 from peft_kernels import cli
-from peft_kernels.tools import bench
-from peft_kernels.tools.bench_chart import save_chart
-from peft_kernels.tools.report import PEERS
+from peft_kernels.tools.bench import run as bench
+from peft_kernels.tools.bench.chart import save_chart
+from peft_kernels.tools.report.run import PEERS
 
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from _results import RESULTS
 
-from peft_kernels.tools.report import TRAFFIC_SIZES, traffic_table
+from peft_kernels.tools.report.run import TRAFFIC_SIZES, traffic_table
 
 RECORD = RESULTS / "gpu-traffic.json"
 

@@ -48,7 +48,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import peft_kernels
-from peft_kernels.integrations.transformers.adapters import (
+from peft_kernels.integrations.transformers import (
     adapters_of,
     fuse_adapters,
     insert_adapters,

@@ -54,8 +54,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import peft_kernels
-from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for
-from peft_kernels.integrations.transformers.soft_prompts import add_prompt, remove_prompt
+from peft_kernels.integrations.transformers import add_prefix, add_prompt, prefix_for, remove_prompt
 from peft_kernels.nn import PrefixTuning, PromptTuning, PTuning, Template, vocabulary_prompt
 from peft_kernels.tools.bench.measure import synchronize
 

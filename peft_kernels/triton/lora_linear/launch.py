@@ -24,8 +24,7 @@ from peft_kernels.triton.common.launch import (
     options,
     sum_partials,
 )
-from peft_kernels.triton.lora_linear import kernels
-from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear import kernels, plans
 
 # ---- forward -----------------------------------------------------------------------------------
 

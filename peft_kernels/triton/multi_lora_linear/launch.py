@@ -19,8 +19,7 @@ from torch import Tensor
 from peft_kernels.ops.multi_lora_linear import PAGE, sort_by_adapter
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import GROUP_M, chunks, launch, options, sum_partials
-from peft_kernels.triton.multi_lora_linear import kernels
-from peft_kernels.triton.multi_lora_linear import plans
+from peft_kernels.triton.multi_lora_linear import kernels, plans
 from peft_kernels.triton.multi_lora_linear import tile_kernels as tiles
 
 MAX_BANKS = 4  # of one launch; a kernel is compiled for each number of banks
