@@ -105,19 +105,59 @@ def _print_json(document: object) -> None:
 
 # ---- arguments -------------------------------------------------------------------------------
 
+_DESCRIPTION = "See, measure and tune the kernels. `peft-kernels COMMAND --help` says more of each."
+_BENCH = """\
+ops, and what MxNxK is of each:
+  lora_linear, multi_lora_linear   rows x outputs x inputs
+  adapter, adapter_fusion          tokens x hidden x bottleneck
+  prefix_attention                 queries x heads x prefix, in a batch of 8
+  prompt_lookup                    text x hidden x prompt, in a batch of 8
+
+Implementations take turns in one process; a ratio is the median over rounds of one time over the
+bare layer's. In brackets: the error against float64. Writes bench.json, and with matplotlib
+bench.png.
+
+  peft-kernels bench --shapes 512x2048x2048 --dtype bfloat16 --backward
+  peft-kernels bench adapter --all --markdown out/bench/adapter.md
+"""
+_REPORT = """\
+Takes minutes, and needs Triton and no GPU. The exit code is 1 if a kernel is outside of its budget:
+no spills, shared memory within the chip's, tensor-core instructions where products are 16-bit.
+"""
+_TUNE = """\
+Takes minutes, and needs Triton and a GPU. The plans go to plans.json in $PEFT_KERNELS_CACHE, by
+default ~/.cache/peft_kernels, and hold for this kind of GPU and these versions of torch and Triton.
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="peft-kernels", description=_DESCRIPTION)
     version = f"%(prog)s {peft_kernels.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("doctor", _doctor, "what is installed here; which backend serves each op, and why"),
-        ("bench", _bench, "time an op beside its rivals, as ratios to the bare frozen layer"),
-        ("report", _report, "compile every GPU kernel; registers, spills, instructions, traffic"),
-        ("tune", _tune, "measure an op's plans on this GPU and cache the fastest"),
+    for name, run, text, more in (
+        ("doctor", _doctor, "what is installed here; which backend serves each op, and why", ""),
+        (
+            "bench",
+            _bench,
+            "time an op beside its rivals, as ratios to the bare frozen layer",
+            _BENCH,
+        ),
+        (
+            "report",
+            _report,
+            "compile every GPU kernel; registers, spills, instructions, traffic",
+            _REPORT,
+        ),
+        ("tune", _tune, "measure lora_linear's plans on this GPU and cache the fastest", _TUNE),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run)
         text = "print JSON; what is said to people goes to standard error"
         command.add_argument("--json", action="store_true", help=text)
@@ -130,15 +170,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("op", nargs="?", default="lora_linear", help="default: %(default)s")
-    add("--shapes", nargs="+", type=_shape, metavar="MxNxK", help="default: the op's own")
-    add("--dtype", type=_dtype, help="of x and the base weight; default: float32")
+    add("op", nargs="?", default="lora_linear", help="one of those below; default: %(default)s")
+    add("--shapes", nargs="+", type=_shape, metavar="MxNxK", help="default: the op's own cases")
+    add("--dtype", type=_dtype, help="float32, bfloat16 or float16; default: float32")
     add("--backward", action="store_true", help="time forward and backward")
     add("--all", action="store_true", help="every shape, dtype and direction that has a target")
     add("--compile", action="store_true", help="torch.compile of the composition, too (slow)")
-    add("--device", default="cpu", help="default: %(default)s")
+    add("--device", default="cpu", help="such as cuda; default: %(default)s")
     add("--rounds", type=int, default=15, help="rounds at least; default: %(default)s")
-    add("--seconds", type=float, default=1.0, help="an implementation at least; default: 1")
+    add("--seconds", type=float, default=1.0, help="for each implementation at least; default: 1")
     add("--out", type=Path, default=Path("out/bench"), help="folder; default: %(default)s")
     add("--markdown", type=Path, metavar="FILE", help="write the tables as markdown as well")
 

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,9 @@ def test_the_commands_of_a_page_are_those_that_there_are(page):
 def test_the_links_of_a_page_lead_somewhere(page):
     text = CODE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        made = re.fullmatch(r"(\w+)\.md", target) and target[:-3] in _results.OPS
-        assert target.startswith("https://") or made or (page.parent / target).exists(), target
+        made = re.fullmatch(r"(?:\.\./benchmarks/)?(\w+)\.md", target)
+        generated = made is not None and made[1] in _results.OPS
+        assert target.startswith("https://") or generated or (page.parent / target).exists(), target
 
 
 DIRECTIVE = re.compile(r"^::: (\S+)\n((?: +.*\n)*)", re.MULTILINE)
@@ -150,6 +152,47 @@ def test_every_public_name_has_a_place_in_the_reference():
     for module in (peft_kernels, peft_kernels.nn, peft_kernels.ops):
         public = [getattr(module, name) for name in module.__all__]
         assert all(id(thing) in shown for thing in public if not inspect.ismodule(thing))
+
+
+# ---- docstrings --------------------------------------------------------------------------------
+
+
+def callables() -> dict[str, object]:
+    """What the reference shows and can be called: functions, classes, and their public methods."""
+    found = {}
+    for name in documented():
+        thing = resolved(name)
+        found[name] = thing
+        for key, method in vars(thing).items() if inspect.isclass(thing) else ():
+            method = inspect.unwrap(getattr(method, "__func__", method))
+            if inspect.isfunction(method) and not key.startswith("_") and method.__doc__:
+                found[f"{name}.{key}"] = method
+    return found
+
+
+CALLABLES = callables()
+SECTION = re.compile(r"^(Args|Raises|Returns|Attributes):\n((?:    .*\n|\n)+)", re.MULTILINE)
+
+
+def sections(thing: object) -> dict[str, list[str]]:
+    """The entries of each section of a docstring: what stands at the section's own indent."""
+    text = inspect.getdoc(thing) + "\n"
+    found = {name: textwrap.dedent(body).splitlines() for name, body in SECTION.findall(text)}
+    return {name: [line for line in body if line[:1].strip()] for name, body in found.items()}
+
+
+@pytest.mark.parametrize("name", sorted(CALLABLES))
+def test_a_docstring_is_of_its_signature(name):
+    """Arguments that are described are those that there are, and errors begin with their names."""
+    thing = CALLABLES[name]
+    assert inspect.getdoc(thing)
+    parts = sections(thing)
+    if "Args" in parts:
+        described = [n for line in parts["Args"] for n in line.split(":")[0].split(", ")]
+        taken = [n for n in inspect.signature(thing).parameters if n not in ("self", "cls")]
+        assert sorted(n.strip("*`") for n in described) == sorted(taken)
+    for line in parts.get("Raises", ()):
+        assert re.match(r"([A-Z]\w*(Error|Warning)(, )?)+: ", line), line
 
 
 # ---- support matrix ----------------------------------------------------------------------------

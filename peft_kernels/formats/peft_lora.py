@@ -157,8 +157,9 @@ def save_adapter(
         RuntimeError: something else replaced one that was there, as ``resize_token_embeddings``
             does; an adapter is pruned, parametrized or the like, for which the format has no place.
         NotADirectoryError: ``folder`` is a file.
-        A layer whose B is zero still, where others were trained, gets a RuntimeWarning: nothing
-        called it, or its adapter would have had gradients.
+
+    A layer whose B is zero still, where others were trained, gets a RuntimeWarning: nothing called
+    it, or its adapter would have had gradients.
     """
     with gathered(model):
         _save(unwrapped(model), path_of("folder", folder), task_type, modules_to_save)
@@ -338,7 +339,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
         TypeError: the config targets a layer that isn't linear, or a tensor has integers.
         RuntimeError: a layer is merged, or on the meta device; its A or B is pruned, parametrized
             or the like, so that what is read wouldn't stay.
-        Nothing is changed when one is raised.
+
+    Nothing is changed when one is raised.
     """
     contents = read_adapter(path_of("folder", folder))
     with gathered(model, writes=True):

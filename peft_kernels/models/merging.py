@@ -39,7 +39,8 @@ def merge(model: nn.Module, *, safe: bool = True) -> None:
     Raises:
         ValueError: there is no LoRALinear; ``safe``, and a merged weight isn't finite.
         RuntimeError: a weight is sharded, pruned, parametrized or the like.
-        Nothing is changed when one is raised.
+
+    Nothing is changed when one is raised.
     """
     done: list[LoRALinear] = []
     try:
@@ -93,7 +94,8 @@ def unload(model: Model, merge: bool) -> Model:
         TypeError: a layer was given another forward, was compiled by itself, parametrized, pruned
             or the like.
         RuntimeError: with ``merge``, a weight is sharded; a layer was replaced by something else.
-        Nothing is changed when one is raised.
+
+    Nothing is changed when one is raised.
     """
     layers = lora_layers(model)
     check_in_place(model)

@@ -108,8 +108,9 @@ def swap_linear(
         ValueError: a pattern of ``target_modules`` that selects nothing, a value out of range.
         TypeError: a target that isn't a linear layer, is a LoRALinear already, or is read and never
             called, so that it would have no effect.
-        Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
-        matches no target gets a RuntimeWarning, as in PEFT.
+
+    Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
+    matches no target gets a RuntimeWarning, as in PEFT.
     """
     check_task_type(task_type)
     targets = required_targets(

@@ -307,7 +307,11 @@ class Verbalizer(nn.Module):
         return cls(ids, reduction=reduction)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """``[..., V] -> [..., C]``, float32 or wider."""
+        """``[..., V] -> [..., C]``, float32 or wider.
+
+        Raises:
+            ValueError: logits of fewer tokens than the words have.
+        """
         if logits.shape[-1] <= self.largest:
             size = logits.shape[-1]
             raise ValueError(f"logits must be of more than {self.largest} tokens; got {size}")

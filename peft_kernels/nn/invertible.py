@@ -87,7 +87,15 @@ class InvertibleAdapter(Drawn):
     _draw = reset_parameters
 
     def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
-        """x ``[..., hidden_size]``, any rank, to y of its shape and dtype, or y to x."""
+        """x ``[..., hidden_size]``, any rank, to y of its shape and dtype, or y to x.
+
+        Args:
+            x: the embeddings or, with ``inverse``, what was made of them.
+            inverse: whether to undo it.
+
+        Raises:
+            ValueError: x of another size.
+        """
         if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"x must end in {self.hidden_size} features; got {list(x.shape)}")
         first, second = x.split(self.split, -1)

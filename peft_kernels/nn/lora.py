@@ -171,8 +171,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         children.
 
         Args:
-            linear: ``nn.Linear`` or ``transformers``' Conv1D; the other arguments are the
-                constructor's.
+            linear: ``nn.Linear`` or ``transformers``' Conv1D.
+            r, alpha, dropout, use_rslora, init, adapter_dtype: as of the class.
 
         Raises:
             ValueError: a value out of range.

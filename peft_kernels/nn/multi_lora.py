@@ -274,6 +274,9 @@ class MultiLoRALinear(nn.Linear):
         """Makes A and B of a slot, whose pages follow ``page``, into Parameters.
 
         Args:
+            slot: the adapter's place in the bank.
+            page: the first of its pages.
+            r: its rank.
             known: Parameters of the same shapes that become views of these pages.
         """
         a, b = self._views(page * PAGE, r)

@@ -187,6 +187,9 @@ class PTuning(Drawn, KeepingModule):
         """``[B, L + S, n] -> [B, n]``: the outputs at the mask, or of a causal model at the end.
 
         Taking the hidden states' there leaves the model's head B rows rather than all.
+
+        Raises:
+            ValueError: outputs of another shape.
         """
         if outputs.dim() != 3 or outputs.shape[0] != batch.answer.shape[0]:
             raise ValueError(

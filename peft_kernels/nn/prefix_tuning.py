@@ -59,6 +59,7 @@ class PrefixTuning(Drawn, KeepingModule):
             MLP's linear layers are drawn as torch's.
         dropout: the share of the keys' and values' elements that is dropped in training, one draw
             for the whole batch.
+        device, dtype: of all that trains.
 
     Raises:
         ValueError: a length, size or share out of range, no layer, an unknown site or choice, or

@@ -175,7 +175,12 @@ class PromptTuning(Drawn):
         )
 
     def members(self, embeddings: Tensor, task_ids: Tensor | None) -> Tensor:
-        """``[B * E]``: the prompt of each of :meth:`expand`'s rows, in turn within its task."""
+        """``[B * E]``: the prompt of each of :meth:`expand`'s rows, in turn within its task.
+
+        Raises:
+            ValueError: rows that aren't a multiple of E, or ids of another shape or out of range,
+                or none where there are several tasks.
+        """
         rows = embeddings.shape[0]
         if rows % self.ensemble:
             raise ValueError(

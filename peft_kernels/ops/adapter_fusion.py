@@ -273,6 +273,7 @@ def absorb(
         key_weight, value_weight: ``[n, n]``. The key's bias cancels in the softmax.
         scales: N factors of the adapters' outputs: numbers, or tensors of one or n elements.
         temperature: the scores are divided by it.
+        absorb_query: whether the query's weight goes into the scores' matrix too.
     """
     scales = [1.0] * len(up_weights) if scales is None else scales
     columns = [*up_weights, *(bias[:, None] for bias in up_biases)]

@@ -470,7 +470,8 @@ def multi_lora_add_(
 
     Args:
         y: contiguous ``[..., n]`` in the dtype of x, and not a leaf that requires a gradient.
-        x: ``[..., k]``; the other arguments are those of :func:`multi_lora_linear`.
+        x: ``[..., k]``.
+        banks, ids, dropout, trained, plan: as of :func:`multi_lora_linear`.
 
     Returns:
         y.

@@ -120,7 +120,8 @@ class AdapterPool:
         Raises:
             ValueError: a pattern that selects nothing, or a value out of range.
             TypeError: a target that isn't a plain linear layer, or a value of the wrong type.
-            Nothing is changed when one is raised.
+
+        Nothing is changed when one is raised.
         """
         check_task_type(task_type)
         given, model = model, unwrapped(model)
@@ -202,7 +203,8 @@ class AdapterPool:
             RuntimeError: a route is open, in this thread or another.
             TypeError: a layer was given another forward, was compiled by itself, parametrized,
                 pruned or the like.
-            Nothing is changed when one is raised.
+
+        Nothing is changed when one is raised.
         """
         for name, layer in self._store.layers.items():
             if fault := fault_of_instance(layer):
@@ -253,7 +255,8 @@ class AdapterPool:
                 the source isn't a supported adapter (:func:`peft_kernels.load_adapter`).
             FileNotFoundError: the folder isn't an adapter.
             TypeError: tensors without a config, or a value of the wrong type.
-            Nothing is changed when one is raised.
+
+        Nothing is changed when one is raised.
         """
         version, matrices = self._read(name, source, config)
         version.pinned, version.trainable = pinned, trainable
@@ -273,7 +276,8 @@ class AdapterPool:
         then :meth:`parameters` are new ones.
 
         Raises:
-            As :meth:`load`, and ValueError: there is no adapter of this name.
+
+        As :meth:`load`, and ValueError: there is no adapter of this name.
         """
         version, matrices = self._read(name, source, config)
         self._store.add(version, matrices.__getitem__, replaces=True)
@@ -306,7 +310,8 @@ class AdapterPool:
         Raises:
             PoolFullError: there is no room for it; the message says where.
             ValueError, TypeError: the name is taken, or a value is wrong.
-            Nothing is changed when one is raised.
+
+        Nothing is changed when one is raised.
         """
         version = new_version(
             name,
@@ -469,9 +474,10 @@ class AdapterPool:
                 of a mixture, which is given some of the tokens in any order, in a route of several
                 adapters.
             TypeError: not a sequence of names, or of sequences of names.
-            Nothing has run when one is raised.
             RuntimeError: at the end of the block, where it is another task's or thread's, or one
                 that was entered inside it is still open.
+
+        Nothing has run when one is raised.
         """
         names, entries = entries_of(ids)
         with (
@@ -483,7 +489,7 @@ class AdapterPool:
     def bind(self, function: Callable[..., Any], ids: Ids) -> Callable[..., Any]:
         """``function`` with a route around each of its calls, in whichever thread makes them.
 
-        For a call that another thread makes, such as a streamer's ``generate``::
+        For a call that another thread makes, such as a streamer's ``generate``:
 
             thread = threading.Thread(target=pool.bind(model.generate, ["a"]), kwargs=inputs)
 

@@ -117,6 +117,7 @@ def test_every_page_with_python_is_run():
 
 
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("error:.*the old path goes:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:the head classifier is frozen:RuntimeWarning")
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

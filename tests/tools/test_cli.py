@@ -31,6 +31,26 @@ def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
+# ---- help ------------------------------------------------------------------------------------
+
+
+def test_help_of_bench_names_every_op_and_its_sizes(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    listed = capsys.readouterr().out.split("what MxNxK is of each:\n")[1].split("\n\n")[0]
+    sizes = dict(line.strip().split("   ", 1) for line in listed.splitlines())
+    assert sorted(op for ops in sizes for op in ops.split(", ")) == sorted(OPS)
+    assert all(size.count(" x ") == 2 for size in sizes.values())
+
+
+@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["report"], ["tune"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "peft-kernels" in capsys.readouterr().out
+
+
 # ---- doctor ----------------------------------------------------------------------------------
 
 

@@ -309,7 +309,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: ``folder`` isn't an adapter.
         ValueError: a model of another family or with adapters; a file that can't be read; another
             model's adapter; what the config asks for isn't offered; keys or shapes that don't fit.
-        Nothing is changed when one is raised.
+
+    Nothing is changed when one is raised.
     """
     check_late_parameters(model, "load the adapter")
     host, path = host_of(model), path_of("folder", folder)
@@ -348,7 +349,8 @@ def load_fusion(
         FileNotFoundError, ValueError: as for :func:`load_adapter`, names that aren't the fusion's,
             adapters at different places, or what `adapters` computes otherwise in a fusion:
             parallel ones have their input added twice, gates and LayerNorms after are left out.
-        Nothing is changed when one is raised.
+
+    Nothing is changed when one is raised.
     """
     check_late_parameters(model, "load the fusion")
     host, folder = host_of(model), path_of("folder", folder)

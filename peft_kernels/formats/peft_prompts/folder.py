@@ -283,7 +283,8 @@ def load_prompt(
             there is no model, or without them; a multitask prompt with a part for the decoder; a
             template with other slots, or an argument of another method.
         TypeError: a tensor has integers.
-        The model is unchanged when one is raised.
+
+    The model is unchanged when one is raised.
     """
     path = path_of("folder", folder)
     config = checked_config(read_config(path), path / CONFIG_FILE)

@@ -56,15 +56,12 @@ def insert_adapters(
 
     With f a sublayer's output, i its input, LN a post-LayerNorm block's norm and u the update:
 
-    ==========  ===================  ========================================  ===================
-    preset      after                post-LayerNorm                            pre-LayerNorm
-    ==========  ===================  ========================================  ===================
-    pfeiffer    feed-forward         ``LN(f + i + u(LN(f + i)))``              ``f + i + u(f + i)``
-    houlsby     attention and        ``LN(f + i + u(f))``                      ``f + i + u(f)``
-                feed-forward
-    parallel    feed-forward         ``LN(f + i + u(i))``                      ``f + i + u(i)``
-    adapterplus feed-forward         ``LN(f + i) + u(LN(f + i))``              ``f + i + u(f + i)``
-    ==========  ===================  ========================================  ===================
+    | preset      | after                      | post-LayerNorm             | pre-LayerNorm      |
+    | ----------- | -------------------------- | -------------------------- | ------------------ |
+    | pfeiffer    | feed-forward               | `LN(f + i + u(LN(f + i)))` | `f + i + u(f + i)` |
+    | houlsby     | attention and feed-forward | `LN(f + i + u(f))`         | `f + i + u(f)`     |
+    | parallel    | feed-forward               | `LN(f + i + u(i))`         | `f + i + u(i)`     |
+    | adapterplus | feed-forward               | `LN(f + i) + u(LN(f + i))` | `f + i + u(f + i)` |
 
     These are the `adapters` library's seq_bn, double_seq_bn, par_bn and AdapterPlusConfig, the last
     but for its stochastic depth. LayerNorms stay frozen; Houlsby et al. train them, which
@@ -91,7 +88,8 @@ def insert_adapters(
             know what they do; a model in FullyShardedDataParallel. One in DistributedDataParallel
             gets a RuntimeWarning.
         TypeError: a block that is sharded, or offloaded.
-        The model is unchanged when one is raised.
+
+    The model is unchanged when one is raised.
     """
     check_choice("preset", preset, tuple(PRESETS))
     places = list(places_in(model, preset))
