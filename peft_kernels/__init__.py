@@ -1,4 +1,15 @@
-"""Fused kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
+"""Fused kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules.
+
+    swap_linear, save_adapter, load_adapter     LoRA in a model, and PEFT's folders
+    merge, unmerge, unload, disabled            done to a whole model afterwards
+    AdapterPool                                 many LoRA adapters, each row with its own
+    nn, ops                                     the layers, and the functions under them
+    integrations.transformers                   adapters, fusions, prefixes and prompts in models
+    formats.adapter_hub, formats.peft_prompts   the folders of those
+    backend, backend_of                         forces a backend; names what would run
+
+``peft-kernels doctor`` says what runs here.
+"""
 
 from peft_kernels import nn, ops
 from peft_kernels._library import backend, backend_of, load_native

@@ -69,6 +69,10 @@ def swap_linear(
 ) -> Model:
     """Replaces the chosen linear layers of ``model`` by LoRALinear, in place, and freezes the rest.
 
+        peft_kernels.swap_linear(model, ["query", "value"], r=16, alpha=32, dropout=0.1)
+        ...  # train as usual
+        peft_kernels.save_adapter(model, "my-adapter")
+
     Each new layer keeps the Parameters of the one it replaces
     (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
     names is matched by the first and replaced under all of them. A layer has one adapter: for
@@ -90,8 +94,13 @@ def swap_linear(
             before, and, with a warning, layers that are never called: nn.MultiheadAttention reads
             the weight of its out_proj, VideoMAE's and WavLM's attention those of their projections.
             A class that does so may say it: ``uncalled_linears = ("up", "down")``.
-        r, alpha: rank and alpha where no pattern says otherwise.
-        dropout, use_rslora, init, adapter_dtype: as in LoRALinear.
+        r, alpha: rank and alpha where no pattern says otherwise. The update is multiplied by
+            ``alpha / r``.
+        dropout: the share of x dropped on the low-rank branch in training, in [0, 1).
+        use_rslora: multiply by ``alpha / sqrt(r)`` instead.
+        init: how A is drawn, ``"kaiming_uniform"`` or ``"gaussian"``; B is zero.
+        adapter_dtype: of A and B, float32 or the layer's dtype; by default float32 over a float16
+            or bfloat16 layer, else the layer's.
         rank_pattern, alpha_pattern: rank, alpha by layer. A key is a regular expression that must
             match the full name, or an ending of it that begins at a dot; the first match counts.
         exclude_modules: layers to leave out, in the form of ``target_modules``.
