@@ -67,6 +67,15 @@ def test_a_page_of_results_is_what_its_record_says(machine, op):
     assert page.startswith(tables) and legend
 
 
+def test_every_record_is_shown():
+    """No file lies among the results that no page, and no test, looks at."""
+    records = [machine.record(op) for machine in _results.MACHINES for op in _results.OPS]
+    pages = [record.with_suffix(".md") for record in records]
+    lying = {path for path in _results.RESULTS.rglob("*") if path.is_file()}
+    assert lying == {*records, *pages, traffic.RECORD}
+    assert sorted(_results.OPS) == sorted(_library.OPS)
+
+
 @pytest.mark.long
 def test_the_counted_traffic_is_what_the_record_says():
     """Of GPU kernels; the page about evidence has its table from there."""
