@@ -15,7 +15,7 @@ import peft_kernels
 from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of, why_no_native
 from peft_kernels.tools.printing import show
 
-PACKAGES = ("torch", "triton", "peft", "transformers", "loralib")
+PACKAGES = ("triton", "peft", "transformers", "loralib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,6 +39,7 @@ def machine() -> Iterator[tuple[str, str]]:
     """Versions and hardware, as (name, value)."""
     yield "peft_kernels", peft_kernels.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__  # with the build, which the installed metadata may lack
     for package in PACKAGES:
         yield package, _version(package)
     yield "CPU", torch.backends.cpu.get_cpu_capability()
