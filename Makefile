@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | docs | bench: each sets up what it needs in .venv and reuses what is there.
+# make demo | test | test-all | lint | docs | bench | wheel: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,7 +13,7 @@ HOST_TESTS := tests/integrations tests/formats tests/models tests/modules tests/
   tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_prompts_beside.py \
   --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo test test-all test-latest lint docs bench clean
+.PHONY: demo test test-all test-latest lint docs bench wheel clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
@@ -43,6 +43,16 @@ bench: $(VENV)/installed
 	  $(BIN)/peft-kernels bench $$op --all --out out/bench/$$op --markdown out/bench/$$op/bench.md || exit; \
 	done
 
+# A wheel for any Python 3 on Linux with glibc 2.28 or later, and an sdist, in dist/.
+wheel: $(VENV)/requirements
+	rm -rf build/lib build/wheel dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > build/sdist.log
+	du -h dist/*
+
 $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
@@ -64,4 +74,4 @@ $(VENV)/installed: $(VENV)/requirements $(NATIVE_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LATEST) build out *.egg-info peft_kernels/_native.so
+	rm -rf $(VENV) $(LATEST) build dist out *.egg-info peft_kernels/_native.so

@@ -8,17 +8,21 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 NOTE = "peft_kernels/_no_native.txt"  # read by peft_kernels/_library.py
+NATIVE = os.environ.get("PEFT_KERNELS_NATIVE", "1")  # 0 for none, or the path of one built before
 
 
 def missing() -> str | None:
     """Why the native library can't be built here, or None."""
-    if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
+    if NATIVE == "0":
         return "PEFT_KERNELS_NATIVE=0 was set"
+    if NATIVE != "1":
+        return None
     compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     for tool in (compiler.split()[0], "cmake", "ninja"):
         if shutil.which(tool) is None:
@@ -49,17 +53,27 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a running process keeps the library it has mapped.
+        scratch = output.with_name(output.name + ".new")
+        shutil.copyfile(self.built() if NATIVE == "1" else NATIVE, scratch)
+        scratch.replace(output)
+
+    def built(self) -> Path:
         build = ROOT / "build" / "native"
         build.mkdir(parents=True, exist_ok=True)
         configure = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # e.g. -DPEFT_KERNELS_CUDA=OFF
         subprocess.run(["cmake", str(ROOT), *configure], cwd=build, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: a running process keeps the library it has mapped.
-        scratch = output.with_name(output.name + ".new")
-        shutil.copyfile(build / "_native.so", scratch)
-        scratch.replace(output)
+        return build / "_native.so"
+
+
+class AnyPython(bdist_wheel):
+    """Tags the wheel for every Python 3: torch loads the native library, Python doesn't."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 reason = missing()
@@ -67,5 +81,5 @@ if reason:
     print(f"peft_kernels: installing without native kernels, because {reason}.", file=sys.stderr)
 setup(
     ext_modules=[] if reason else [Extension("peft_kernels._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithNote},
+    cmdclass={"bdist_wheel": AnyPython, "build_ext": CMakeBuild, "build_py": BuildWithNote},
 )

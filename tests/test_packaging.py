@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import peft_kernels
+from peft_kernels._library import NATIVE_LIBRARY
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = (
@@ -54,15 +59,20 @@ def tracked() -> set[str]:
     return {name for name in names if (ROOT / name).exists()}
 
 
+def copied(names: set[str], folder: Path) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def unpacked(tracked, tmp_path_factory) -> Path:
     """The sdist of the repository's files, unpacked: what ``pip install`` of it builds from."""
     folder = tmp_path_factory.mktemp("sdist")
-    for name in tracked:
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / "source" / name)
+    source = copied(tracked, folder / "source")
     (folder / "dist").mkdir()
-    with tarfile.open(build("sdist", folder / "source", folder / "dist")) as archive:
+    with tarfile.open(build("sdist", source, folder / "dist")) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     (top,) = (folder / "unpacked").iterdir()
     return top
@@ -116,6 +126,67 @@ def test_a_wheel_holds_the_package_and_its_license(tracked, without_compiler):
     of_the_format = {name for name in packed if ".dist-info/" in name}
     assert packed - of_the_format == package | {NO_NATIVE}
     assert any(name.endswith("/LICENSE") for name in of_the_format)
+
+
+# ---- with native kernels ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tracked, tmp_path_factory) -> Path:
+    """What ``make wheel`` leaves in dist/, with the native library that these tests run."""
+    if not NATIVE_LIBRARY.exists():
+        pytest.skip(f"there is no {NATIVE_LIBRARY}")
+    source = copied(tracked, tmp_path_factory.mktemp("made") / "source")
+    environment = os.path.relpath(sys.prefix, source)
+    command = ["make", "-o", f"{environment}/requirements", f"VENV={environment}", "wheel"]
+    run(command, source, PEFT_KERNELS_NATIVE=str(NATIVE_LIBRARY))
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def installed(made, tmp_path_factory) -> Path:
+    """A fresh environment with the wheel, and torch from where these tests have it."""
+    folder = tmp_path_factory.mktemp("environment")
+    run([sys.executable, "-m", "venv", "--without-pip", str(folder)], ROOT)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    (wheel,) = made.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install"]
+    run([*pip, "--no-index", "--no-deps", str(wheel)], folder)
+    return folder
+
+
+@pytest.mark.long
+def test_make_wheel_leaves_a_manylinux_wheel_and_an_sdist(made, tracked, unpacked):
+    version = peft_kernels.__version__
+    wheel = f"peft_kernels-{version}-py3-none-manylinux_2_28_{platform.machine()}.whl"
+    assert {path.name for path in made.iterdir()} == {wheel, f"peft_kernels-{version}.tar.gz"}
+    names = zipfile.ZipFile(made / wheel).namelist()
+    package = {name for name in tracked if name.startswith("peft_kernels/")}
+    packed = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
+    assert packed == package | {"peft_kernels/_native.so"}
+    with tarfile.open(made / f"peft_kernels-{version}.tar.gz") as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert files_of(unpacked) <= names
+
+
+ONE_OP = """
+import sys, torch, peft_kernels
+assert peft_kernels.__file__.startswith(sys.prefix), peft_kernels.__file__
+assert peft_kernels.backend_of("lora_linear", "cpu", torch.float32) == "cpu"
+x, w, a, b = (torch.randn(shape) for shape in ((5, 32), (48, 32), (4, 32), (48, 4)))
+y = peft_kernels.ops.lora_linear(x, w, a, b, scale=0.5)
+torch.testing.assert_close(y, x @ w.T + 0.5 * (x @ a.T) @ b.T)
+"""
+
+
+@pytest.mark.long
+def test_the_wheel_works_where_there_is_no_compiler(installed):
+    path = {"PATH": str(installed / "bin"), "COLUMNS": "200"}
+    assert all(shutil.which(tool, path=path["PATH"]) is None for tool in ("g++", "cmake", "ninja"))
+    doctor = run([str(installed / "bin/peft-kernels"), "doctor"], installed, **path).stdout
+    assert "native library" in doctor and "not loaded" not in doctor
+    run([str(installed / "bin/python"), "-W", "error", "-c", ONE_OP], installed, **path)
 
 
 # ---- without native kernels ------------------------------------------------------------------
