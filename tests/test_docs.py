@@ -137,6 +137,18 @@ def test_the_links_of_a_page_lead_somewhere(page):
         assert target.startswith("https://") or generated or (page.parent / target).exists(), target
 
 
+ROOMS = [ROOT, ROOT / "peft_kernels", ROOT / "csrc/cpu"]
+SOURCE = re.compile(r"`((?:[\w.-]+/)*[\w-]+(?:/|\.(?:py|h|cpp|cuh?|txt|toml)))`")
+
+
+@names_of_pages
+def test_the_files_that_a_page_names_are_there(page):
+    """From the root, or within the package or the C++ kernels; `my_op` is the reader's own."""
+    for name in SOURCE.findall(page.read_text()):
+        found = any((room / name).exists() for room in ROOMS) or any(ROOT.glob(f"csrc/*/**/{name}"))
+        assert found or "my_op" in name, name
+
+
 DIRECTIVE = re.compile(r"^::: (\S+)\n((?: +.*\n)*)", re.MULTILINE)
 
 
