@@ -117,15 +117,28 @@ def test_a_typed_figure_is_found(text):
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
 @names_of_pages
 def test_the_commands_of_a_page_are_those_that_there_are(page):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     lines = "\n".join(SHELL.findall(page.read_text())).splitlines()
     for words in (shlex.split(line, comments=True) for line in lines):
         if words[:1] == ["peft-kernels"]:
             cli._parser().parse_args(words[1:])
         if words[:1] == ["make"]:
-            assert set(words[1:]) <= targets
+            assert set(words[1:]) <= TARGETS
+
+
+@pytest.mark.parametrize(
+    "workflow", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda p: p.stem
+)
+def test_a_workflow_runs_targets_that_there_are(workflow):
+    text = workflow.read_text()
+    asked = set(re.findall(r"run: make ([\w-]+)$", text, re.MULTILINE))
+    matrix = re.search(r"target: \[(.*)\]", text)
+    asked |= set(matrix[1].split(", ")) if matrix else set()
+    assert asked and asked <= TARGETS
 
 
 @names_of_pages

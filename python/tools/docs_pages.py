@@ -51,7 +51,7 @@ def _add(files: Files, config, name: str, content: str | bytes) -> None:
 
 
 def benchmark(op: str) -> str:
-    about = re.sub(r"^What \w+ is", "What it is", bench.find_suite(op).__doc__ or "")
+    about = re.sub(r"^What \w+ is measured on", "Measured on", bench.find_suite(op).__doc__ or "")
     parts = [f"# {op}", about]
     for machine in _results.MACHINES:
         reached, stated = _results.floors(machine, op)
