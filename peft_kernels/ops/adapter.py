@@ -30,14 +30,19 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
+from peft_kernels.ops._calls import define_call
+from peft_kernels.ops._checks import (
+    check_adapter,
+    check_devices,
+    check_dropout,
+    check_float,
+    check_same,
+)
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
-    is_special,
-    wants_composition,
     wants_gradient_composition,
 )
 
@@ -302,17 +307,11 @@ class _Adapter(torch.autograd.Function):
         )
 
 
-def _run(*arguments) -> Tensor:
-    *inputs, variant = arguments
-    return _library.get_op("adapter_fwd", variant)(*inputs)[0]
-
-
-_in_graphs = define_in_graphs(
+_call = define_call(
     "adapter",
     FWD_SCHEMA,
     outputs=(0,),
     fake=_fwd_fake,
-    run=_run,
     apply=_Adapter.apply,
     composition=_composition,
 )
@@ -399,15 +398,7 @@ def adapter(
         float(dropout_p),
         seed_tensor(seed, x.device) if dropout_p > 0.0 else None,
     )
-    variant = _library.variant(x.dtype)
-    trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if is_special():
-        y = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
-    elif trained and torch.is_grad_enabled():
-        y = _Adapter.apply(*inputs, variant)
-    else:
-        y, _, _ = _library.get_op("adapter_fwd", variant)(*inputs)
-    return in_shape_of(x, y)
+    return in_shape_of(x, _call(*inputs))
 
 
 def _aliases(tensor: Tensor | None) -> Tensor | None:
@@ -462,27 +453,14 @@ def _check(x, others, adds_x, parameters, norms, scale, dropout_p) -> None:
     if isinstance(scale, Tensor) and scale.numel() != 1 and scale.shape != (n,):
         shape = tuple(scale.shape)
         raise ValueError(f"scale must be a float or a tensor of 1 or n = {n} elements; got {shape}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    _check_types(x, others, (("down_weight", down_weight), ("up_weight", up_weight), *vectors))
-
-
-def _check_types(x, others, named) -> None:
-    base, acc, device = x.dtype, acc_dtype(x), x.device
-    if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
-    for term in others:
-        if term.dtype is not base:
-            raise TypeError(f"residual must have x's dtype {base}; got {term.dtype}")
-        if term.device != device:
-            raise ValueError(f"residual must be on x's device {device}; got {term.device}")
-    for name, tensor, *_ in named:
-        if tensor is None:
-            continue
-        if tensor.dtype is not base and tensor.dtype is not acc:
-            raise TypeError(f"{name} must be {acc} or have x's dtype {base}; got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on x's device {device}; got {tensor.device}")
+    check_dropout(dropout_p)
+    matrices = (("down_weight", down_weight), ("up_weight", up_weight))
+    parameters = (*matrices, *((name, vector) for name, vector, _ in vectors))
+    residuals = [("residual", term) for term in others]
+    check_float("x", x)
+    check_same("x", x, residuals)
+    check_adapter("x", x, parameters)
+    check_devices("x", x, (*residuals, *parameters))
 
 
 # ---- example inputs, for tests and benchmarks ------------------------------------------------

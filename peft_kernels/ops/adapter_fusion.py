@@ -37,13 +37,12 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
+from peft_kernels.ops._calls import define_call
+from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
-    is_special,
-    wants_composition,
     wants_gradient_composition,
 )
 
@@ -215,18 +214,11 @@ class _AdapterFusion(torch.autograd.Function):
         return *found, None, None, d_residual, None
 
 
-def _run(*arguments) -> tuple[Tensor, Tensor]:
-    *inputs, variant = arguments
-    y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)
-    return y, p
-
-
-_in_graphs = define_in_graphs(
+_call = define_call(
     "adapter_fusion",
     FWD_SCHEMA,
     outputs=(0, 3),
     fake=_fwd_fake,
-    run=_run,
     apply=_AdapterFusion.apply,
     composition=_composition,
 )
@@ -352,14 +344,7 @@ def adapter_fusion(
         activation,
         None if residual is None else rows_of(residual),
     )
-    variant = _library.variant(x.dtype)
-    trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if is_special():
-        y, p = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
-    elif trained and torch.is_grad_enabled():
-        y, p = _AdapterFusion.apply(*inputs, variant)
-    else:
-        y, _, _, p = _library.get_op("adapter_fusion_fwd", variant)(*inputs)
+    y, p = _call(*inputs)
     return in_shape_of(x, y), in_shape_of(x, p)
 
 
@@ -399,24 +384,16 @@ def _check(x, down_weights, down_biases, absorbed, query, residual) -> None:
 
 
 def _check_types(x, down_weights, down_biases, absorbed, query, residual) -> None:
-    base, acc, device = x.dtype, acc_dtype(x), x.device
-    if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
+    check_float("x", x)
     parameters = [
         *((f"down_weights[{i}]", weight) for i, weight in enumerate(down_weights)),
         *((f"down_biases[{i}]", bias) for i, bias in enumerate(down_biases)),
         *((f"absorbed.{name}", tensor) for name, tensor in vars(absorbed).items()),
     ]
-    for name, tensor in parameters:
-        if tensor.dtype is not base and tensor.dtype is not acc:
-            raise TypeError(f"{name} must be {acc} or have x's dtype {base}; got {tensor.dtype}")
-    activations = [(n, t) for n, t in (("query", query), ("residual", residual)) if t is not None]
-    for name, tensor in activations:
-        if tensor.dtype is not base:
-            raise TypeError(f"{name} must have x's dtype {base}; got {tensor.dtype}")
-    for name, tensor in [*parameters, *activations]:
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on x's device {device}; got {tensor.device}")
+    activations = [("query", query), ("residual", residual)]
+    check_adapter("x", x, parameters)
+    check_same("x", x, activations)
+    check_devices("x", x, [*parameters, *activations])
 
 
 # ---- example inputs, for tests and benchmarks ------------------------------------------------

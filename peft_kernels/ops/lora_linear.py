@@ -20,13 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import _library
+from peft_kernels.ops._calls import define_call
+from peft_kernels.ops._checks import (
+    check_adapter,
+    check_devices,
+    check_dropout,
+    check_float,
+    check_same,
+)
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
-    is_special,
     wants_composition,
     wants_gradient_composition,
 )
@@ -163,17 +169,11 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
-def _run(*arguments) -> Tensor:
-    *inputs, variant = arguments
-    return _library.get_op("lora_linear_fwd", variant)(*inputs)[0]
-
-
-_in_graphs = define_in_graphs(
+_call = define_call(
     "lora_linear",
     FWD_SCHEMA,
     outputs=(0,),
     fake=_fwd_fake,
-    run=_run,
     apply=_LoRALinear.apply,
     composition=_composition,
 )
@@ -225,17 +225,8 @@ def lora_linear(
         scale = torch.scalar_tensor(scale, dtype=torch.float64)
     elif scale.requires_grad:
         _check_gradient_of_scale()
-    variant = _library.variant(x.dtype)
     inputs = (rows_of(x), weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
-    trained = lora_a.requires_grad or lora_b.requires_grad or weight.requires_grad
-    trained = trained or x.requires_grad or (bias is not None and bias.requires_grad)
-    if is_special():
-        y = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
-    elif trained and torch.is_grad_enabled():
-        y = _LoRALinear.apply(*inputs, variant)
-    else:
-        y, _ = _library.get_op("lora_linear_fwd", variant)(*inputs)
-    return in_shape_of(x, y)
+    return in_shape_of(x, _call(*inputs))
 
 
 # The checks run on every call, so a message is only put together when it is raised.
@@ -256,39 +247,23 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
         raise ValueError(f"lora_b has shape {tuple(b_shape)}, but must be [n, r] = [{n}, {r}]")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, but must be [n] = [{n}]")
-    _check_dtypes(x, weight, bias, lora_a, lora_b)
-    device = x.device
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on x's device {device}; got {tensor.device}")
-    if bias is not None and bias.device != device:
-        raise ValueError(f"bias must be on x's device {device}; got {bias.device}")
+    base, adapter = (("weight", weight), ("bias", bias)), (("lora_a", lora_a), ("lora_b", lora_b))
+    check_float("x", x)
+    check_same("x", x, base)
+    check_adapter("x", x, adapter[:1])
+    check_same("lora_a", lora_a, adapter[1:])
+    check_devices("x", x, (*base, *adapter))
     if isinstance(scale, Tensor) and scale.dim() != 0:
         raise ValueError(f"scale must be a float or a 0-d tensor; got shape {tuple(scale.shape)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    check_dropout(dropout_p)
 
 
 def _check_gradient_of_scale() -> None:
-    if torch.is_grad_enabled() and not (is_special() and wants_composition()):
+    if torch.is_grad_enabled() and not wants_composition():
         raise ValueError(
             "scale must not require a gradient, for it gets none: give scale.detach(), or multiply "
             "lora_b by what is to be trained"
         )
-
-
-def _check_dtypes(x, weight, bias, lora_a, lora_b) -> None:
-    base, adapter = x.dtype, lora_a.dtype
-    if base not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {base}")
-    if weight.dtype is not base:
-        raise TypeError(f"weight must have x's dtype {base}; got {weight.dtype}")
-    if bias is not None and bias.dtype is not base:
-        raise TypeError(f"bias must have x's dtype {base}; got {bias.dtype}")
-    if adapter is not base and adapter is not acc_dtype(x):
-        raise TypeError(f"lora_a must be {acc_dtype(x)} or have x's dtype {base}; got {adapter}")
-    if lora_b.dtype is not adapter:
-        raise TypeError(f"lora_b must have lora_a's dtype {adapter}; got {lora_b.dtype}")
 
 
 # ---- example inputs, for tests and benchmarks ------------------------------------------------

@@ -29,13 +29,18 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
+from peft_kernels.ops._calls import define_call
+from peft_kernels.ops._checks import (
+    check_adapter,
+    check_devices,
+    check_float,
+    check_integer,
+    check_same,
+)
 from peft_kernels.ops._dtypes import acc_dtype, autocast
-from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._transforms import (
     gradients_of,
     has_values,
-    is_special,
-    wants_composition,
     wants_gradient_composition,
 )
 
@@ -318,7 +323,7 @@ def _run(q, k, v, prefix_k, prefix_v, *arguments) -> Tensor:
     return _library.get_op("prefix_attention_fwd", variant)(q, k, v, *bank, *rest)[0]
 
 
-_in_graphs = define_in_graphs(
+_call = define_call(
     "prefix_attention",
     FWD_SCHEMA,
     outputs=(0,),
@@ -393,13 +398,7 @@ def prefix_attention(
         prefix_ids = prefix_ids.to(torch.int32).contiguous()
     tensors = tuple(_unit_stride(tensor) for tensor in (q, k, v, prefix_k, prefix_v))
     options = is_causal, q.shape[-1] ** -0.5 if scale is None else float(scale)
-    variant = _library.variant(q.dtype)
-    inputs = (*tensors, prefix_ids, attn_mask, starts, ends, *options)
-    if is_special():
-        return _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _PrefixAttention.apply(*inputs, variant)
-    return _run(*inputs, variant)
+    return _call(*tensors, prefix_ids, attn_mask, starts, ends, *options)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -449,31 +448,18 @@ def _check_shapes(q, k, v, prefix_k, prefix_v, prefix_ids) -> None:
 
 
 def _check_types(q, others, prefix) -> None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"q must be float32, float16, bfloat16 or float64; got {q.dtype}")
-    for name, tensor in others:
-        if tensor.dtype is not q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}; got {tensor.dtype}")
-    for name, tensor in prefix:
-        if tensor.dtype is not q.dtype and tensor.dtype is not acc_dtype(q):
-            dtypes = f"{acc_dtype(q)} or have q's dtype {q.dtype}"
-            raise TypeError(f"{name} must be {dtypes}; got {tensor.dtype}")
-    for name, tensor in (*others, *prefix):
-        _check_device(name, tensor, q)
-
-
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}; got {tensor.device}")
+    check_float("q", q)
+    check_same("q", q, others)
+    check_adapter("q", q, prefix)
+    check_devices("q", q, (*others, *prefix))
 
 
 def _check_integers(name: str, tensor: Tensor, q: Tensor, least: int, most: int) -> None:
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64; got {tensor.dtype}")
+    check_integer(name, tensor)
     if tensor.shape != q.shape[:1]:
         shape, rows = tuple(tensor.shape), q.shape[0]
         raise ValueError(f"{name} has shape {shape}, but must be [B] = [{rows}]")
-    _check_device(name, tensor, q)
+    check_devices("q", q, [(name, tensor)])
     if not has_values(tensor):
         return
     low, high = (int(bound) for bound in torch.aminmax(tensor))
@@ -487,7 +473,7 @@ def _checked_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         raise TypeError(f"attn_mask must be bool or of floats; got {mask.dtype}")
     if mask.requires_grad:
         raise ValueError("attn_mask must not require a gradient: it gets none")
-    _check_device("attn_mask", mask, q)
+    check_devices("q", q, [("attn_mask", mask)])
     shape = (*q.shape[:3], k.shape[2])
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
     if mask.dim() > 4 or any(size not in (1, full) for size, full in sizes):

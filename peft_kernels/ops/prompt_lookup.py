@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
+from peft_kernels.ops._calls import define_call
+from peft_kernels.ops._checks import check_devices, check_float, check_integer
 from peft_kernels.ops._dtypes import acc_dtype
-from peft_kernels.ops._graphs import define_in_graphs
 from peft_kernels.ops._transforms import (
     has_values,
-    is_special,
-    wants_composition,
     wants_gradient_composition,
 )
 
@@ -215,22 +214,21 @@ class _PromptLookup(torch.autograd.Function):
         )
 
 
-def _run(*arguments) -> tuple[Tensor, ...]:
-    *inputs, variant = arguments
-    return _library.get_op("prompt_lookup_fwd", variant)(*inputs)
-
-
 def _apply(*arguments) -> tuple[Tensor, ...]:
     *inputs, variant = arguments
     return _PromptLookup.apply(*inputs, False, variant)
 
 
-_in_graphs = define_in_graphs(
+def _apply_in_front(*arguments) -> tuple[Tensor, ...]:
+    *inputs, variant = arguments
+    return _PromptLookup.apply(*inputs, True, variant)
+
+
+_call = define_call(
     "prompt_lookup",
     FWD_SCHEMA,
     outputs=(0, 1, 2, 3),
     fake=_fwd_fake,
-    run=_run,
     apply=_apply,
     composition=_composition,
 )
@@ -292,15 +290,8 @@ def prompt_lookup(
         None if attention_mask is None else attention_mask.to(torch.int64),
         None if labels is None else labels.to(torch.int64),
     )
-    variant = _library.variant(embeddings.dtype)
-    if is_special():
-        out = _composition(*inputs) if wants_composition() else _in_graphs(*inputs)
-    elif torch.is_grad_enabled() and (embeddings.requires_grad or prompts.requires_grad):
-        front = isinstance(position, str) and position == "front"
-        out = _PromptLookup.apply(*inputs, front, variant)
-    else:
-        out = _library.get_op("prompt_lookup_fwd", variant)(*inputs)
-    prompted, mask, position_ids, out_labels = out
+    apply = _apply_in_front if isinstance(position, str) and position == "front" else _apply
+    prompted, mask, position_ids, out_labels = _call(*inputs, apply=apply)
     return PromptedInputs(prompted, mask, position_ids, None if labels is None else out_labels)
 
 
@@ -328,8 +319,6 @@ def slot_positions(
 
 # The checks run on every call, so a message is only put together when it is raised.
 def _check(embeddings, prompts, task_ids, mask, labels) -> None:
-    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    integers = (torch.int32, torch.int64)
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings must be [B, S, d]; got shape {tuple(embeddings.shape)}")
     batch, seq, d = embeddings.shape
@@ -339,25 +328,22 @@ def _check(embeddings, prompts, task_ids, mask, labels) -> None:
     if task_ids is None and prompts.shape[0] != 1:
         raise ValueError(f"task_ids must be given to choose among {prompts.shape[0]} prompts")
     for name, tensor in (("embeddings", embeddings), ("prompts", prompts)):
-        if tensor.dtype not in floats:
-            raise TypeError(
-                f"{name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}"
-            )
-    for name, tensor, shape, dtypes in (
-        ("task_ids", task_ids, (batch,), integers),
-        ("attention_mask", mask, (batch, seq), None),
-        ("labels", labels, (batch, seq), integers),
+        check_float(name, tensor)
+    for name, tensor, shape in (
+        ("task_ids", task_ids, (batch,)),
+        ("attention_mask", mask, (batch, seq)),
+        ("labels", labels, (batch, seq)),
     ):
         if tensor is None:
             continue
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
-        if dtypes is not None and tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be int32 or int64; got {tensor.dtype}")
+        if tensor is not mask:
+            check_integer(name, tensor)
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             raise TypeError(f"{name} must be bool or an integer; got {tensor.dtype}")
-        _check_device(name, tensor, embeddings)
-    _check_device("prompts", prompts, embeddings)
+        check_devices("the embeddings", embeddings, [(name, tensor)])
+    check_devices("the embeddings", embeddings, [("prompts", prompts)])
     if task_ids is not None and has_values(task_ids):
         low, high = (bound.item() for bound in torch.aminmax(task_ids))
         if low < -1 or high >= prompts.shape[0]:
@@ -372,9 +358,8 @@ def _check_positions(embeddings: Tensor, length: int, positions: Tensor) -> None
             f"position must be [{length}] or [{batch}, {length}], a place for each soft token; "
             f"got shape {tuple(positions.shape)}"
         )
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"position must be int32 or int64; got {positions.dtype}")
-    _check_device("position", positions, embeddings)
+    check_integer("position", positions)
+    check_devices("the embeddings", embeddings, [("position", positions)])
     if not has_values(positions):
         return
     low, high = (bound.item() for bound in torch.aminmax(positions))
@@ -382,13 +367,6 @@ def _check_positions(embeddings: Tensor, length: int, positions: Tensor) -> None
         raise ValueError(f"position must be in [0, {total}); got {low if low < 0 else high}")
     if (positions.diff() <= 0).any():
         raise ValueError(f"position must be strictly increasing; got {positions.tolist()}")
-
-
-def _check_device(name: str, tensor: Tensor, embeddings: Tensor) -> None:
-    if tensor.device != embeddings.device:
-        raise ValueError(
-            f"{name} must be on the embeddings' device {embeddings.device}; got {tensor.device}"
-        )
 
 
 # ---- example inputs, for tests and benchmarks ------------------------------------------------

@@ -1,0 +1,118 @@
+"""What serves a call of an op, and the op that stands in graphs of tracing and exporting.
+
+A graph of ``torch.jit.trace`` or ``torch.export`` holds ops and no autograd Functions, so that what
+is run from it can train only if the op itself is differentiable: ``peft_kernels::<op>`` is, which
+``peft_kernels::<op>_fwd`` is not. Eager calls and torch.compile keep to the Function, which costs
+less a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from peft_kernels._library import LIBRARY, NAMESPACE, get_op, variant
+from peft_kernels.ops._transforms import is_special, wants_composition
+
+
+def define_call(
+    op: str,
+    fwd_schema: str,
+    *,
+    outputs: tuple[int, ...],
+    fake: Callable,
+    apply: Callable,
+    composition: Callable,
+    run: Callable | None = None,
+) -> Callable:
+    """What the public function of an op ends in, once it has checked and prepared its arguments.
+
+    The arguments are those of :func:`define_in_graphs`; ``run`` is the kernel itself by default.
+
+    Returns:
+        A function of the arguments of ``<op>_fwd``. ``apply`` may be given another Function.
+    """
+    run = run or _kernel_of(op, outputs)
+    in_graphs = define_in_graphs(
+        op,
+        fwd_schema,
+        outputs=outputs,
+        fake=fake,
+        run=run,
+        apply=apply,
+        composition=composition,
+    )
+
+    def call(*inputs, apply=apply):
+        if is_special():
+            return composition(*inputs) if wants_composition() else in_graphs(*inputs)
+        suffix = variant(inputs[0].dtype)
+        if torch.is_grad_enabled() and any(map(_requires_grad, inputs)):
+            return apply(*inputs, suffix)
+        return run(*inputs, suffix)
+
+    return call
+
+
+def _kernel_of(op: str, outputs: tuple[int, ...]) -> Callable:
+    """``<op>_fwd`` under the backend whose suffix is the last argument."""
+
+    def run(*arguments):
+        *inputs, suffix = arguments
+        return _chosen(get_op(f"{op}_fwd", suffix)(*inputs), outputs)
+
+    return run
+
+
+def _chosen(found, outputs: tuple[int, ...]):
+    return found[outputs[0]] if len(outputs) == 1 else tuple(found[i] for i in outputs)
+
+
+def define_in_graphs(
+    op: str,
+    fwd_schema: str,
+    *,
+    outputs: tuple[int, ...],
+    fake: Callable,
+    run: Callable,
+    apply: Callable,
+    composition: Callable,
+) -> Callable:
+    """Defines ``peft_kernels::<op>`` with the arguments of ``<op>_fwd`` and some of its outputs.
+
+    Args:
+        outputs: their indices among those of ``<op>_fwd``.
+        fake: the shape function of ``<op>_fwd``.
+        run: computes them without a gradient, given the arguments and the backend's suffix.
+        apply: computes them through the autograd Function, given the same.
+        composition: computes them in differentiable operations, given the arguments.
+
+    Returns:
+        The op.
+    """
+
+    def differentiable(keyset, *args):
+        if wants_composition():
+            return composition(*args)
+        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
+            return apply(*args, variant(args[0].dtype))
+        with torch._C._AutoDispatchBelowAutograd():
+            return defined.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    returned = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
+    LIBRARY.define(f"{op}{fwd_schema.split('->')[0]} -> {returned}")
+    LIBRARY.impl(op, lambda *args: run(*args, variant(args[0].dtype)), "CompositeExplicitAutograd")
+    LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(
+        f"{NAMESPACE}::{op}", lambda *args: _chosen(fake(*args), outputs), lib=LIBRARY
+    )
+    defined = getattr(torch.ops.peft_kernels, op).default
+    return defined
+
+
+def _requires_grad(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(map(_requires_grad, value))
