@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable
 
@@ -11,9 +12,11 @@ from functorch.compile import aot_function, nop
 from test_transforms import OPS, each_op, everything, loss, make
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
 from peft_kernels import ops
+from peft_kernels.ops import _calls
 from peft_kernels.ops.multi_lora_linear import example_bank, example_ids, example_trained
 
 pytestmark = [
@@ -179,18 +182,28 @@ def test_a_trace_draws_its_dropout_again():
     torch.testing.assert_close(model(x), first)
 
 
+class Recorded(TorchDispatchMode):
+    """The arguments of each call of an op."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.calls = op, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self.op:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
 @each_op
 def test_opcheck_of_the_op_in_graphs(name, monkeypatch):
     """Schema, shapes, autograd and AOT dispatch of the op with the arguments that it is given."""
-    case, calls = make(name, F32), []
-    module = __import__(f"peft_kernels.ops.{name}", fromlist=["_in_graphs"])
-    record = lambda *inputs: calls.append(inputs) or defined(*inputs)  # noqa: E731 a spy
-    defined = module._in_graphs
-    monkeypatch.setattr(module, "_in_graphs", record)
-    monkeypatch.setattr(module, "is_special", lambda: True)
-    with torch.no_grad():
+    case, defined = make(name, F32), getattr(torch.ops.peft_kernels, name).default
+    for module in (_calls, importlib.import_module(f"peft_kernels.ops.{name}")):
+        monkeypatch.setattr(module, "is_special", lambda: True, raising=False)
+    with torch.no_grad(), Recorded(defined) as recorded:
         case.op(*case.inputs)
-    (inputs,) = calls
+    (inputs,) = recorded.calls
     for tensors in (inputs, with_gradients(inputs)):
         torch.library.opcheck(defined, tensors)
 
