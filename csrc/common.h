@@ -6,7 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/matrix.h"
+#include "cpu/matrix/matrix.h"
 
 namespace peft_kernels {
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,24 @@ def test_the_tables_name_every_room_and_point_one_way():
 @pytest.mark.parametrize("init", sorted(PACKAGE.rglob("__init__.py")), ids=str)
 def test_every_room_says_what_it_is(init):
     assert ast.get_docstring(ast.parse(init.read_text()))
+
+
+def test_the_matrix_room_includes_nothing_outside_of_itself():
+    room = ROOT / "csrc/cpu/matrix"
+    included = re.findall(r'#include "(.*)"', "".join(p.read_text() for p in room.iterdir()))
+    assert included and all((room / name).exists() and "/" not in name for name in included)
+
+
+def test_cpu_kernels_know_nothing_of_torch():
+    for file in (ROOT / "csrc/cpu").rglob("*_kernels.cpp"):
+        seen, open_files = set(), [file]
+        while open_files:
+            path = open_files.pop()
+            text = path.read_text()
+            assert "torch/" not in text, path
+            seen.add(path)
+            found = {(path.parent / name).resolve() for name in re.findall('#include "(.*)"', text)}
+            open_files += found - seen
 
 
 def stems(folder: str, prefix: str) -> set[str]:

@@ -113,7 +113,12 @@ def import_from(site: Path, code: str = "", **environment: str) -> subprocess.Co
 
 def test_the_sdist_holds_all_that_a_build_needs_and_no_more(tracked, unpacked):
     needed = {n for n in tracked if n.startswith(("csrc/", "peft_kernels/")) or n in BUILT_FROM}
-    assert {"csrc/cpu/tile.h", "csrc/common.h", "peft_kernels/py.typed", *BUILT_FROM} <= needed
+    assert {
+        "csrc/cpu/matrix/tile.h",
+        "csrc/common.h",
+        "peft_kernels/py.typed",
+        *BUILT_FROM,
+    } <= needed
     packed = files_of(unpacked)
     assert needed - packed == set()
     of_the_format = {n for n in packed if n in ("PKG-INFO", "setup.cfg") or ".egg-info/" in n}

@@ -1,7 +1,7 @@
 // The nonlinearities of ops/_activations.py and their derivatives, by vectors.
 #pragma once
 #include "adapter.h"
-#include "row_vectors.h"
+#include "matrix/row_vectors.h"
 
 namespace peft_kernels::PK_ISA {
 

@@ -1,7 +1,7 @@
 // The two passes of AdapterFusion on the CPU, one build of each per instruction set.
 #pragma once
 #include "adapter.h"
-#include "matrix.h"
+#include "matrix/matrix.h"
 
 namespace peft_kernels {
 

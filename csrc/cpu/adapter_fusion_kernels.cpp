@@ -2,7 +2,7 @@
 #include "adapter_fusion.h"
 
 #include "fusion.h"
-#include "row_sums.h"
+#include "matrix/row_sums.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

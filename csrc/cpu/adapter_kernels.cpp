@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "bottleneck.h"
-#include "sweep.h"
+#include "matrix/sweep.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "activations.h"
-#include "philox.h"
-#include "rank_products.h"
+#include "matrix/philox.h"
+#include "matrix/rank_products.h"
 
 namespace peft_kernels::PK_ISA {
 

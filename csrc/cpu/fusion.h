@@ -9,7 +9,7 @@
 
 #include "activations.h"
 #include "adapter_fusion.h"
-#include "tile.h"
+#include "matrix/tile.h"
 
 namespace peft_kernels::PK_ISA {
 

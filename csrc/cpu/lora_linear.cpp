@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "../common.h"
-#include "isa.h"
+#include "matrix/isa.h"
 #include "options.h"
 
 namespace peft_kernels {

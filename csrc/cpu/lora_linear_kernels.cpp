@@ -1,8 +1,8 @@
 // LoRA linear on the CPU, built once per instruction set; the maths is in ops/lora_linear.py.
 #include "lora_linear.h"
 
-#include "rank_products.h"
-#include "sweep.h"
+#include "matrix/rank_products.h"
+#include "matrix/sweep.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

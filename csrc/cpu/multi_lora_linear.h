@@ -1,6 +1,6 @@
 // The steps of multi-LoRA linear on the CPU, one build of each per instruction set.
 #pragma once
-#include "matrix.h"
+#include "matrix/matrix.h"
 
 namespace peft_kernels {
 

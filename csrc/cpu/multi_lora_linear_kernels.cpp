@@ -3,7 +3,7 @@
 #include "multi_lora_linear.h"
 
 #include "paged.h"
-#include "sweep.h"
+#include "matrix/sweep.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "multi_lora_linear.h"
-#include "rank_products.h"
-#include "sweep.h"
+#include "matrix/rank_products.h"
+#include "matrix/sweep.h"
 
 namespace peft_kernels::PK_ISA {
 

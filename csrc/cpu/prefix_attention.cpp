@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../common.h"
-#include "isa.h"
+#include "matrix/isa.h"
 
 namespace peft_kernels {
 namespace {

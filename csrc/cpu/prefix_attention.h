@@ -1,6 +1,6 @@
 // Attention with a prefix on the CPU, one build of its kernels per instruction set.
 #pragma once
-#include "matrix.h"
+#include "matrix/matrix.h"
 
 namespace peft_kernels {
 

@@ -7,7 +7,7 @@
 
 #include "prefix_attention_direct.h"
 #include "prefix_attention_packed.h"
-#include "row_sums.h"
+#include "matrix/row_sums.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "matrix.h"
+#include "matrix/matrix.h"
 
 namespace peft_kernels {
 

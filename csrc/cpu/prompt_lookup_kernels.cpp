@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "prompt_lookup.h"
-#include "tile.h"
+#include "matrix/tile.h"
 
 namespace peft_kernels::PK_ISA {
 namespace {
