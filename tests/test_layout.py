@@ -149,7 +149,8 @@ def test_cpu_kernels_know_nothing_of_torch():
         while open_files:
             path = open_files.pop()
             text = path.read_text()
-            assert "torch/" not in text, path
+            # torch/headeronly is types alone, without the library.
+            assert "torch/" not in text.replace("torch/headeronly/", ""), path
             seen.add(path)
             found = {(path.parent / name).resolve() for name in re.findall('#include "(.*)"', text)}
             open_files += found - seen

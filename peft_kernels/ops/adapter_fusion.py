@@ -37,8 +37,8 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
-from peft_kernels.ops._calls import define_call
 from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
+from peft_kernels.ops._dispatch import define_call
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (

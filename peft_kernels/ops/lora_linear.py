@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import _library
-from peft_kernels.ops._calls import define_call
 from peft_kernels.ops._checks import (
     check_adapter,
     check_devices,
@@ -28,6 +27,7 @@ from peft_kernels.ops._checks import (
     check_float,
     check_same,
 )
+from peft_kernels.ops._dispatch import define_call
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of

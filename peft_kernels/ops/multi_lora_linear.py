@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import _library
-from peft_kernels.ops._calls import define_in_graphs
+from peft_kernels.ops._dispatch import define_in_graphs
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._lora_banks import (

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
-from peft_kernels.ops._calls import define_call
 from peft_kernels.ops._checks import (
     check_adapter,
     check_devices,
@@ -37,6 +36,7 @@ from peft_kernels.ops._checks import (
     check_integer,
     check_same,
 )
+from peft_kernels.ops._dispatch import define_call
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._transforms import (
     gradients_of,

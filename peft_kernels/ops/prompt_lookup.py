@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
-from peft_kernels.ops._calls import define_call
 from peft_kernels.ops._checks import check_devices, check_float, check_integer
+from peft_kernels.ops._dispatch import define_call
 from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops._transforms import (
     has_values,

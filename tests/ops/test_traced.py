@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
 from peft_kernels import ops
-from peft_kernels.ops import _calls
+from peft_kernels.ops import _dispatch
 from peft_kernels.ops.multi_lora_linear import example_bank, example_ids, example_trained
 
 pytestmark = [
@@ -199,7 +199,7 @@ class Recorded(TorchDispatchMode):
 def test_opcheck_of_the_op_in_graphs(name, monkeypatch):
     """Schema, shapes, autograd and AOT dispatch of the op with the arguments that it is given."""
     case, defined = make(name, F32), getattr(torch.ops.peft_kernels, name).default
-    for module in (_calls, importlib.import_module(f"peft_kernels.ops.{name}")):
+    for module in (_dispatch, importlib.import_module(f"peft_kernels.ops.{name}")):
         monkeypatch.setattr(module, "is_special", lambda: True, raising=False)
     with torch.no_grad(), Recorded(defined) as recorded:
         case.op(*case.inputs)
