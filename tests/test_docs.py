@@ -92,7 +92,8 @@ def versions() -> set[str]:
     """The versions that are pinned anywhere, whole and by their first two numbers."""
     files = [*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml"]
     text = "\n".join(path.read_text() for path in files)
-    whole = set(re.findall(r"[=>]=(\d+(?:\.\d+)+)", text)) | {"3.11", "2.0"}  # Apache's, at last
+    whole = set(re.findall(r"[=>]=(\d+(?:\.\d+)+)", text))
+    whole |= {"3.11", "3.12", "3.13", "2.0"}  # Python's, and Apache's at last
     return whole | {".".join(version.split(".")[:2]) for version in whole}
 
 

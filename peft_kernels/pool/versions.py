@@ -110,7 +110,7 @@ def _version(
     if not isinstance(name, str):
         raise TypeError(f"name must be a str; got {name!r}")
     # The same in every process, so that a training run can be repeated.
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
     return Version(name, layers, float(dropout), use_rslora, seed)
 
 
