@@ -23,6 +23,7 @@ def tables():
     return {kind: list(families.rows(kind)) for kind in _families.KINDS}
 
 
+@pytest.mark.long
 def test_enough_classes_are_built(tables):
     assert len(tables["decoders"]) > 70 and len(tables["encoders"]) > 20
     assert len(tables["encoder-decoders"]) > 18 and len(tables["images"]) > 6
@@ -31,6 +32,7 @@ def test_enough_classes_are_built(tables):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["T5", "Bart", "ViT", "Falcon"])
 def test_what_is_promised_is_right(tables, name):
     found = {family: cells for table in tables.values() for family, cells in table}
@@ -41,6 +43,7 @@ def test_what_is_promised_is_right(tables, name):
     assert name == "ViT" or prompt == "right"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", _families.METHODS)
 def test_right_or_one_clear_error(tables, method):
     column = _families.METHODS.index(method)
@@ -49,6 +52,7 @@ def test_right_or_one_clear_error(tables, method):
     assert sum(text == "right" for text in found.values()) > (20 if method == "adapters" else 60)
 
 
+@pytest.mark.long
 def test_what_takes_no_prefix_says_why_and_what_to_do(tables):
     found = {family: cells for table in tables.values() for family, cells in table}
     texts = {n: (c[2], c[3]) for n, c in found.items() if c[2].startswith("model has no attention")}
@@ -62,6 +66,7 @@ def test_what_takes_no_prefix_says_why_and_what_to_do(tables):
         assert name not in texts or "which has no attention: add_prompt" in texts[name][0]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not FOUR, reason="the page is of transformers 4.57")
 def test_the_page_is_what_the_tool_writes(tables):
     assert families.PAGE.read_text() == families.page(tables)

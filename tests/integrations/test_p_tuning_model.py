@@ -56,6 +56,7 @@ def molecules():
     return both(chains[:16]), both(chains[16:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("encoder", "rate"), [("lstm", 5e-3), ("mlp", 1e-3), (None, 2e-2)])
 def test_learns_in_a_pretrained_masked_model(encoder, rate):
     folder = model_folder()

@@ -94,7 +94,7 @@ def trained(model):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_model_is_found_inside(kind, wrapper):
     add, row_ids, remove = KINDS[kind]
-    model, inputs = make("llama"), inputs_of("llama")
+    model, inputs = make("llama", layers=1), inputs_of("llama")
     wrapped = FOUND_INSIDE[wrapper](copy.deepcopy(model))
     call = wrapped if wrapper != "Sequential" else wrapped[0]
     bare = hidden(call(**inputs))
@@ -138,7 +138,7 @@ BY_POSITION = {
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
     add, row_ids, remove = KINDS[kind]
-    model, ids = make("llama"), tokens(2, 5)
+    model, ids = make("llama", layers=1), tokens(2, 5)
     wrapped = BY_POSITION[wrapper](copy.deepcopy(model))
     bare = hidden(wrapped(ids))
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
 def test_a_forward_compiled_in_place_leaves_nothing(kind, when):
     """`module.compile()` has torch call another method of the module than it does without."""
     add, row_ids, remove = KINDS[kind]
-    model, inputs = make("llama"), inputs_of("llama")
+    model, inputs = make("llama", layers=1), inputs_of("llama")
     bare = hidden(model(**inputs))
     if when == "before":
         compiled_in_place(model)

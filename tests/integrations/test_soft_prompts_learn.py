@@ -19,6 +19,8 @@ from peft_kernels.integrations.transformers.soft_prompts import add_prompt
 from peft_kernels.nn import PromptTuning, PTuning, Template
 from peft_kernels.nn._template import Input, Slots
 
+pytestmark = pytest.mark.long
+
 LETTERS, LENGTH, NAME, WIDTH = 10, 5, 4, 64
 SEPARATOR = LETTERS
 PEAK, STEPS, ROWS = 3e-3, 700, 16  # of the pretraining

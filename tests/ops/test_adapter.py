@@ -1,9 +1,6 @@
 """adapter: every backend against float64, gradients, dropout, strides, errors, compilation."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -147,6 +144,7 @@ def test_half_base_with_float32_adapters(dtype):
     assert out["down_weight"].dtype is torch.float32
 
 
+@pytest.mark.builds
 @given(
     m=st.sampled_from([0, 1, 2, 3, 8, 9, 17, 48, 97, 130, 300]),
     k=st.sampled_from([1, 2, 7, 16, 31, 64, 129]),
@@ -380,22 +378,3 @@ def test_x_as_residual_needs_as_many_columns():
     a = example_inputs(2, 6, 3, 5, residual=False)
     with pytest.raises(ValueError, match=r"residual is x, which ends in 6.*n = 5"):
         adapter(**a, residual=a["x"])
-
-
-@pytest.mark.parametrize("environment", [{"PEFT_KERNELS_ISA": i} for i in ("baseline", "avx512")])
-def test_every_build(environment):
-    capability = torch.backends.cpu.get_cpu_capability()
-    if environment["PEFT_KERNELS_ISA"] == "avx512" and capability != "AVX512":
-        pytest.skip("this processor has no avx512")
-    checked_elsewhere(**environment)
-
-
-def test_more_threads_than_cores():
-    checked_elsewhere(OMP_NUM_THREADS="3")
-
-
-def checked_elsewhere(**environment):
-    """Runs the checks of any shape in a process with another environment."""
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "native_on_any_shape"]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, (done.stdout + done.stderr)[-3000:]

@@ -1,9 +1,5 @@
 """adapter_fusion: every backend against float64, gradients, absorbing, strides, compilation."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,6 +195,7 @@ def test_learned_scales_and_a_temperature():
     check(example_inputs(30, 24, (7, 7, 7)), "auto", scales=scales, temperature=3.0)
 
 
+@pytest.mark.builds
 @given(
     m=st.sampled_from([0, 17, 31, 48, 97, 130, 300]),
     n=st.sampled_from([16, 31, 33, 64, 129]),
@@ -215,6 +212,7 @@ def test_native_on_any_shape(m, n, sizes, dtype, wide_adapter, kind, activation)
 
 
 # Of a row or two, the eager path's error is a matter of luck: a number that both must stay within.
+@pytest.mark.builds
 @given(
     m=st.sampled_from([1, 2, 3, 8, 16]),
     n=st.sampled_from([1, 2, 5, 7, 33]),
@@ -273,6 +271,7 @@ def test_widths_that_differ(m, k, d, n, sizes):
 
 
 # More than the rows whose factors are held at once.
+@pytest.mark.builds
 def test_many_rows():
     check_raw(raw_inputs(2500, 20, None, 24, (8, 5)), None, (True, False, True, True, True))
 
@@ -503,26 +502,3 @@ def test_bad_input(change, error, message):
     arguments |= {name: value for name, value in change.items() if name not in ABSORBED}
     with pytest.raises(error, match=message):
         adapter_fusion(**arguments, absorbed=Absorbed(**absorbed))
-
-
-# ---- other builds ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("environment", [{"PEFT_KERNELS_ISA": i} for i in ("baseline", "avx512")])
-def test_every_build(environment):
-    capability = torch.backends.cpu.get_cpu_capability()
-    if environment["PEFT_KERNELS_ISA"] == "avx512" and capability != "AVX512":
-        pytest.skip("this processor has no avx512")
-    checked_elsewhere(**environment)
-
-
-def test_more_threads_than_cores():
-    checked_elsewhere(OMP_NUM_THREADS="3")
-
-
-def checked_elsewhere(**environment):
-    """Runs the checks of all shapes in a process with another environment."""
-    chosen = "native_on or many_rows"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", chosen]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "3 passed" in done.stdout, (done.stdout + done.stderr)[-3000:]

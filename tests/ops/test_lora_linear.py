@@ -1,9 +1,6 @@
 """lora_linear: every backend against float64, gradients, dropout, strides, errors, compilation."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -85,6 +82,7 @@ NATIVE_SHAPES = st.tuples(
 )
 
 
+@pytest.mark.builds
 @given(
     shape=NATIVE_SHAPES,
     dtype=st.sampled_from([torch.float32, *HALVES]),
@@ -344,40 +342,3 @@ def test_the_native_op_checks_what_reaches_it():
     for index, wrong in [(1, torch.ones(4, 5)), (3, torch.ones(3, 5)), (4, torch.ones(4, 2))]:
         with pytest.raises(RuntimeError, match="must be"):
             torch.ops.peft_kernels.lora_linear_fwd(*args[:index], wrong, *args[index + 1 :])
-
-
-def python(*arguments, **environment):
-    """The output of another Python process, which must succeed."""
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
-
-
-def checked_elsewhere(**environment):
-    """Runs the checks of any shape in a process with another environment."""
-    output = python("-m", "pytest", __file__, "-k", "native_on_any_shape", **environment)
-    assert "1 passed" in output
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_build(isa):
-    capable = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}
-    if isa not in ["baseline", *capable.get(torch.backends.cpu.get_cpu_capability(), [])]:
-        pytest.skip(f"this processor has no {isa}")
-    info = "import torch, peft_kernels; print(torch.ops.peft_kernels.native_info())"
-    assert python("-c", info, PEFT_KERNELS_ISA=isa).startswith(f"{isa} kernels")
-    checked_elsewhere(PEFT_KERNELS_ISA=isa)
-
-
-def test_an_unknown_build_is_an_error():
-    call = "from peft_kernels.ops.lora_linear import *; lora_linear(**example_inputs(1, 2, 3, 1))"
-    command = [sys.executable, "-c", call]
-    environment = os.environ | {"PEFT_KERNELS_ISA": "sse9"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "PEFT_KERNELS_ISA must be baseline, avx2 or avx512; got sse9" in done.stderr
-
-
-def test_more_threads_than_cores():
-    checked_elsewhere(OMP_NUM_THREADS="3")

@@ -4,10 +4,6 @@ The grids that the serving systems test are in test_multi_lora_grid.py, Triton's
 triton/test_multi_lora_linear.py, the CUDA kernel in cuda/.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +109,7 @@ def test_against_float64(dtype, adds):
 
 
 # One row, few, several blocks of packed rows; ranks that fill no page, one, several; odd sizes.
+@pytest.mark.builds
 @given(
     m=st.sampled_from([0, 1, 2, 3, 7, 12, 13, 16, 17, 64, 133, 300]),
     n=st.sampled_from([[1], [7], [64], [65, 3], [129], [32, 8, 8]]),
@@ -199,6 +196,7 @@ def test_opcheck(suffix):
 # ---- a row and its neighbours ------------------------------------------------------------------
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_a_row_depend_on_nothing_but_the_row(dtype):
     """Alone, in any company, anywhere in a batch of any size: outputs and gradients of x."""
@@ -489,14 +487,3 @@ def test_the_native_op_checks_ids_that_compiled_code_hands_it():
     compiled = torch.compile(lambda ids: multi_lora_linear(**{**inputs, "ids": ids}))
     with pytest.raises(RuntimeError, match=r"ids must be in \[-1, 1\); got 5"):
         compiled(ids)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_build(isa):
-    capable = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512"]}
-    if isa not in ["baseline", *capable.get(torch.backends.cpu.get_cpu_capability(), [])]:
-        pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "native_on_any_shape or bits_of_a"]
-    environment = os.environ | {"PEFT_KERNELS_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "4 passed" in done.stdout, done.stdout[-3000:]

@@ -1,9 +1,6 @@
 """prefix_attention: every backend against float64, masks, banks, gradients, strides, errors."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -122,6 +119,7 @@ def test_against_float64(backend, dtype, shape):
     check(example_inputs(*shape, keys=150, dtype=dtype), backend)
 
 
+@pytest.mark.builds
 @given(
     batch=st.sampled_from([0, 1, 2, 5]),
     queries=st.sampled_from([0, 1, 2, 5, 13, 49, 150]),
@@ -251,8 +249,8 @@ def test_gradcheck(options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("suffix", ["", "_ref", "_triton"])
 def test_opcheck(suffix, dtype):
-    a = example_inputs(2, 3, 4, 2, 16, 3, keys=5, prefixes=2, dtype=dtype)
-    ids, mask = a["prefix_ids"].int(), torch.zeros(5).expand(2, 4, 3, 5)
+    a = example_inputs(2, 3, 2, 1, 16, 3, keys=5, prefixes=2, dtype=dtype)
+    ids, mask = a["prefix_ids"].int(), torch.zeros(5).expand(2, 2, 3, 5)
     bounds = torch.tensor([0, 1]).int(), torch.tensor([4, 5]).int()
     inputs = (*(a[name] for name in TENSORS), ids, mask, *bounds)
     alone = (*inputs[:3], *(t[:1] for t in inputs[3:5]), None, None, None, None)
@@ -263,7 +261,7 @@ def test_opcheck(suffix, dtype):
         out, lse = fwd(*arguments, True, 0.25)
         assert out.transpose(1, 2).is_contiguous()
         for needs in [(True,) * 3, (False, True, False), (False, False, True)]:
-            grads = torch.randn(2, 4, 3, 16).to(dtype), *arguments, out, lse, True, 0.25, *needs
+            grads = torch.randn(2, 2, 3, 16).to(dtype), *arguments, out, lse, True, 0.25, *needs
             torch.library.opcheck(bwd, grads)
 
 
@@ -420,25 +418,6 @@ BAD = [
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         prefix_attention(**example_inputs(2, 5, 4, 2, 8, 3) | change)
-
-
-@pytest.mark.parametrize("environment", [{"PEFT_KERNELS_ISA": i} for i in ("baseline", "avx512")])
-def test_every_build(environment):
-    capability = torch.backends.cpu.get_cpu_capability()
-    if environment["PEFT_KERNELS_ISA"] == "avx512" and capability != "AVX512":
-        pytest.skip("this processor has no avx512")
-    checked_elsewhere(**environment)
-
-
-def test_more_threads_than_cores():
-    checked_elsewhere(OMP_NUM_THREADS="3")
-
-
-def checked_elsewhere(**environment):
-    """Runs the checks of any shape in a process with another environment."""
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "native_on_any_shape"]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, (done.stdout + done.stderr)[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -3,10 +3,6 @@
 Memory moves leave nothing to tolerances: but for sums over rows, results must have the same bits.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from errors import assert_as_good_as
@@ -141,6 +137,7 @@ def test_against_float64(backend, dtype, position):
         assert out["d_prompts"].dtype is prompt_dtype
 
 
+@pytest.mark.builds
 @given(
     batch=st.sampled_from([0, 1, 2, 5, 17]),
     seq=st.sampled_from([0, 1, 3, 31, 70]),
@@ -372,22 +369,3 @@ def test_a_compiled_call_is_checked_by_the_kernel():
     ):
         with pytest.raises(RuntimeError, match=message):
             fwd(inputs["embeddings"], inputs["prompts"], ids, positions, None, None)
-
-
-@pytest.mark.parametrize("environment", [{"PEFT_KERNELS_ISA": i} for i in ("baseline", "avx512")])
-def test_every_build(environment):
-    capability = torch.backends.cpu.get_cpu_capability()
-    if environment["PEFT_KERNELS_ISA"] == "avx512" and capability != "AVX512":
-        pytest.skip("this processor has no avx512")
-    checked_elsewhere(**environment)
-
-
-def test_more_threads_than_cores():
-    checked_elsewhere(OMP_NUM_THREADS="3")
-
-
-def checked_elsewhere(**environment):
-    """Runs the checks of any shape in a process with another environment."""
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "native_on_any_shape"]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, (done.stdout + done.stderr)[-3000:]

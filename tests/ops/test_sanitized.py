@@ -35,7 +35,7 @@ def test_native_kernels_under_sanitizers():
     run("cmake", "--build", str(BUILD))
     ops = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion")
     ops += ("prefix_attention", "prompt_lookup")
-    tests = tuple(f"tests/test_{op}.py" for op in ops)
+    tests = tuple(f"tests/ops/test_{op}.py" for op in ops)
     masks = "(test_a_mask_of_the_lowest_float and auto)"
     chosen = ("-k", f"test_native_on_any_shape or test_rank_512 or {masks}")
     output = run(

@@ -243,6 +243,7 @@ def test_bytes_beyond_the_floor(counted, case, direction):
     assert routing_bytes(traffic) < 20 * (m + 7 * 5) * traffic.launches
 
 
+@pytest.mark.long
 def test_rows_of_the_report():
     rows = multi_lora_linear.rows(16, 256, 128)
     assert [(row.plan, row.direction) for row in rows] == [

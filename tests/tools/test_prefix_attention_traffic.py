@@ -170,6 +170,7 @@ def test_no_atomics(calls):
         assert calls[case].traffic(direction).atomics == 0
 
 
+@pytest.mark.long
 def test_rows_of_the_report():
     rows = prefix_attention.rows()
     assert [(row.plan, row.direction) for row in rows] == [

@@ -2,7 +2,7 @@
 
 The launches are recorded from the launchers themselves, run on tensors without data, so that what
 is compiled here is what a GPU would be given. Run as a program (``python -m
-peft_kernels.tools.report.compile WORKERS TARGET...``), it prints the rows as JSON; it must not run
+peft_kernels.tools.report.compile WORKERS all|once TARGET...``), it prints the rows as JSON; it must not run
 under ``TRITON_INTERPRET=1``, where a kernel isn't compiled at all.
 """
 
@@ -450,11 +450,16 @@ def _cuobjdump(option: str, path: Path) -> str:
     return result.stdout
 
 
-def compile_rows(names: list[str], workers: int) -> list[CompiledRow]:
+def compile_rows(names: list[str], workers: int, once: bool = False) -> list[CompiledRow]:
     jobs = [launch for name in names for launch in launches(name)]
+    if once:
+        jobs = list({(job.target, job.kernel): job for job in reversed(jobs)}.values())
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_launch, jobs))
 
 
 if __name__ == "__main__":
-    json.dump([asdict(row) for row in compile_rows(sys.argv[2:], int(sys.argv[1]))], sys.stdout)
+    workers, once, *chosen = sys.argv[1:]
+    json.dump(
+        [asdict(row) for row in compile_rows(chosen, int(workers), once == "once")], sys.stdout
+    )

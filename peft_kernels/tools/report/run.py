@@ -44,15 +44,17 @@ _PARTS = (
 )
 
 
-def compile_table(targets: tuple[str, ...] = TARGETS, workers: int = 2) -> list[CompiledRow]:
-    """Compiles every kernel x shipped configuration for ``targets``.
+def compile_table(
+    targets: tuple[str, ...] = TARGETS, workers: int = 2, once: bool = False
+) -> list[CompiledRow]:
+    """Compiles every kernel x shipped configuration for ``targets``; ``once``, each kernel once.
 
     Runs in a process of its own: a process with ``TRITON_INTERPRET=1`` can't compile.
     """
     unknown = set(targets) - set(TARGETS)
     if unknown:
         raise ValueError(f"targets must be among {', '.join(TARGETS)}; got {', '.join(unknown)}")
-    rows = _run("compile", [str(workers), *targets], interpret=False)
+    rows = _run("compile", [str(workers), "once" if once else "all", *targets], interpret=False)
     from peft_kernels.tools.report.compile import CompiledRow
 
     return [CompiledRow(**row) for row in rows]
