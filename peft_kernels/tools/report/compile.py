@@ -2,8 +2,8 @@
 
 The launches are recorded from the launchers themselves, run on tensors without data, so that what
 is compiled here is what a GPU would be given. Run as a program (``python -m
-peft_kernels.tools.report.compile WORKERS all|once TARGET...``), it prints the rows as JSON; it must not run
-under ``TRITON_INTERPRET=1``, where a kernel isn't compiled at all.
+peft_kernels.tools.report.compile WORKERS all|once TARGET...``), it prints the rows as JSON; it must
+not run under ``TRITON_INTERPRET=1``, where a kernel isn't compiled at all.
 """
 
 from __future__ import annotations
