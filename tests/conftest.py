@@ -1,10 +1,14 @@
-"""Settings every test shares; TRITON_INTERPRET must be set before anything imports Triton."""
+"""Settings every test shares, and the choice of a device.
+
+``pytest --device cuda`` runs the tests that take the fixture ``device`` on a GPU, with compiled
+Triton kernels, and no others. Without it they run on the CPU as all do, where Triton's kernels are
+interpreted: TRITON_INTERPRET must be set before anything imports Triton.
+"""
 
 import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -14,8 +18,30 @@ settings.register_profile("default", deadline=None, max_examples=30, derandomize
 settings.load_profile("default")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"])
+
+
+def pytest_configure(config):
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device(request):
+    """Where the tests of tests/devices run."""
+    chosen = torch.device(request.config.getoption("device"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU here")
+    return chosen
+
+
+def pytest_collection_modifyitems(config, items):
     """Files with long tests go first: handed out last, one would run alone at the end."""
+    if config.getoption("device") != "cpu":
+        others = [item for item in items if "device" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "device" in item.fixturenames]
     long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: item.path not in long)
 
