@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | docs | bench | wheel: each sets up what it needs in .venv and reuses what is there.
+# make demo | check | test | test-all | lint | docs | bench | wheel: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
 # make test-next: the suite with a later torch, in .venv-next. By hand, for it takes gigabytes.
 PYTHON ?= python3.11
@@ -15,14 +15,19 @@ HOST_TESTS := tests/integrations tests/formats tests/models tests/modules tests/
   tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_prompts_beside.py \
   --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo test test-all test-latest test-next lint docs bench wheel clean
+.PHONY: demo check test test-all test-latest test-next lint docs bench wheel clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# One thread each, as there are as many workers as cores; make test-all runs the kernels on several.
 test: $(VENV)/installed
-	$(PYTEST) -m "not long"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not long"
+
+# For an edit: lint, the layout, and the ops that it touches (or OP="name ..."), in under two minutes.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python python/tools/check.py $(OP)
 
 test-all: $(VENV)/installed
 	$(PYTEST)
