@@ -67,6 +67,8 @@ def _kernel_of(op: str, outputs: tuple[int, ...]) -> Callable:
 
 
 def _chosen(found, outputs: tuple[int, ...]):
+    if isinstance(found, Tensor):
+        return found
     return found[outputs[0]] if len(outputs) == 1 else tuple(found[i] for i in outputs)
 
 
@@ -83,7 +85,7 @@ def define_in_graphs(
     """Defines ``peft_kernels::<op>`` with the arguments of ``<op>_fwd`` and some of its outputs.
 
     Args:
-        outputs: their indices among those of ``<op>_fwd``.
+        outputs: their indices among those of ``<op>_fwd``; ``(0,)`` where it has one.
         fake: the shape function of ``<op>_fwd``.
         run: computes them without a gradient, given the arguments and the backend's suffix.
         apply: computes them through the autograd Function, given the same.
