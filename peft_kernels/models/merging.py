@@ -13,7 +13,7 @@ from peft_kernels.models.in_place import check_in_place, let_go
 from peft_kernels.models.input_grads import let_gradients_be
 from peft_kernels.models.modules_to_save import forget
 from peft_kernels.models.resizing import choose_resizing
-from peft_kernels.models.swap import Model, named, replace_modules
+from peft_kernels.models.swap import Model, lora_layers_in, named, replace_modules
 from peft_kernels.modules.checks import check_module
 from peft_kernels.modules.hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.modules.names import plain_modules, unwrapped
@@ -178,11 +178,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The LoRALinear layers by name, the model itself included; or a ValueError."""
     inner = unwrapped(model)
-    layers = {
-        name: module
-        for name, module in plain_modules(model).items()
-        if isinstance(module, LoRALinear)
-    }
+    layers = lora_layers_in(model)
     if not layers:
         raise ValueError(f"model must have LoRALinear layers; it has none{_hint(inner)}")
     return layers

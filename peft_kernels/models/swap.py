@@ -149,6 +149,15 @@ def swap_linear(
 # ---- matching --------------------------------------------------------------------------------
 
 
+def lora_layers_in(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRALinear layers by name, the model itself included; there may be none."""
+    return {
+        name: module
+        for name, module in plain_modules(model).items()
+        if isinstance(module, LoRALinear)
+    }
+
+
 def find_targets(
     model: nn.Module,
     target_modules: str | Iterable[str],
