@@ -58,10 +58,11 @@ def define_call(
 
 def _kernel_of(op: str, outputs: tuple[int, ...]) -> Callable:
     """``<op>_fwd`` under the backend whose suffix is the last argument."""
+    kernel = f"{op}_fwd"
 
     def run(*arguments):
         *inputs, suffix = arguments
-        return _chosen(get_op(f"{op}_fwd", suffix)(*inputs), outputs)
+        return _chosen(get_op(kernel, suffix)(*inputs), outputs)
 
     return run
 

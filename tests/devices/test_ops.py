@@ -7,6 +7,7 @@ import torch
 from devices import Case, check
 from torch import Tensor
 
+import peft_kernels
 from peft_kernels import ops
 from peft_kernels.ops._lora_banks import PLANS
 
@@ -61,6 +62,8 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_an_op(name, dtype, backend, device):
+    with peft_kernels.backend(backend):
+        assert peft_kernels.backend_of(name, device, dtype) != "reference"
     check(CASES[name], dtype, backend, device)
 
 
