@@ -54,7 +54,7 @@ def define(
     for name, kernel in defaults.items():
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        LIBRARY.impl(name, fake, "Meta")
     if launcher is not None:
         LIBRARY.impl(op, launcher, "CUDA")
     if op.endswith("_fwd"):

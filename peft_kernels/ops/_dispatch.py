@@ -8,12 +8,12 @@ less a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from peft_kernels._library import LIBRARY, NAMESPACE, get_op, variant
+from peft_kernels._library import LIBRARY, get_op, variant
 from peft_kernels.ops._transforms import is_special, wants_composition
 
 
@@ -27,12 +27,12 @@ def define_call(
     composition: Callable,
     run: Callable | None = None,
 ) -> Callable:
-    """What the public function of an op ends in, once it has checked and prepared its arguments.
+    """What serves a call of an op that :func:`wants_function` doesn't give to its Function.
 
     The arguments are those of :func:`define_in_graphs`; ``run`` is the kernel itself by default.
 
     Returns:
-        A function of the arguments of ``<op>_fwd``. ``apply`` may be given another Function.
+        A function of the arguments of ``<op>_fwd``.
     """
     run = run or _kernel_of(op, outputs)
     in_graphs = define_in_graphs(
@@ -45,15 +45,24 @@ def define_call(
         composition=composition,
     )
 
-    def call(*inputs, apply=apply):
+    def call(*inputs):
         if is_special():
             return composition(*inputs) if wants_composition() else in_graphs(*inputs)
-        suffix = variant(inputs[0].dtype)
-        if torch.is_grad_enabled() and any(map(_requires_grad, inputs)):
-            return apply(*inputs, suffix)
-        return run(*inputs, suffix)
+        return run(*inputs, variant(inputs[0].dtype))
 
     return call
+
+
+def wants_function(*inputs) -> bool:
+    """Whether a call of these is for the op's autograd Function.
+
+    It is where one requires a gradient, unless a transform or a tracer is around the call.
+    """
+    return _wants_gradient(inputs) and not is_special()
+
+
+def _wants_gradient(inputs: Iterable) -> bool:
+    return torch.is_grad_enabled() and any(map(_requires_grad, inputs))
 
 
 def _kernel_of(op: str, outputs: tuple[int, ...]) -> Callable:
@@ -99,7 +108,7 @@ def define_in_graphs(
     def differentiable(keyset, *args):
         if wants_composition():
             return composition(*args)
-        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
+        if _wants_gradient(args):
             return apply(*args, variant(args[0].dtype))
         with torch._C._AutoDispatchBelowAutograd():
             return defined.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -108,9 +117,7 @@ def define_in_graphs(
     LIBRARY.define(f"{op}{fwd_schema.split('->')[0]} -> {returned}")
     LIBRARY.impl(op, lambda *args: run(*args, variant(args[0].dtype)), "CompositeExplicitAutograd")
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
-    torch.library.register_fake(
-        f"{NAMESPACE}::{op}", lambda *args: _chosen(fake(*args), outputs), lib=LIBRARY
-    )
+    LIBRARY.impl(op, lambda *args: _chosen(fake(*args), outputs), "Meta")
     defined = getattr(torch.ops.peft_kernels, op).default
     return defined
 

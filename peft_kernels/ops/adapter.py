@@ -37,7 +37,7 @@ from peft_kernels.ops._checks import (
     check_float,
     check_same,
 )
-from peft_kernels.ops._dispatch import define_call
+from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
@@ -398,7 +398,11 @@ def adapter(
         float(dropout_p),
         seed_tensor(seed, x.device) if dropout_p > 0.0 else None,
     )
-    return in_shape_of(x, _call(*inputs))
+    if wants_function(*inputs):
+        y = _Adapter.apply(*inputs, _library.variant(x.dtype))
+    else:
+        y = _call(*inputs)
+    return in_shape_of(x, y)
 
 
 def _aliases(tensor: Tensor | None) -> Tensor | None:

@@ -38,7 +38,7 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
 from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
-from peft_kernels.ops._dispatch import define_call
+from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
@@ -344,7 +344,10 @@ def adapter_fusion(
         activation,
         None if residual is None else rows_of(residual),
     )
-    y, p = _call(*inputs)
+    if wants_function(*inputs):
+        y, p = _AdapterFusion.apply(*inputs, _library.variant(x.dtype))
+    else:
+        y, p = _call(*inputs)
     return in_shape_of(x, y), in_shape_of(x, p)
 
 

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._checks import (
+    are_alike,
     check_adapter,
     check_devices,
     check_dropout,
     check_float,
     check_same,
 )
-from peft_kernels.ops._dispatch import define_call
+from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
@@ -226,14 +227,17 @@ def lora_linear(
     elif scale.requires_grad:
         _check_gradient_of_scale()
     inputs = (rows_of(x), weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
-    return in_shape_of(x, _call(*inputs))
+    if wants_function(*inputs):
+        y = _LoRALinear.apply(*inputs, _library.variant(x.dtype))
+    else:
+        y = _call(*inputs)
+    return in_shape_of(x, y)
 
 
 # The checks run on every call, so a message is only put together when it is raised.
 def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
+    if not (weight.dim() == lora_a.dim() == lora_b.dim() == 2):
+        _refuse_dimensions(weight=weight, lora_a=lora_a, lora_b=lora_b)
     (n, k), (r, a_k), b_shape = weight.shape, lora_a.shape, lora_b.shape
     if x.dim() < 1:
         raise ValueError("x must have at least 1 dimension; got a 0-d tensor")
@@ -247,15 +251,25 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
         raise ValueError(f"lora_b has shape {tuple(b_shape)}, but must be [n, r] = [{n}, {r}]")
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, but must be [n] = [{n}]")
-    base, adapter = (("weight", weight), ("bias", bias)), (("lora_a", lora_a), ("lora_b", lora_b))
-    check_float("x", x)
-    check_same("x", x, base)
-    check_adapter("x", x, adapter[:1])
-    check_same("lora_a", lora_a, adapter[1:])
-    check_devices("x", x, (*base, *adapter))
+    if not are_alike(x, weight, bias, lora_a, lora_b):
+        _check_types(x, (("weight", weight), ("bias", bias)), lora_a, lora_b)
     if isinstance(scale, Tensor) and scale.dim() != 0:
         raise ValueError(f"scale must be a float or a 0-d tensor; got shape {tuple(scale.shape)}")
     check_dropout(dropout_p)
+
+
+def _refuse_dimensions(**matrices: Tensor) -> None:
+    for name, tensor in matrices.items():
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
+
+
+def _check_types(x, base, lora_a, lora_b) -> None:
+    check_float("x", x)
+    check_same("x", x, base)
+    check_adapter("x", x, [("lora_a", lora_a)])
+    check_same("lora_a", lora_a, [("lora_b", lora_b)])
+    check_devices("x", x, (*base, ("lora_a", lora_a), ("lora_b", lora_b)))
 
 
 def _check_gradient_of_scale() -> None:

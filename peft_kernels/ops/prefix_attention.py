@@ -36,7 +36,7 @@ from peft_kernels.ops._checks import (
     check_integer,
     check_same,
 )
-from peft_kernels.ops._dispatch import define_call
+from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._transforms import (
     gradients_of,
@@ -398,7 +398,10 @@ def prefix_attention(
         prefix_ids = prefix_ids.to(torch.int32).contiguous()
     tensors = tuple(_unit_stride(tensor) for tensor in (q, k, v, prefix_k, prefix_v))
     options = is_causal, q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _call(*tensors, prefix_ids, attn_mask, starts, ends, *options)
+    inputs = (*tensors, prefix_ids, attn_mask, starts, ends, *options)
+    if wants_function(*inputs):
+        return _PrefixAttention.apply(*inputs, _library.variant(q.dtype))
+    return _call(*inputs)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

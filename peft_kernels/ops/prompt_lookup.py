@@ -27,7 +27,7 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._checks import check_devices, check_float, check_integer
-from peft_kernels.ops._dispatch import define_call
+from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops._transforms import (
     has_values,
@@ -219,11 +219,6 @@ def _apply(*arguments) -> tuple[Tensor, ...]:
     return _PromptLookup.apply(*inputs, False, variant)
 
 
-def _apply_in_front(*arguments) -> tuple[Tensor, ...]:
-    *inputs, variant = arguments
-    return _PromptLookup.apply(*inputs, True, variant)
-
-
 _call = define_call(
     "prompt_lookup",
     FWD_SCHEMA,
@@ -290,8 +285,12 @@ def prompt_lookup(
         None if attention_mask is None else attention_mask.to(torch.int64),
         None if labels is None else labels.to(torch.int64),
     )
-    apply = _apply_in_front if isinstance(position, str) and position == "front" else _apply
-    prompted, mask, position_ids, out_labels = _call(*inputs, apply=apply)
+    if wants_function(*inputs):
+        front = isinstance(position, str) and position == "front"
+        found = _PromptLookup.apply(*inputs, front, _library.variant(embeddings.dtype))
+    else:
+        found = _call(*inputs)
+    prompted, mask, position_ids, out_labels = found
     return PromptedInputs(prompted, mask, position_ids, None if labels is None else out_labels)
 
 
