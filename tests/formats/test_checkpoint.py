@@ -6,6 +6,7 @@ import os
 import pytest
 import safetensors.torch
 import torch
+from small_adapters import make_base
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -13,21 +14,6 @@ from peft_kernels import load_adapter, save_adapter, swap_linear
 from peft_kernels.nn import LoRALinear
 
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).tanh())
-
-
-def make_base() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(), nn.LayerNorm(8))
 
 
 def make_model(targets=("up", "down"), r=2, **options) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Small adapters in PEFT's format, and what a row must get from them: for the pool's tests."""
+"""A small base, adapters for it in PEFT's format, and what a row must get from them."""
 
 import copy
 import re
