@@ -233,10 +233,10 @@ def test_a_docstring_is_of_its_signature(name):
 # ---- support matrix ----------------------------------------------------------------------------
 
 
-def rows_of(heading: str) -> list[list[str]]:
-    """The cells of the support matrix' table under a heading."""
+def rows_of(heading: str, first: str = "") -> list[list[str]]:
+    """The cells of a table of the support matrix: under a heading, whose first column is named."""
     section = (ROOT / "docs/support.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    table = section.strip().split("\n\n")[0]
+    (table, *_) = (part for part in section.strip().split("\n\n") if part.startswith(f"| {first}"))
     return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
@@ -259,3 +259,46 @@ def test_the_support_matrix_has_the_pinned_versions():
         for package in tested.keys() & pins.keys():
             assert pins[package] in tested[package]
         assert {"torch", "triton", "transformers", "peft"} <= tested.keys() & pins.keys()
+
+
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+ISA = (ROOT / "csrc/cpu/matrix/isa.cpp").read_text()
+
+
+def test_the_support_matrix_has_the_cpu_builds():
+    """Their instructions are those CMake compiles with, and those looked for at run time."""
+    compiled: dict[str, set[str]] = {}
+    for name, flags in re.findall(r"add_isa\((\w+)([^)]*)\)", CMAKE):
+        compiled.setdefault(name, set()).update(re.findall(r"-m(?!prefer)(\w+)", flags))
+    rows = {name.strip("`"): rest for name, *rest in rows_of("Ops by hardware", "CPU build")}
+    assert {name: set(re.findall(r"`(\w+)`", row[0])) for name, row in rows.items()} == compiled
+    looked_for = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', ISA))
+    assert looked_for == set().union(*compiled.values())
+    (vendor,) = re.findall(r'__builtin_cpu_is\("(\w+)"\)', ISA)
+    assert vendor in rows["avx512"][1].lower()
+
+
+def gpu_targets() -> list[tuple[set[str], str]]:
+    """The chips of each row of the table, and what they are compiled with."""
+    rows = rows_of("Ops by hardware", "GPU target")
+    return [(set(re.findall(r"\b(?:sm_|gfx)\w+", chips)), by) for chips, by, _ in rows]
+
+
+def test_the_support_matrix_has_the_targets_of_triton():
+    chips = pytest.importorskip("peft_kernels.triton.common.chips")
+    named = [found for found, by in gpu_targets() if by.startswith("Triton")]
+    assert set().union(*named) == set(chips.ARCHS)
+    targets = pytest.importorskip("peft_kernels.tools.report.compile").TARGETS
+    assert set(targets) - {"other (sm_80)"} == set(chips.ARCHS)
+
+
+def test_the_support_matrix_has_the_targets_of_nvcc():
+    """CMake has two lists, of newer compilers and of older ones, and the versions between."""
+    lists = re.findall(r"set\(architectures ([^)]+)\)", CMAKE)
+    asked = re.findall(r"CMAKE_CUDA_COMPILER_VERSION VERSION_LESS ([\d.]+)", CMAKE)
+    oldest, newer = sorted(asked, key=float)
+    compiled = [{f"sm_{chip.removesuffix('-real')}" for chip in found.split()} for found in lists]
+    rows = [(found, by) for found, by in gpu_targets() if by.startswith("nvcc")]
+    assert [found for found, _ in rows] == compiled
+    assert f"from `{newer}` on" in rows[0][1]
+    assert f"from `{oldest}` on, below `{newer}`" in rows[1][1]
