@@ -2,6 +2,7 @@
 
     swap_linear, save_adapter, load_adapter     LoRA in a model, and PEFT's folders
     merge, unmerge, unload, disabled            done to a whole model afterwards
+    accelerate, restore                         the same kernels under the layers of a PEFT model
     AdapterPool                                 many LoRA adapters, each row with its own
     nn, ops                                     the layers, and the functions under them
     integrations.transformers                   adapters, fusions, prefixes and prompts in models
@@ -15,6 +16,7 @@ from peft_kernels import nn, ops
 from peft_kernels._library import backend, backend_of, load_native
 from peft_kernels._moved import keep_old_paths
 from peft_kernels.formats.peft_lora import load_adapter, save_adapter
+from peft_kernels.integrations.accelerated import accelerate, restore
 from peft_kernels.models.merging import disabled, merge, print_trainable_parameters, unload, unmerge
 from peft_kernels.models.swap import swap_linear
 from peft_kernels.pool import AdapterPool
@@ -22,6 +24,7 @@ from peft_kernels.pool import AdapterPool
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool",
+    "accelerate",
     "backend",
     "backend_of",
     "disabled",
@@ -30,6 +33,7 @@ __all__ = [
     "nn",
     "ops",
     "print_trainable_parameters",
+    "restore",
     "save_adapter",
     "swap_linear",
     "unload",

@@ -28,7 +28,7 @@ ROOMS = {
     "calls": "modules ops",
     "nn": "modules ops calls",
     "models": "modules calls nn",
-    "integrations": "modules ops calls nn models",
+    "integrations": "_library modules ops calls nn models",
     "formats": "modules ops nn models integrations",
     "pool": "modules ops calls nn models integrations formats",
     "tools": "_library ops triton nn integrations",
@@ -44,7 +44,7 @@ INSIDE = {
         "adapter_fusion": "common adapter",
         "prefix_attention": "common",
     },
-    "integrations": {"peft": "", "transformers": ""},
+    "integrations": {"peft": "", "transformers": "", "accelerated": "peft"},
     "integrations/transformers": {
         "supported": "",
         "blocks": "",

@@ -105,6 +105,7 @@ PAGES: dict[str, Callable[[], Names]] = {
     "README.md": a_model,
     "docs/index.md": a_model,
     "docs/guides/lora.md": a_model,
+    "docs/guides/peft-models.md": a_model,
     "docs/guides/many-adapters.md": folders_of_adapters,
     "docs/guides/bottleneck-adapters.md": bottleneck,
     "docs/guides/soft-prompts.md": soft_prompts,

@@ -1,0 +1,137 @@
+"""PEFT's LoRA layers on this package's kernels: subclasses that a layer's class is set to.
+
+A layer keeps all that it is (parameters, state dict, hooks, what PEFT's tools do to it), but for
+``forward``. That looks at the layer on every call, since PEFT changes layers in place, and gives
+what no kernel serves to PEFT's own ``forward``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_kernels._library import backend_of
+from peft_kernels.integrations.peft.rows import rows_linear
+from peft_kernels.integrations.peft.state import (
+    Adapter,
+    Base,
+    read,
+    read_adapters,
+    read_base,
+    why_not_in,
+)
+from peft_kernels.ops import lora_linear
+
+CALLS = "_peft_kernels_calls"  # in a layer's __dict__: how many calls took which way
+KERNEL, ROWS = "lora_linear", "multi_lora_linear"
+
+
+class Linear(peft_lora.Linear):
+    """PEFT's ``lora.Linear`` on :func:`peft_kernels.ops.lora_linear`.
+
+    ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T B_j^T`` over the active adapters j, in one
+    pass. With ``adapter_names`` each row has its own, by
+    :func:`peft_kernels.ops.multi_lora_linear`.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        if args or len(kwargs) > (names is not None):
+            found: tuple[Base, list[Adapter]] | str = "other arguments"
+        else:
+            found = read(self, x, names)
+        if isinstance(found, str):
+            _count(self, found)
+            return super().forward(x, *args, **kwargs)
+        base, adapters = found
+        if names is not None:
+            self._check_forward_args(x, adapter_names=names)
+            _count(self, ROWS)
+            return rows_linear(x, base.weight, base.bias, adapters, names)
+        _count(self, KERNEL)
+        a, b, bias, scale, dropout_p = _as_one(adapters, base.bias, x.dtype)
+        return lora_linear(x, base.weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
+
+
+# The classes of PEFT's, and what takes their places.
+SERVED: dict[type, type] = {peft_lora.Linear: Linear}
+_OWN = {ours: theirs for theirs, ours in SERVED.items()}
+
+
+# ---- what accelerate() asks --------------------------------------------------------------------
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT's, with adapters of any method."""
+    return isinstance(module, BaseTunerLayer)
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The layer's class as PEFT prints it."""
+    kind = _OWN.get(type(layer), type(layer))
+    return f"{kind.__module__.split('.')[-2]}.{kind.__name__}"
+
+
+def serve(layer: nn.Module) -> None:
+    """Puts kernels under a layer, if there are any for its class."""
+    layer.__class__ = SERVED.get(type(layer), type(layer))
+
+
+def restore(layer: nn.Module) -> None:
+    """Takes them away again."""
+    layer.__class__ = _OWN.get(type(layer), type(layer))
+    layer.__dict__.pop(CALLS, None)
+
+
+def calls(layer: nn.Module) -> dict[str, int]:
+    """How many calls took which way."""
+    return layer.__dict__.get(CALLS, {})
+
+
+def backend(layer: Any) -> str:
+    """What serves the layer's calls."""
+    weight = layer.get_base_layer().weight
+    return backend_of(KERNEL, weight.device, weight.dtype)
+
+
+def why_not(layer: Any) -> str | None:
+    """Why a call with x alone would be PEFT's own, or None if kernels would serve it.
+
+    As if the layer was neither merged nor disabled, which is for a while.
+    """
+    if type(layer) not in _OWN:
+        return kind_of(layer)
+    base = read_base(layer)
+    if isinstance(base, str):
+        return base
+    adapters = read_adapters(layer, layer.active_adapters)
+    if isinstance(adapters, str):
+        return adapters
+    return why_not_in(base.weight.dtype, adapters)
+
+
+# ---- calls -------------------------------------------------------------------------------------
+
+
+def _count(layer: nn.Module, way: str) -> None:
+    if not torch.compiler.is_compiling():  # a count is no constant of a graph
+        counts = layer.__dict__.setdefault(CALLS, {})
+        counts[way] = counts.get(way, 0) + 1
+
+
+def _as_one(adapters: list[Adapter], bias: Tensor | None, dtype: torch.dtype):
+    """A, B, the bias, the scale and the dropout of one adapter that adds what all of these do."""
+    for adapter in adapters:
+        if adapter.bias is not None:
+            own = (adapter.bias * adapter.scale).to(dtype)
+            bias = own if bias is None else bias + own
+    if len(adapters) == 1:
+        adapter = adapters[0]
+        return adapter.a, adapter.b, bias, adapter.scale, adapter.dropout_p
+    a = torch.cat([adapter.a for adapter in adapters])
+    b = torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1)
+    return a, b, bias, 1.0, 0.0

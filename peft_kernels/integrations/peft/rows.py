@@ -1,0 +1,84 @@
+"""One of PEFT's adapters for each row: a bank of the layer's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from peft_kernels.integrations.peft.state import Adapter
+from peft_kernels.ops import BankDropout, LoRABank, Trained, multi_lora_linear
+from peft_kernels.ops._dropout import draw_seed
+from peft_kernels.ops._lora_banks import PAGE
+
+
+def rows_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+) -> Tensor:
+    """``y[i] = W x[i] + b``, and the update of the adapter of ``adapters`` that ``names[i]`` names.
+
+    Entry i of ``names`` serves the i-th of as many equal parts of x. A name that none has adds
+    nothing. Gradients go to A and B of the adapters that require them.
+    """
+    slots = {adapter.name: slot for slot, adapter in enumerate(adapters)}
+    ids = torch.tensor([slots.get(name, -1) for name in names], dtype=torch.int32)
+    return multi_lora_linear(
+        x,
+        weight,
+        _bank(adapters, x.device),
+        ids.to(x.device),
+        bias=bias,
+        dropout=_dropout(adapters, x.device),
+        trained=_trained(adapters) if torch.is_grad_enabled() else None,
+    )
+
+
+@torch.no_grad()
+def _bank(adapters: Sequence[Adapter], device: torch.device) -> LoRABank:
+    """The adapters in pages one after the other."""
+    counts = [-(-adapter.a.shape[0] // PAGE) for adapter in adapters]
+    table = torch.zeros(len(adapters), max(counts), dtype=torch.int32)
+    first = 0
+    for slot, count in enumerate(counts):
+        table[slot, :count] = torch.arange(first, first + count)
+        first += count
+    ranks = torch.tensor([adapter.a.shape[0] for adapter in adapters], dtype=torch.int32)
+    scales = torch.stack(
+        [torch.as_tensor(adapter.scale).to(device, torch.float32) for adapter in adapters]
+    )
+    a = torch.cat([_whole_pages(adapter.a) for adapter in adapters])
+    b = torch.cat([_whole_pages(adapter.b.T) for adapter in adapters])
+    return LoRABank(a, b, table.to(device), ranks.to(device), scales)
+
+
+def _whole_pages(rows: Tensor) -> Tensor:
+    missing = -rows.shape[0] % PAGE
+    return pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _dropout(adapters: Sequence[Adapter], device: torch.device) -> BankDropout | None:
+    if not any(adapter.dropout_p for adapter in adapters):
+        return None
+    p = torch.tensor([adapter.dropout_p for adapter in adapters], dtype=torch.float64)
+    return BankDropout(p.to(device), torch.stack([draw_seed(device) for _ in adapters]))
+
+
+def _trained(adapters: Sequence[Adapter]) -> Trained | None:
+    """A and B of those adapters whose matrices require gradients."""
+    rows, a, b, end = [], [], [], 0
+    for adapter in adapters:
+        wanted = adapter.a.requires_grad or adapter.b.requires_grad
+        rows.append(end if wanted else -1)
+        if wanted:
+            a.append(adapter.a)
+            b.append(adapter.b.T)
+            end += adapter.a.shape[0]
+    if not a:
+        return None
+    return Trained(torch.tensor(rows, dtype=torch.int32, device=a[0].device), a, b)

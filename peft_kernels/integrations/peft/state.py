@@ -1,0 +1,165 @@
+"""A LoRA layer of PEFT's as a call finds it: what kernels need of it, or why they can't serve it.
+
+PEFT changes layers in place, and whoever likes puts hooks on them, so that every call looks. What
+is read is read from the dictionaries that modules keep it in, which costs a tenth of a microsecond
+where ``nn.Module.__getattr__`` costs three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+_BASES = (nn.Linear, Conv1D)
+_MATRICES = (nn.Linear,)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_WHOLE = (nn.Parameter, Tensor)
+
+
+class Base(NamedTuple):
+    """The layer below."""
+
+    weight: Tensor  # [n, k]
+    bias: Tensor | None
+
+
+class Adapter(NamedTuple):
+    """An adapter of the layer."""
+
+    name: str
+    a: Tensor  # [r, k]
+    b: Tensor  # [n, r]
+    bias: Tensor | None  # [n], of B
+    scale: float | Tensor
+    dropout_p: float
+
+
+def read(
+    layer: nn.Module, x: Tensor, names: Sequence[str] | None
+) -> tuple[Base, list[Adapter]] | str:
+    """What kernels need to serve a call with x, or why they can't.
+
+    Args:
+        names: the adapter of each row, or None where the active ones are everybody's.
+    """
+    state = layer.__dict__
+    if state["_disable_adapters"]:
+        return "disabled"
+    if state["merged_adapters"]:
+        return "merged"
+    base = read_base(layer)
+    if isinstance(base, str):
+        return base
+    active = state["_active_adapter"] if names is None else dict.fromkeys(names)
+    adapters = read_adapters(layer, (active,) if isinstance(active, str) else active)
+    if isinstance(adapters, str):
+        return adapters
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    elif base.weight.dtype is not dtype:
+        return f"x in {dtype} on a base in {base.weight.dtype}"
+    fault = why_not_in(dtype, adapters)
+    if fault is None and names is not None:
+        fault = _why_not_by_rows(adapters)
+    elif fault is None and len(adapters) > 1:
+        fault = _why_not_together(adapters)
+    return fault or (base, adapters)
+
+
+def read_base(layer: nn.Module) -> Base | str:
+    """The weight and the bias of the layer below, or why a kernel can't take them."""
+    module: Any = layer._modules["base_layer"]
+    if type(module) not in _BASES or not _is_plain(module) or _has_any_global_hook():
+        return f"base_layer: {_what_is_called(module, _BASES)}"
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if not _is_whole(weight, 2) or not (bias is None or _is_whole(bias, 1)):
+        return "base_layer: a weight that isn't a whole matrix"
+    return Base(weight if type(module) is nn.Linear else weight.T, bias)
+
+
+def read_adapters(layer: nn.Module, names: Iterable[str]) -> list[Adapter] | str:
+    """Those of ``names`` that the layer has, or why a kernel can't take them."""
+    children: Any = layer._modules
+    state: Any = layer.__dict__
+    found = []
+    for name in names:
+        a = children["lora_A"]._modules.get(name)
+        if a is None:
+            continue
+        if name in state["lora_variant"]:
+            return type(state["lora_variant"][name]).__name__
+        b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
+        if type(a) is not nn.Linear or not _is_plain(a):
+            return f"lora_A: {_what_is_called(a, _MATRICES)}"
+        if type(b) is not nn.Linear or not _is_plain(b):
+            return f"lora_B: {_what_is_called(b, _MATRICES)}"
+        if type(dropout) not in _DROPOUTS or not _is_plain(dropout):
+            return f"lora_dropout: {_what_is_called(dropout, _DROPOUTS)}"
+        bias = b._parameters["bias"]
+        a, b = a._parameters.get("weight"), b._parameters.get("weight")
+        if not (_is_whole(a, 2) and _is_whole(b, 2)):
+            return "lora_A, lora_B: weights that aren't whole matrices"
+        scale = state["scaling"][name]
+        if isinstance(scale, Tensor) and (scale.dim() != 0 or scale.requires_grad):
+            return "scaling: a tensor that isn't a constant"
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        found.append(Adapter(name, a, b, bias, scale, p))
+    return found or "no active adapter"
+
+
+def why_not_in(dtype: torch.dtype, adapters: Iterable[Adapter]) -> str | None:
+    """Why these can't be computed with, where x and the base's weight are in ``dtype``."""
+    for adapter in adapters:
+        own = adapter.a.dtype
+        wide = own is torch.float32 and dtype is not torch.float64
+        if own is not adapter.b.dtype or not (own is dtype or wide):
+            return f"an adapter in {own} on a base in {dtype}"
+        if adapter.dropout_p >= 1.0:
+            return "dropout of everything"
+    return None
+
+
+def _why_not_together(adapters: list[Adapter]) -> str | None:
+    if any(adapter.dropout_p for adapter in adapters):
+        return "several adapters with dropout"
+    if len({adapter.a.dtype for adapter in adapters}) > 1:
+        return "adapters of several dtypes"
+    return None
+
+
+def _why_not_by_rows(adapters: list[Adapter]) -> str | None:
+    if any(adapter.bias is not None for adapter in adapters):
+        return "adapter_names with lora_bias"
+    if len({adapter.a.dtype for adapter in adapters}) > 1:
+        return "adapters of several dtypes"
+    return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is the forward of its class, and nothing else."""
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def _is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
+    """Whether this is all of a parameter: no shard, no tensor of another library's."""
+    return type(weight) in _WHOLE and weight.dim() == dimensions
+
+
+def _what_is_called(module: nn.Module, kinds: tuple[type, ...]) -> str:
+    """What would be called besides the forward of one of these classes."""
+    if type(module) not in kinds:
+        return type(module).__name__
+    return "another forward" if "forward" in module.__dict__ else "hooks"
