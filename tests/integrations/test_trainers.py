@@ -1,5 +1,7 @@
 """Training by the Trainer of transformers and the SFTTrainer of TRL, beside PEFT's LoRA."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import make_llama
@@ -9,7 +11,7 @@ import peft_kernels
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 4
@@ -18,8 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(params=["transformers", "trl"])
-def train(request, tmp_path):
+def train(request, tmp_path, monkeypatch):
     """A function that trains a model and returns its losses."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which a run in bf16 leaves changed
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     library = pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     arguments = {
         "max_steps": STEPS,
@@ -41,12 +45,15 @@ def train(request, tmp_path):
     else:
         trainer, config = library.Trainer, library.TrainingArguments
 
-    def run(model: nn.Module, folder: str, resume: bool = False) -> list[float]:
-        config_of_run = config(output_dir=str(tmp_path / folder), **arguments)
+    def run(model: nn.Module, folder: str, resume: bool = False, **changed) -> list[float]:
+        config_of_run = config(output_dir=str(tmp_path / folder), **{**arguments, **changed})
         trains = trainer(model=model, args=config_of_run, **options)
         checkpoint = tmp_path / folder / f"checkpoint-{STEPS // 2}"
+        losses = []  # to all their digits, which the log hasn't
+        hook = model.register_forward_hook(lambda *call: losses.append(call[-1].loss.item()))
         trains.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-        return [entry["loss"] for entry in trains.state.log_history if "loss" in entry]
+        hook.remove()
+        return losses
 
     return run
 
@@ -102,6 +109,23 @@ def test_trains_as_peft_does(train, theirs, tmp_path):
             torch.testing.assert_close(layer.lora_b, other.lora_B["default"].weight)
             assert layer.lora_b.abs().max() > 1e-3
             assert torch.equal(layer.weight, other.base_layer.weight)
+
+
+@pytest.mark.parametrize("changed", [
+    {},
+    {"bf16": True},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+], ids=["plain", "bf16", "reentrant", "checkpointing"])  # fmt: skip
+def test_an_accelerated_model_trains_as_it_did(train, theirs, changed):
+    theirs.enable_input_require_grads()
+    ours = copy.deepcopy(theirs)
+    report = peft_kernels.accelerate(ours)
+    losses = train(ours, "ours", max_steps=20, **changed)
+    expected = train(theirs, "theirs", max_steps=20, **changed)
+    tolerance = 3e-3 if "bf16" in changed else 1e-4  # bf16 has 3 digits
+    torch.testing.assert_close(losses, expected, rtol=0, atol=tolerance)
+    assert set(report.counts()) == {"lora_linear"}
 
 
 def test_goes_on_from_a_checkpoint(train, theirs, tmp_path):
