@@ -292,14 +292,45 @@ def test_dropout_is_of_each_call_in_training():
     assert set(report.counts()) == {KERNEL}
 
 
-def test_several_with_dropout_are_pefts():
-    model = llama(lora_dropout=0.5)
-    second(model, make_llama)
+def test_several_with_dropout():
+    """The mean over many draws is what comes without dropout; so is its gradient's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9))
+    model = peft.get_peft_model(model, config(["0"], r=3, lora_dropout=0.4))
+    model.add_adapter("other", config(["0"], r=2, lora_alpha=6, lora_dropout=0.2))
     model.base_model.set_adapter(["default", "other"])
-    assert_as_peft(model, {KERNEL})
-    report = peft_kernels.accelerate(model.train())
-    run(model)
-    assert "several adapters with dropout" in report.counts()
+    layer = model.base_model.model[0]
+    report, x = peft_kernels.accelerate(model), torch.randn(1, 12)
+    many = x.expand(20000, 12)
+
+    def results(x):
+        model.zero_grad()
+        (y := layer(x)).mean(0).sum().backward()
+        weights = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in part]
+        return [y.mean(0).detach(), *(weight.grad.clone() for weight in weights)]
+
+    model.eval()
+    still = results(x)
+    model.train()
+    for drawn, exact in zip(results(many), still, strict=True):
+        assert (drawn - exact).abs().max() < 0.05 * exact.abs().max() + 0.02
+    assert layer(many).std(0).min() > 0.05
+    assert report.counts() == {KERNEL: 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "autocast"])
+def test_several_of_several_dtypes(dtype):
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 9)).bfloat16(), config(["0"], r=3))
+    model.add_adapter("other", config(["0"], r=2), autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    layer.lora_A["other"].to(torch.bfloat16), layer.lora_B["other"].to(torch.bfloat16)
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(5, 12).bfloat16() if dtype != "autocast" else torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        expected = layer(x)
+        report = peft_kernels.accelerate(model)
+        torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
+    assert report.counts() == {KERNEL: 1}
 
 
 @pytest.mark.parametrize("copied", [

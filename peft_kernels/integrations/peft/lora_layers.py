@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
-from peft_kernels.integrations.peft.rows import rows_linear
+from peft_kernels.integrations.peft.rows import add_adapter, rows_linear
 from peft_kernels.integrations.peft.state import (
     Adapter,
     Base,
@@ -53,8 +53,19 @@ class Linear(peft_lora.Linear):
             _count(self, ROWS)
             return rows_linear(x, base.weight, base.bias, adapters, names)
         _count(self, KERNEL)
-        a, b, bias, scale, dropout_p = _as_one(adapters, base.bias, x.dtype)
-        return lora_linear(x, base.weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
+        first, others = _together(adapters)
+        y = lora_linear(
+            x,
+            base.weight,
+            first.a,
+            first.b,
+            bias=_sum_of_biases(base.bias, adapters, x.dtype),
+            scale=first.scale,
+            dropout_p=first.dropout_p,
+        )
+        for adapter in others:
+            add_adapter(y, x, adapter)
+        return y
 
 
 # The classes of PEFT's, and what takes their places.
@@ -123,15 +134,28 @@ def _count(layer: nn.Module, way: str) -> None:
         counts[way] = counts.get(way, 0) + 1
 
 
-def _as_one(adapters: list[Adapter], bias: Tensor | None, dtype: torch.dtype):
-    """A, B, the bias, the scale and the dropout of one adapter that adds what all of these do."""
+def _together(adapters: list[Adapter]) -> tuple[Adapter, list[Adapter]]:
+    """One adapter that adds what all of these do, or the first and the rest.
+
+    Dropout keeps them apart, since each has its own, and so do dtypes.
+    """
+    first, *others = adapters
+    if not others:
+        return first, others
+    dtypes = {adapter.a.dtype for adapter in adapters}
+    if len(dtypes) > 1 or any(adapter.dropout_p for adapter in adapters):
+        return first, others
+    a = torch.cat([adapter.a for adapter in adapters])
+    b = torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1)
+    return Adapter("", a, b, None, 1.0, 0.0), []
+
+
+def _sum_of_biases(
+    bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype
+) -> Tensor | None:
+    """The base's bias, and that of each B at its adapter's scale."""
     for adapter in adapters:
         if adapter.bias is not None:
             own = (adapter.bias * adapter.scale).to(dtype)
             bias = own if bias is None else bias + own
-    if len(adapters) == 1:
-        adapter = adapters[0]
-        return adapter.a, adapter.b, bias, adapter.scale, adapter.dropout_p
-    a = torch.cat([adapter.a for adapter in adapters])
-    b = torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1)
-    return a, b, bias, 1.0, 0.0
+    return bias

@@ -67,8 +67,6 @@ def read(
     fault = why_not_in(dtype, adapters)
     if fault is None and names is not None:
         fault = _why_not_by_rows(adapters)
-    elif fault is None and len(adapters) > 1:
-        fault = _why_not_together(adapters)
     return fault or (base, adapters)
 
 
@@ -122,14 +120,6 @@ def why_not_in(dtype: torch.dtype, adapters: Iterable[Adapter]) -> str | None:
             return f"an adapter in {own} on a base in {dtype}"
         if adapter.dropout_p >= 1.0:
             return "dropout of everything"
-    return None
-
-
-def _why_not_together(adapters: list[Adapter]) -> str | None:
-    if any(adapter.dropout_p for adapter in adapters):
-        return "several adapters with dropout"
-    if len({adapter.a.dtype for adapter in adapters}) > 1:
-        return "adapters of several dtypes"
     return None
 
 
