@@ -16,6 +16,7 @@ from peft_kernels.tools.bench.errors import Error
 from peft_kernels.tools.bench.measure import Timing
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+# An op that was added and not measured yet has no record.
 OPS = (
     "lora_linear",
     "multi_lora_linear",
@@ -40,6 +41,10 @@ class Machine:
 
     def record(self, op: str) -> Path:
         return self.folder / f"{op}.json"
+
+    def ops(self) -> tuple[str, ...]:
+        """Those that were measured here."""
+        return tuple(op for op in OPS if self.record(op).exists())
 
 
 MACHINES = (

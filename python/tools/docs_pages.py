@@ -33,7 +33,7 @@ def on_files(files: Files, *, config) -> Files:
     """Adds the benchmarks' pages and charts."""
     for op in _results.OPS:
         _add(files, config, f"benchmarks/{op}.md", benchmark(op))
-        for machine in _results.MACHINES:
+        for machine in _measured(op):
             _add(files, config, f"benchmarks/{_chart_name(op, machine)}", chart(op, machine))
     return files
 
@@ -53,7 +53,9 @@ def _add(files: Files, config, name: str, content: str | bytes) -> None:
 def benchmark(op: str) -> str:
     about = re.sub(r"^What \w+ is measured on", "Measured on", bench.find_suite(op).__doc__ or "")
     parts = [f"# {op}", about]
-    for machine in _results.MACHINES:
+    if not _measured(op):
+        parts.append("Not measured yet.")
+    for machine in _measured(op):
         reached, stated = _results.floors(machine, op)
         parts += [
             f"## {machine.name}",
@@ -63,6 +65,10 @@ def benchmark(op: str) -> str:
             _results.markdown(machine, op),
         ]
     return "\n\n".join(parts)
+
+
+def _measured(op: str) -> list[_results.Machine]:
+    return [machine for machine in _results.MACHINES if op in machine.ops()]
 
 
 def _chart_name(op: str, machine: _results.Machine) -> str:
@@ -81,8 +87,11 @@ def _floors() -> str:
     lines = [f"| op | {' | '.join(machine.name for machine in machines)} |"]
     lines.append("| --- |" + " ---: |" * len(machines))
     for op in _results.OPS:
-        found = [_results.floors(machine, op) for machine in machines]
-        cells = [f"{reached} of {stated}" for reached, stated in found]
+        measured = _measured(op)
+        found = [
+            _results.floors(machine, op) if machine in measured else None for machine in machines
+        ]
+        cells = [f"{counts[0]} of {counts[1]}" if counts else "-" for counts in found]
         lines.append(f"| [{op}]({op}.md) | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from devices import Case, check
 from torch import Tensor
 
 import peft_kernels
-from peft_kernels import ops
+from peft_kernels import _library, ops
 from peft_kernels.ops._lora_banks import PLANS
 
 NAMES = "lora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup"
@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", _library.OPS)
 def test_an_op(name, dtype, backend, device):
     with peft_kernels.backend(backend):
         assert peft_kernels.backend_of(name, device, dtype) != "reference"

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_builds import PASSED
+
+from peft_kernels._library import OPS
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitized"
@@ -33,15 +36,13 @@ def test_native_kernels_under_sanitizers():
     interpreter = f"-DPython_EXECUTABLE={sys.executable}"
     run("cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", interpreter, *options)
     run("cmake", "--build", str(BUILD))
-    ops = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion")
-    ops += ("prefix_attention", "prompt_lookup")
-    tests = tuple(f"tests/ops/test_{op}.py" for op in ops)
+    tests = tuple(f"tests/ops/test_{op}.py" for op in OPS)
     masks = "(test_a_mask_of_the_lowest_float and auto)"
-    chosen = ("-k", f"test_native_on_any_shape or test_rank_512 or {masks}")
+    chosen = ("-rp", "-k", f"test_native_on_any_shape or test_rank_512 or {masks}")
     output = run(
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, *chosen),
         LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
         PEFT_KERNELS_NATIVE=str(BUILD / "_native.so"),
     )
-    assert "11 passed" in output
+    assert set(PASSED.findall(output)) == set(OPS)

@@ -253,7 +253,7 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", TRAINED_IN_GRAPHS)
 def test_aot_function(name):
     inputs = list(make(name, F32).inputs)
     if name in ("prefix_attention", "prompt_lookup"):  # one prefix, or prompt, of the bank

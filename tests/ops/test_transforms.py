@@ -18,12 +18,11 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import peft_kernels
-from peft_kernels import ops
+from peft_kernels import _library, ops
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops.multi_lora_linear import PAGE, example_bank, example_trained
 
-OPS = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion", "prefix_attention",
-       "prompt_lookup")  # fmt: skip
+OPS = tuple(_library.OPS)  # each has a function of its name below
 SEED = 1234
 
 

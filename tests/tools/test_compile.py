@@ -1,10 +1,13 @@
 """Every Triton kernel in every shipped configuration, compiled for chips that aren't here."""
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+from peft_kernels import triton
 from peft_kernels.tools.report import run
 
 KERNELS = {
@@ -17,6 +20,12 @@ KERNELS = {
     "prefix_attention_fwd", "prefix_attention_combine", "prefix_attention_delta",
     "prefix_attention_query_grad", "prefix_attention_text_grad", "prefix_attention_prefix_grad",
 }  # fmt: skip
+
+
+def test_the_names_are_those_of_the_package():
+    """And so every kernel is compiled below."""
+    sources = [path.read_text() for path in Path(triton.__file__).parent.rglob("*.py")]
+    assert set(re.findall(r"^def (\w+)_kernel\(", "".join(sources), re.MULTILINE)) == KERNELS
 
 
 @pytest.fixture(scope="module")
