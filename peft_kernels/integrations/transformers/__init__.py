@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from peft_kernels.integrations.transformers import adapters
 from peft_kernels.integrations.transformers.adapters import (
     AdaptedOutput,
     adapters_of,
@@ -55,9 +56,16 @@ __all__ = [
 ]
 
 _PROMPTS = ("add_prompt", "remove_prompt", "task_ids")
+# What a whole model that 0.1 saved names here: its hooks, and how to make its classes.
+_SAVED = (
+    "_adapt", "_adapt_in_parallel", "_adapted_kind", "_keep_input", "_new_adapted",
+    "_pass_on_input",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SAVED:
+        return getattr(adapters, name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room = "soft_prompts" if name in _PROMPTS else "prefix"
