@@ -16,6 +16,7 @@ import torch
 
 import peft_kernels
 from peft_kernels._library import NATIVE_LIBRARY
+from peft_kernels.tools import doctor
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = (
@@ -222,6 +223,17 @@ def test_doctor_gives_the_same_reason(without_compiler, pure):
     assert "not loaded: it was not built, because no-such-compiler was not found" in out
     assert "needs CMake, ninja and a C++ compiler" in out
     assert "because PEFT_KERNELS_NATIVE=0 was set" in import_from(pure, code, COLUMNS="200").stdout
+
+
+def test_doctor_says_what_was_built_without_nvcc(monkeypatch):
+    if doctor.native_info() is None:
+        pytest.skip("the native library isn't loaded")
+    monkeypatch.setattr(doctor, "_has_cuda_kernels", lambda: False)
+    assert doctor.WITHOUT_NVCC in dict(doctor.machine())["native library"]
+    assert doctor.WITHOUT_NVCC in doctor._why_reference("prompt_lookup", "cuda")
+    assert doctor._why_reference("adapter", "cuda") == "triton is not installed"
+    monkeypatch.setattr(doctor, "_has_cuda_kernels", lambda: True)
+    assert doctor.WITHOUT_NVCC not in dict(doctor.machine())["native library"]
 
 
 def test_a_library_that_cant_be_loaded_is_one_clear_error(tmp_path):

@@ -12,11 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 import peft_kernels
-from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of, why_no_native
+from peft_kernels._library import (
+    _WITHOUT_TRITON,
+    NATIVE_LIBRARY,
+    OPS,
+    backend_of,
+    why_no_native,
+)
 from peft_kernels.tools.printing import show
 
 PACKAGES = ("triton", "peft", "transformers", "loralib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WITHOUT_NVCC = "built without CUDA kernels (no nvcc, or PEFT_KERNELS_CUDA=OFF)"
 
 
 def doctor(console: Console) -> None:
@@ -71,7 +78,14 @@ def native_info() -> str | None:
 
 
 def _native() -> str:
-    return native_info() or f"not loaded: {_why_no_native()}"
+    info = native_info()
+    if info is None:
+        return f"not loaded: {_why_no_native()}"
+    return info if _has_cuda_kernels() else f"{info}; {WITHOUT_NVCC}"
+
+
+def _has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("peft_kernels::prompt_lookup_fwd", "CUDA")
 
 
 def _why_no_native() -> str:
@@ -103,15 +117,15 @@ def backends(op: str) -> Iterator[tuple[str, str, str, str, str]]:
     for device in ("cpu", "cuda"):
         for dtype in DTYPES:
             backend = backend_of(op, device, dtype)
-            why = _why(backend, device, dtype)
+            why = _why(op, backend, device, dtype)
             yield op, device, str(dtype).removeprefix("torch."), backend, why
 
 
 _KERNELS = {"cpu": "native library", "cuda": "its CUDA kernels", "triton": "Triton kernels"}
 
 
-def _why(backend: str, device: str, dtype: torch.dtype) -> str:
-    reason = _why_backend(backend, device, dtype)
+def _why(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    reason = _why_backend(op, backend, device, dtype)
     return reason + (", once there is a GPU" if _is_absent(device) else "")
 
 
@@ -119,18 +133,25 @@ def _is_absent(device: str) -> bool:
     return device == "cuda" and not torch.cuda.is_available()
 
 
-def _why_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+def _why_backend(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     forced = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
     if dtype is torch.float64:
         return "float64 is served by the reference"
     if forced == backend:
         return f"PEFT_KERNELS_BACKEND={forced} is set"
     if backend == "reference":
-        return _why_reference(device)
+        return _why_reference(op, device)
     return _KERNELS[backend]
 
 
-def _why_reference(device: str) -> str:
-    if device == "cpu":
+def _why_reference(op: str, device: str) -> str:
+    if device == "cuda" and not _is_native(op):
+        return "triton is not installed"
+    if native_info() is None:
         return f"the native library is not loaded: {_why_no_native()}"
-    return "no kernel is registered" if HAS_TRITON else "triton is not installed"
+    return f"the native library is {WITHOUT_NVCC}"
+
+
+def _is_native(op: str) -> bool:
+    """Whether it has no Triton kernels, so that the native library serves it on a GPU too."""
+    return f"{op}_fwd" in _WITHOUT_TRITON
