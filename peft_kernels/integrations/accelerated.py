@@ -98,11 +98,12 @@ def accelerate(model: nn.Module) -> Report:
 
     Each ``lora.Linear`` computes ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T B_j^T`` by
     :func:`peft_kernels.ops.lora_linear`, forward and backward, in one pass over its active
-    adapters; with ``adapter_names`` by :func:`peft_kernels.ops.multi_lora_linear`. The layer stays
-    PEFT's own in all else: its class is a subclass of PEFT's, so that its parameters, its state
-    dict, merging, adding and deleting adapters, hotswapping and saving are untouched. Every call
-    looks at the layer anew. What kernels can't serve (DoRA and other variants, hooks below the
-    layer, quantised and sharded weights, ...) runs in PEFT's code, and is counted.
+    adapters; with ``adapter_names``, in training too, by
+    :func:`peft_kernels.ops.multi_lora_linear`. The layer stays PEFT's own in all else: its class is
+    a subclass of PEFT's, so that its parameters, its state dict, merging, adding and deleting
+    adapters, hotswapping and saving are untouched. Every call looks at the layer anew. What kernels
+    can't serve (DoRA and other variants, hooks below the layer, quantised and sharded weights, ...)
+    runs in PEFT's code, and is counted.
 
     Args:
         model: any model that has PEFT's layers, wrapped or not: a PeftModel, or one that
@@ -116,11 +117,12 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: model is no ``nn.Module``.
     """
     check_module("model", model)
+    for host in _hosts():
+        for module in model.modules():
+            host.serve(module)
     found = []
     for host, name, module in _layers(model):
-        kind = host.kind_of(module)
-        host.serve(module)
-        reason = host.why_not(module)
+        kind, reason = host.kind_of(module), host.why_not(module)
         found.append(Layer(name, kind, None if reason else host.backend(module), reason))
     report = Report(model, found)
     _LOG.info(report.summary())
@@ -137,13 +139,19 @@ def restore(model: nn.Module) -> None:
         TypeError: model is no ``nn.Module``.
     """
     check_module("model", model)
-    for host, _, module in _layers(model):
-        host.restore(module)
+    for host in _hosts():
+        for module in model.modules():
+            host.restore(module)
+
+
+def _hosts() -> list[ModuleType]:
+    """What knows the layers of each library that is imported."""
+    return [importlib.import_module(path) for name, path in _HOSTS.items() if name in sys.modules]
 
 
 def _layers(model: nn.Module | None) -> Iterator[tuple[ModuleType, str, nn.Module]]:
-    """The layers of every library that is imported, each with what knows it."""
-    hosts = [importlib.import_module(path) for name, path in _HOSTS.items() if name in sys.modules]
+    """The layers of these libraries, each with what knows it."""
+    hosts = _hosts()
     for name, module in model.named_modules() if model is not None else ():
         for host in hosts:
             if host.is_layer(module):

@@ -236,6 +236,54 @@ def test_half_precision_is_no_worse(dtype):
         assert error(own, true) <= 1.05 * error(other, true)
 
 
+@pytest.mark.parametrize("make", [make_gpt2, make_llama])
+def test_a_model_trains_by_names(make):
+    """Each row's gradients are those of its own adapter, trained alone on that row."""
+    model = make_model(make).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    second(model, make)
+    model.base_model.set_adapter(["default", "other"])
+    names = ["other", "default", "__base__", "other"]
+    with pytest.raises(ValueError, match="training mode"):
+        model(IDS, adapter_names=names)
+    report = peft_kernels.accelerate(model)
+    alone = {}
+    for name in ("default", "other"):
+        model.base_model.set_adapter(name)
+        model.zero_grad()
+        rows = [row for row, own in enumerate(names) if own == name]
+        model(IDS[rows]).logits.sin().sum().backward()
+        alone |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.base_model.set_adapter(["default", "other"])
+    model.zero_grad()
+    model(IDS, adapter_names=names).logits.sin().sum().backward()
+    together = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(together, alone)
+    assert model.training and model.base_model.training and report.counts()[ROWS] > 0
+    peft_kernels.restore(model)
+    with pytest.raises(ValueError, match="training mode"):
+        model(IDS, adapter_names=names)
+
+
+def test_names_and_checkpointing_are_refused():
+    model = llama().train()
+    model.gradient_checkpointing_enable()
+    peft_kernels.accelerate(model)
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(IDS, adapter_names=["default"] * 4)
+
+
+def test_an_error_leaves_no_names_behind():
+    model = llama()
+    peft_kernels.accelerate(model)
+    expected = run(model)[0]
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(IDS, adapter_names=["default"] * 3)
+    assert torch.equal(run(model)[0], expected)
+
+
 @pytest.mark.parametrize("place", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
 @pytest.mark.parametrize("kind", ["hook", "pre_hook", "forward"])
 def test_what_is_called_below_is_called(place, kind):

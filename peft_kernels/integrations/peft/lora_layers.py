@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraModel as PeftLoraModel
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
+from peft_kernels.integrations.peft.lora_model import LoraModel
 from peft_kernels.integrations.peft.rows import add_adapter, rows_linear
 from peft_kernels.integrations.peft.state import (
     Adapter,
@@ -69,7 +71,7 @@ class Linear(peft_lora.Linear):
 
 
 # The classes of PEFT's, and what takes their places.
-SERVED: dict[type, type] = {peft_lora.Linear: Linear}
+SERVED: dict[type, type] = {peft_lora.Linear: Linear, PeftLoraModel: LoraModel}
 _OWN = {ours: theirs for theirs, ours in SERVED.items()}
 
 
@@ -87,15 +89,17 @@ def kind_of(layer: nn.Module) -> str:
     return f"{kind.__module__.split('.')[-2]}.{kind.__name__}"
 
 
-def serve(layer: nn.Module) -> None:
-    """Puts kernels under a layer, if there are any for its class."""
-    layer.__class__ = SERVED.get(type(layer), type(layer))
+def serve(module: nn.Module) -> None:
+    """Puts kernels under a module, if there are any for its class."""
+    if type(module) in SERVED:
+        module.__class__ = SERVED[type(module)]
 
 
-def restore(layer: nn.Module) -> None:
+def restore(module: nn.Module) -> None:
     """Takes them away again."""
-    layer.__class__ = _OWN.get(type(layer), type(layer))
-    layer.__dict__.pop(CALLS, None)
+    if type(module) in _OWN:
+        module.__class__ = _OWN[type(module)]
+        module.__dict__.pop(CALLS, None)
 
 
 def calls(layer: nn.Module) -> dict[str, int]:
