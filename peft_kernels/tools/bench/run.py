@@ -95,6 +95,8 @@ def bench(console: Console, request: Request) -> list[Row]:
     _check_device(request.device)
     if request.rounds < 1:
         raise UserError(f"--rounds must be at least 1; got {request.rounds}")
+    if not request.seconds >= 0:
+        raise UserError(f"--seconds must be at least 0; got {request.seconds}")
     cases = select_cases(suite, request)
     for name, path in outputs(request):
         check_file(name, path)
