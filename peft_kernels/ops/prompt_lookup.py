@@ -262,9 +262,9 @@ def prompt_lookup(
         labels: ``[B, S]``, integer; the prompt's are -100.
 
     Returns:
-        :class:`PromptedInputs`: embeddings ``[B, L + S, d]`` in their dtype; attention_mask,
-        position_ids ``cumsum(mask) - 1`` (0 in front of the first real token) and labels (None
-        without), int64 ``[B, L + S]``.
+        Embeddings ``[B, L + S, d]`` in their dtype; attention_mask, position_ids
+        ``cumsum(mask) - 1`` (0 in front of the first real token) and labels (None without), int64
+        ``[B, L + S]``.
 
     Raises:
         ValueError: shapes that don't fit, several prompts without task_ids, an unknown position,
