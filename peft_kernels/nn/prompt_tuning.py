@@ -223,8 +223,8 @@ class PromptTuning(Drawn):
                 mean of the softmax; "mean_log_probability": the mean of its logarithm.
 
         Returns:
-            prediction ``[B]``, and scores ``[B, C]``: the share of the votes, the probability, or
-            the mean log-probability (which isn't normalised), float32 or wider.
+            Prediction ``[B]``, and scores ``[B, C]``, which are the share of the votes, the
+            probability, or the mean log-probability (which isn't normalised), float32 or wider.
 
         Raises:
             ValueError: an unknown ``how``, logits of another shape.
