@@ -50,7 +50,7 @@ def define(
         _WITHOUT_TRITON.add(op)
     elif HAS_TRITON:
         launcher = outside_autocast(_imported_at_first_call(triton))
-        defaults[op + "_triton"] = launcher
+        defaults[op + "_triton"] = _on_a_gpu_or_interpreted(launcher)
     for name, kernel in defaults.items():
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -71,6 +71,23 @@ def _imported_at_first_call(target: str) -> Callable:
     return lambda *args: resolve()(*args)
 
 
+def _on_a_gpu_or_interpreted(launcher: Callable) -> Callable:
+    """Refuses tensors on a CPU where Triton compiles, of which its message wouldn't say a word."""
+
+    def run(*args):
+        if args[0].device.type == "cpu":
+            blocks = importlib.import_module("peft_kernels.triton.common.blocks")
+            if not blocks.INTERPRET.value:
+                raise RuntimeError(
+                    "backend 'triton' runs tensors on a CPU only under Triton's interpreter, and"
+                    " these are on a CPU. Move them to a GPU, start Python with TRITON_INTERPRET=1,"
+                    " or use backend 'auto'"
+                )
+        return launcher(*args)
+
+    return run
+
+
 def outside_autocast(kernel: Callable) -> Callable:
     """Runs ``kernel`` with autocast off: an op's dtypes are settled before it is dispatched."""
 
@@ -85,6 +102,11 @@ def outside_autocast(kernel: Callable) -> Callable:
     return run
 
 
+def _setting(variable: str, default: str) -> str:
+    """What an environment variable says; an empty one says as little as none."""
+    return os.environ.get(variable) or default
+
+
 def load_native() -> None:
     """Loads the C++ library, if it was built; its kernels register themselves.
 
@@ -94,10 +116,16 @@ def load_native() -> None:
 
     Raises:
         OSError: the library, or the file that ``PEFT_KERNELS_NATIVE`` names, can't be loaded.
+        ValueError: ``PEFT_KERNELS_NATIVE`` is none of those.
     """
-    setting = os.environ.get("PEFT_KERNELS_NATIVE", "1")
+    setting = _setting("PEFT_KERNELS_NATIVE", "1")
     if setting == "0":
         return
+    if setting != "1" and not Path(setting).is_file():
+        raise ValueError(
+            "PEFT_KERNELS_NATIVE must be 0 for no native library, 1 for the package's own, or"
+            f" another one's path; got {setting!r}, which is no file"
+        )
     library = str(NATIVE_LIBRARY) if setting == "1" else setting
     if setting == "1" and not NATIVE_LIBRARY.exists():
         _warn_of_no_native()
@@ -113,7 +141,7 @@ def load_native() -> None:
 
 def why_no_native() -> str:
     """Why the native library isn't there, where it isn't."""
-    if os.environ.get("PEFT_KERNELS_NATIVE", "1") == "0":
+    if _setting("PEFT_KERNELS_NATIVE", "1") == "0":
         return "PEFT_KERNELS_NATIVE=0 is set"
     if _NO_NATIVE.exists():
         return f"it was not built, because {_NO_NATIVE.read_text().strip()}"
@@ -134,15 +162,15 @@ def _warn_of_no_native() -> None:
     )
 
 
-def _checked_backend(name: str) -> str:
+def _checked_backend(name: str, what: str = "backend") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}; got {name!r}")
     if name == "triton" and not HAS_TRITON:
-        raise ValueError("backend 'triton' needs the triton package, which is not installed")
+        raise ValueError(f"{what} 'triton' needs the triton package, which is not installed")
     return name
 
 
-_forced = _checked_backend(os.environ.get("PEFT_KERNELS_BACKEND", "auto"))
+_forced = _checked_backend(_setting("PEFT_KERNELS_BACKEND", "auto"), "PEFT_KERNELS_BACKEND")
 
 
 @contextmanager

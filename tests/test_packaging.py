@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import peft_kernels
-from peft_kernels._library import NATIVE_LIBRARY
+from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY
 from peft_kernels.tools import doctor
 
 ROOT = Path(__file__).parents[1]
@@ -245,3 +245,59 @@ def test_a_library_that_cant_be_loaded_is_one_clear_error(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("OSError: peft_kernels' native library can't be loaded")
     assert str(broken) in last and "PEFT_KERNELS_NATIVE=0" in last
+
+
+# ---- environment variables -------------------------------------------------------------------
+
+
+def import_with(code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"import peft_kernels\n{code}"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    env["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "variable, value, must_be",
+    [
+        ("PEFT_KERNELS_NATIVE", "yes", "must be 0 for no native library, 1 for"),
+        ("PEFT_KERNELS_NATIVE", os.sep, "must be 0 for no native library, 1 for"),
+        ("PEFT_KERNELS_BACKEND", "cpu", "must be one of auto, reference, triton"),
+    ],
+)
+def test_a_variable_with_nonsense_is_named_at_import(variable, value, must_be):
+    last = import_with(**{variable: value}).stderr.splitlines()[-1]
+    assert last.startswith(f"ValueError: {variable} {must_be}")
+    assert f"got {value!r}" in last
+
+
+def test_an_empty_variable_is_an_unset_one():
+    names = "PEFT_KERNELS_NATIVE", "PEFT_KERNELS_BACKEND", "PEFT_KERNELS_ISA", "PEFT_KERNELS_CACHE"
+    code = "import torch; print(peft_kernels.backend_of('adapter', 'cpu', torch.float32))"
+    done, plain = import_with(code, **dict.fromkeys(names, "")), import_with(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)
+
+
+IN_BFLOAT16 = """
+import torch
+x, w, a, b = (torch.randn(s, dtype=torch.bfloat16) for s in ((5, 32), (48, 32), (4, 32), (48, 4)))
+with peft_kernels.backend("triton"):
+    y = peft_kernels.ops.lora_linear(x, w, a, b)
+exact = x.double() @ w.double().T + x.double() @ a.double().T @ b.double().T
+assert (y.double() - exact).norm() < 0.01 * exact.norm()
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("on", ["1", "true", "ON"])
+def test_the_interpreter_is_on_wherever_triton_says_so(on):
+    done = import_with(IN_BFLOAT16, TRITON_INTERPRET=on)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("off", [{}, {"TRITON_INTERPRET": "0"}])
+def test_triton_on_a_cpu_without_its_interpreter_says_what_to_do(off):
+    last = import_with(IN_BFLOAT16, **off).stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: backend 'triton' runs tensors on a CPU only under")
+    assert "TRITON_INTERPRET=1" in last

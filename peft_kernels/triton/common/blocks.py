@@ -4,14 +4,13 @@
 Kernels import these by name; each is compiled into its caller.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
 # The interpreter has bfloat16 as raw uint16: it multiplies those integers in tl.dot, and truncates
 # where a GPU rounds to nearest. Under it the helpers below widen, and round, by themselves.
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+# The answer is Triton's own: it takes TRITON_INTERPRET=true and =on for 1 too.
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 # ---- scalars, tiles, rounding ------------------------------------------------------------------
