@@ -118,8 +118,8 @@ def save_adapter(
     else trains, such as LayerNorms, has no place in the format: a UserWarning names it.
 
     Args:
-        model: a model of a family above with adapters of ``insert_adapters`` or
-            :func:`load_adapter`.
+        model: a model of BERT's family (bert, roberta, xlm-roberta, electra, deberta-v2) or Llama's
+            (llama, mistral), with adapters of ``insert_adapters`` or :func:`load_adapter`.
         folder: where the config and the weights go.
         name: what the adapter is called there; without dots and commas.
         safetensors: True for ``adapter.safetensors`` alone, which is loaded there with
@@ -299,7 +299,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     RuntimeWarning, and so are another method's parameters.
 
     Args:
-        model: a model of a family above without adapters.
+        model: a model of BERT's family (bert, roberta, xlm-roberta, electra, deberta-v2) or Llama's
+            (llama, mistral), without adapters.
         folder: holds ``adapter_config.json`` and the weights.
 
     Returns:
@@ -337,7 +338,8 @@ def load_fusion(
     A ``dropout_prob`` that isn't given is the model's ``attention_probs_dropout_prob``.
 
     Args:
-        model: a model of a family above without adapters.
+        model: a model of BERT's family (bert, roberta, xlm-roberta, electra, deberta-v2) or Llama's
+            (llama, mistral), without adapters.
         folder: holds ``adapter_fusion_config.json`` and the weights.
         adapter_folders: the folder of each adapter, by the name that the fusion has for it;
             ``folder/<name>`` where nothing is said.

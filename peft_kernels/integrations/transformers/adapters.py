@@ -69,7 +69,9 @@ def insert_adapters(
     own, that norm's output.
 
     Args:
-        model: a model of a family that the module's docstring names.
+        model: one whose blocks have the parts of BERT's, or of Llama's: which classes do stands in
+            the docs' page "Which method works in which model". Any module of any model takes one
+            by :func:`insert_adapter`.
         preset: "pfeiffer", "houlsby", "parallel" or "adapterplus".
         train_head: whether a head for classification or answers (``classifier``, ``score``,
             ``qa_outputs``) stays trainable where it is. By default it is frozen too, with a
