@@ -137,7 +137,7 @@ FLOAT32 = {
     "in_loop_many": Tile(64, 64, 16, 4, 2),
     "shrink": Tile(32, 0, 32, 4, 2),
     "from_dy": Tile(16, 64, 0, 4, 2),
-    "grad_a": Tile(32, 0, 64, 4, 2),
+    "grad_a": Tile(32, 0, 64, 8, 2),
     "add_low_rank": Tile(32, 64, 0, 4, 1),
 }
 

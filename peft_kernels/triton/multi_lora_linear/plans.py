@@ -98,7 +98,7 @@ _TILES: dict[str, dict[str, Tile]] = {
 # float32 x, on any GPU, and there as well beside the library's base.
 _FLOAT32 = {
     "delta": Tile(32, 64, 0, 4, 1),
-    "delta_masked": Tile(32, 32, 0, 4, 1),
+    "delta_masked": Tile(32, 32, 0, 8, 1),
     "shrink": Tile(32, 0, 32, 4, 3),
     "grad": Tile(32, 0, 64, 4, 2),
 }
