@@ -62,9 +62,14 @@ void check_shapes(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                   "lora_b must be [n, r] for weight [n, k] and lora_a [r, k]");
 }
 
+float scale_of(double scale, const std::optional<Tensor>& scale_t) {
+  return scale_t ? read_scalar<float>(*scale_t, "scale_t") : static_cast<float>(scale);
+}
+
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                           Tensor lora_a, Tensor lora_b, Tensor scale,
-                                           double dropout_p, std::optional<Tensor> seed) {
+                                           Tensor lora_a, Tensor lora_b, double scale,
+                                           std::optional<Tensor> scale_t, double dropout_p,
+                                           std::optional<Tensor> seed) {
   check_shapes(x, weight, lora_a, lora_b);
   x = with_unit_stride(x, true), weight = with_unit_stride(weight, false);
   lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
@@ -85,7 +90,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optiona
                      .lora_b = matrix_of(lora_b, "lora_b"),
                      .bias = bias_row ? &*bias_row : nullptr,
                      .dropout = dropout ? &*dropout : nullptr,
-                     .scale = read_scalar<float>(scale, "scale"),
+                     .scale = scale_of(scale, scale_t),
                      .y = matrix_of(y, "y"),
                      .has_base = has_base,
                      .s = s.mutable_data_ptr<float>()},
@@ -95,9 +100,9 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optiona
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor weight,
                                                    Tensor lora_a, Tensor lora_b, Tensor s,
-                                                   Tensor scale, double dropout_p,
-                                                   std::optional<Tensor> seed, bool needs_x,
-                                                   bool needs_a, bool needs_b) {
+                                                   double scale, std::optional<Tensor> scale_t,
+                                                   double dropout_p, std::optional<Tensor> seed,
+                                                   bool needs_x, bool needs_a, bool needs_b) {
   check_shapes(x, weight, lora_a, lora_b);
   STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == weight.size(0), "dy must be [m, n]");
   STD_TORCH_CHECK(s.is_contiguous() && s.scalar_type() == ScalarType::Float, "s must be float32");
@@ -124,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w
                       .lora_b = matrix_of(lora_b, "lora_b"),
                       .s = s.const_data_ptr<float>(),
                       .dropout = dropout ? &*dropout : nullptr,
-                      .scale = read_scalar<float>(scale, "scale"),
+                      .scale = scale_of(scale, scale_t),
                       .dx = dx_out ? &*dx_out : nullptr,
                       .da = da_out ? &*da_out : nullptr,
                       .db = db_out ? &*db_out : nullptr,

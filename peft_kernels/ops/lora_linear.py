@@ -38,13 +38,14 @@ from peft_kernels.ops._transforms import (
     wants_gradient_composition,
 )
 
+# The factor is scale_t [], where one is given, and scale otherwise.
 FWD_SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale,"
-    " float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale,"
+    " Tensor? scale_t, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
 )
 BWD_SCHEMA = (
-    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, Tensor scale,"
-    " float dropout_p, Tensor? seed, bool needs_x, bool needs_a, bool needs_b)"
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, float scale,"
+    " Tensor? scale_t, float dropout_p, Tensor? seed, bool needs_x, bool needs_a, bool needs_b)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -64,18 +65,22 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return wide * _factor(x, dropout_p, seed)
 
 
-def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+def _scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
+    return scale if scale_t is None else scale_t.to(x.device, acc_dtype(x))
+
+
+def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
     acc = acc_dtype(x)
     s = _dropped(x, dropout_p, seed) @ lora_a.to(acc).T
-    delta = scale.to(x.device, acc) * (s @ lora_b.to(acc).T)
+    delta = _scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
     return (F.linear(x, weight, bias) + delta).to(x.dtype), s
 
 
 def lora_linear_bwd_ref(
-    dy, x, weight, lora_a, lora_b, s, scale, dropout_p, seed, needs_x, needs_a, needs_b
+    dy, x, weight, lora_a, lora_b, s, scale, scale_t, dropout_p, seed, needs_x, needs_a, needs_b
 ):
     acc = acc_dtype(x)
-    scale = scale.to(x.device, acc)
+    scale = _scale_of(scale, scale_t, x)
     wide_dy = dy.to(acc)
     ds = scale * (wide_dy @ lora_b.to(acc))
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
@@ -92,23 +97,25 @@ def lora_linear_bwd_ref(
 
 
 @_library.outside_autocast
-def _composition(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed) -> Tensor:
+def _composition(x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed) -> Tensor:
     """y by way of the dtype of sums, so that each gradient is rounded once."""
     acc = acc_dtype(x)
     wide_bias = None if bias is None else bias.to(acc)
     wide = x.to(acc), weight.to(acc), wide_bias, lora_a, lora_b
-    return lora_linear_fwd_ref(*wide, scale, dropout_p, seed)[0].to(x.dtype)
+    return lora_linear_fwd_ref(*wide, scale, scale_t, dropout_p, seed)[0].to(x.dtype)
 
 
 # ---- shapes ----------------------------------------------------------------------------------
 
 
-def _fwd_fake(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+def _fwd_fake(x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
     m, n, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     return x.new_empty(m, n), x.new_empty(m, r, dtype=acc_dtype(x))
 
 
-def _bwd_fake(dy, x, weight, lora_a, lora_b, s, scale, dropout_p, seed, needs_x, needs_a, needs_b):
+def _bwd_fake(
+    dy, x, weight, lora_a, lora_b, s, scale, scale_t, dropout_p, seed, needs_x, needs_a, needs_b
+):
     def shaped(like: Tensor, needed: bool) -> Tensor:
         return like.new_empty(like.shape if needed else (0,))
 
@@ -136,37 +143,36 @@ _library.define(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, variant):
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed, variant):
         fwd = _library.get_op("lora_linear_fwd", variant)
-        y, s = fwd(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, s, scale, seed)
-        ctx.dropout_p, ctx.variant = dropout_p, variant
+        y, s = fwd(x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, s, scale_t, seed)
+        ctx.scale, ctx.dropout_p, ctx.variant = scale, dropout_p, variant
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, s, scale, seed = ctx.saved_tensors
+        x, weight, lora_a, lora_b, s, scale_t, seed = ctx.saved_tensors
+        options = ctx.scale, scale_t, ctx.dropout_p, seed
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         if wants_gradient_composition(dy):
 
             def composed(x, weight, lora_a, lora_b):
-                return _composition(x, weight, None, lora_a, lora_b, scale, ctx.dropout_p, seed)
+                return _composition(x, weight, None, lora_a, lora_b, *options)
 
             needs = needs_x, needs_weight, needs_a, needs_b
             dx, dw, da, db = gradients_of(composed, (x, weight, lora_a, lora_b), needs, dy)
-            return dx, dw, dy.sum(0) if needs_bias else None, da, db, *(None,) * 4
+            return dx, dw, dy.sum(0) if needs_bias else None, da, db, *(None,) * 5
         dy = dy.contiguous()
         bwd = _library.get_op("lora_linear_bwd", ctx.variant)
-        dx, da, db = bwd(
-            dy, x, weight, lora_a, lora_b, s, scale, ctx.dropout_p, seed, needs_x, needs_a, needs_b
-        )
+        dx, da, db = bwd(dy, x, weight, lora_a, lora_b, s, *options, needs_x, needs_a, needs_b)
         return (
             dx if needs_x else None,
             dy.T @ x if needs_weight else None,
             dy.sum(0) if needs_bias else None,
             da if needs_a else None,
             db if needs_b else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -222,11 +228,14 @@ def lora_linear(
     x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    if not isinstance(scale, Tensor):
-        scale = torch.scalar_tensor(scale, dtype=torch.float64)
-    elif scale.requires_grad:
-        _check_gradient_of_scale()
-    inputs = (rows_of(x), weight, bias, lora_a, lora_b, scale, float(dropout_p), seed)
+    scale_t = None
+    if isinstance(scale, Tensor):
+        if scale.requires_grad:
+            _check_gradient_of_scale()
+        scale, scale_t = 1.0, scale
+    inputs = (
+        rows_of(x), weight, bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed,
+    )  # fmt: skip
     if wants_function(*inputs):
         y = _LoRALinear.apply(*inputs, _library.variant(x.dtype))
     else:

@@ -154,15 +154,14 @@ def _calls(
     a, b = inputs["lora_a"], inputs["lora_b"]
     dy = torch.randn(m, n, device=device).to(dtype)
     s = torch.randn(m, r, device=device)
-    scale = torch.tensor(1.0)
     seed: Tensor | None = torch.tensor(0, device=device) if dropout_p else None
 
     def forward() -> object:
-        return launchers.lora_linear_fwd(x, weight, bias, a, b, scale, dropout_p, seed)
+        return launchers.lora_linear_fwd(x, weight, bias, a, b, 1.0, None, dropout_p, seed)
 
     def backward() -> object:
         return launchers.lora_linear_bwd(
-            dy, x, weight, a, b, s, scale, dropout_p, seed, True, True, True
+            dy, x, weight, a, b, s, 1.0, None, dropout_p, seed, True, True, True
         )
 
     return {"fwd": forward, "bwd": backward}

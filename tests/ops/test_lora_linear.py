@@ -136,20 +136,21 @@ def test_gradient_of_the_weight():
     torch.testing.assert_close(inputs["weight"].grad, grad.T @ inputs["x"])
 
 
+@pytest.mark.parametrize("scale", [(2.0, None), (1.0, torch.tensor(2.0))], ids=["float", "tensor"])
 @pytest.mark.parametrize("suffix", ["", "_ref", "_triton"])
-def test_opcheck(suffix):
+def test_opcheck(suffix, scale):
     a = example_inputs(5, 6, 7, 3)
-    scale, seed = torch.tensor(2.0), torch.tensor(3)
+    seed = torch.tensor(3)
     fwd = getattr(torch.ops.peft_kernels, "lora_linear_fwd" + suffix).default
     bwd = getattr(torch.ops.peft_kernels, "lora_linear_bwd" + suffix).default
     adapter = (a["lora_a"], a["lora_b"])
-    forward_args = (a["x"], a["weight"], a["bias"], *adapter, scale, 0.25, seed)
+    forward_args = (a["x"], a["weight"], a["bias"], *adapter, *scale, 0.25, seed)
     torch.library.opcheck(fwd, forward_args)
     _, s = fwd(*forward_args)
     dy = torch.randn(5, 6)
     for needs in [(True, True, True), (False, True, False), (True, False, False)]:
         torch.library.opcheck(
-            bwd, (dy, a["x"], a["weight"], *adapter, s, scale, 0.25, seed, *needs)
+            bwd, (dy, a["x"], a["weight"], *adapter, s, *scale, 0.25, seed, *needs)
         )
 
 
@@ -338,7 +339,7 @@ def test_bad_input(change, error, message):
 
 def test_the_native_op_checks_what_reaches_it():
     a = example_inputs(2, 4, 6, 3)
-    args = [a["x"], a["weight"], None, a["lora_a"], a["lora_b"], torch.tensor(1.0), 0.0, None]
+    args = [a["x"], a["weight"], None, a["lora_a"], a["lora_b"], 1.0, None, 0.0, None]
     for index, wrong in [(1, torch.ones(4, 5)), (3, torch.ones(3, 5)), (4, torch.ones(4, 2))]:
         with pytest.raises(RuntimeError, match="must be"):
             torch.ops.peft_kernels.lora_linear_fwd(*args[:index], wrong, *args[index + 1 :])

@@ -47,7 +47,7 @@ def test_in_loop_stores_s_once():
     op = importlib.import_module("peft_kernels.ops.lora_linear")
     inputs = op.example_inputs(40, 150, 30, 5)
     with plans.force("ii"), counted.Traffic() as traffic:
-        launchers.lora_linear_fwd(**inputs, scale=torch.tensor(1.0), dropout_p=0.0, seed=None)
+        launchers.lora_linear_fwd(**inputs, scale=1.0, scale_t=None, dropout_p=0.0, seed=None)
     (s,) = (access for access in traffic.accesses if access.argument == "s")
     assert s.requests == s.written == 40 * 5
 

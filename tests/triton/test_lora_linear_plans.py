@@ -42,8 +42,8 @@ class Case:
 
         x, weight, a, b = map(cast, (self.x, self.weight, self.lora_a, self.lora_b))
         drop = (self.dropout_p, self.seed)
-        y, s = fwd(x, weight, cast(self.bias), a, b, SCALE, *drop)
-        gradients = bwd(cast(self.dy), x, weight, a, b, s, SCALE, *drop, True, True, True)
+        y, s = fwd(x, weight, cast(self.bias), a, b, 1.0, SCALE, *drop)
+        gradients = bwd(cast(self.dy), x, weight, a, b, s, 1.0, SCALE, *drop, True, True, True)
         return dict(zip(NAMES, (y, s, *gradients), strict=True))
 
     def triton(self, plan) -> dict[str, Tensor]:

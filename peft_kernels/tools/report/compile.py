@@ -100,13 +100,14 @@ class Case:
             _empty(self.r, K, dtype=self.adapter_dtype),
             _empty(N, self.r, dtype=self.adapter_dtype),
         )
-        scale = torch.tensor(1.0)
         seed = _empty(dtype="int64") if self.dropout else None
         p = 0.1 if self.dropout else 0.0
         for plan in self.plans:
             with plans.force(plan):
-                _, s = launchers.lora_linear_fwd(x, weight, bias, a, b, scale, p, seed)
-                launchers.lora_linear_bwd(dy, x, weight, a, b, s, scale, p, seed, True, True, True)
+                _, s = launchers.lora_linear_fwd(x, weight, bias, a, b, 1.0, None, p, seed)
+                launchers.lora_linear_bwd(
+                    dy, x, weight, a, b, s, 1.0, None, p, seed, True, True, True
+                )
 
 
 @dataclass(frozen=True)

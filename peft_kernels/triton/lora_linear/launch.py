@@ -35,23 +35,25 @@ def lora_linear_fwd(
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    scale: Tensor,
+    scale: float,
+    scale_t: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y ``[m, n]`` in x's dtype and S ``[m, r]`` in float32."""
+    factor = scale if scale_t is None else scale_t
     call = _Call("fwd", x, weight, lora_a, dropout_p, seed)
     plan = plans.choose(x.device, call.problem)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         if plan == "ii":
-            return _in_loop(call, x, weight, bias, lora_a, lora_b, scale)
+            return _in_loop(call, x, weight, bias, lora_a, lora_b, factor)
         s = _shrink(call, x, lora_a)
         if plan == "library":
             y = F.linear(x, weight, bias)
-            return _add_low_rank(call, s, lora_b.T, y, scale, masked=False), s
+            return _add_low_rank(call, s, lora_b.T, y, factor, masked=False), s
         y = x.new_empty(call.m, call.n)
-        return _tile(call, x, weight.T, bias, s, lora_b.T, y, scale, masked=False), s
+        return _tile(call, x, weight.T, bias, s, lora_b.T, y, factor, masked=False), s
 
 
 # ---- backward ----------------------------------------------------------------------------------
@@ -64,7 +66,8 @@ def lora_linear_bwd(
     lora_a: Tensor,
     lora_b: Tensor,
     s: Tensor,
-    scale: Tensor,
+    scale: float,
+    scale_t: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     needs_x: bool,
@@ -75,7 +78,8 @@ def lora_linear_bwd(
     call = _Call("bwd", x, weight, lora_a, dropout_p, seed)
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     with torch.cuda.device_of(x):
-        ds, db = _from_dy(call, dy, lora_b, s.contiguous(), scale, needs_x or needs_a, needs_b, db)
+        factor = scale if scale_t is None else scale_t
+        ds, db = _from_dy(call, dy, lora_b, s.contiguous(), factor, needs_x or needs_a, needs_b, db)
         if needs_x:
             factor = call.inv_keep
             if plans.choose(x.device, call.problem) == "library":
@@ -167,7 +171,7 @@ def _in_loop(
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """y and S from one loop over k."""
     tile = call.tile("in_loop")
@@ -241,7 +245,7 @@ def _from_dy(
     dy: Tensor,
     lora_b: Tensor,
     s: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     needs_ds: bool,
     needs_db: bool,
     db: Tensor,

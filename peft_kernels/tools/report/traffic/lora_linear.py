@@ -37,15 +37,14 @@ def count(
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     a, b = inputs["lora_a"], inputs["lora_b"]
     dy = torch.randn(m, n).to(dtype)
-    scale = torch.tensor(2.0)
     seed = torch.tensor(1) if dropout_p else None
 
     with plans.force(plan), patch.object(chips, "arch_name", lambda device: arch):
         with Traffic() as forward:
-            y, s = launchers.lora_linear_fwd(x, weight, bias, a, b, scale, dropout_p, seed)
+            y, s = launchers.lora_linear_fwd(x, weight, bias, a, b, 2.0, None, dropout_p, seed)
         with Traffic() as backward:
             gradients = launchers.lora_linear_bwd(
-                dy, x, weight, a, b, s, scale, dropout_p, seed, True, True, True
+                dy, x, weight, a, b, s, 2.0, None, dropout_p, seed, True, True, True
             )
 
     def row(direction: str, traffic: Traffic, *tensors: Tensor) -> TrafficRow:
