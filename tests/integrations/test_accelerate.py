@@ -301,6 +301,17 @@ def test_what_is_called_below_is_called(place, kind):
     assert_as_peft(model, {KERNEL, reason})
 
 
+def test_a_layers_own_forward_is_reported():
+    """Such as accelerate's hooks put there, around the forward that the layer had."""
+    model = llama()
+    layer = model.base_model.model.lm_head
+    layer.forward = layer.forward
+    report = peft_kernels.accelerate(model)
+    assert [found.reason for found in report.layers if found.reason] == ["another forward"]
+    run(model)
+    assert report.counts() == {KERNEL: len(report.layers) - 1}
+
+
 def test_hooks_of_all_modules():
     model = llama()
     seen = []

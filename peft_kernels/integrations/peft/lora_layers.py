@@ -120,6 +120,8 @@ def why_not(layer: Any) -> str | None:
     """
     if type(layer) not in _OWN:
         return kind_of(layer)
+    if "forward" in layer.__dict__:
+        return "another forward"
     base = read_base(layer)
     if isinstance(base, str):
         return base
