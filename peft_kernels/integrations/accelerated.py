@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Layer:
 class Report:
     """What :func:`accelerate` found in a model, and what its calls went through since.
 
-    Printed, it is a table of the layers.
+    Printed, it is a table of the layers. It keeps the model that it is about.
 
     Attributes:
         layers: a :class:`Layer` for each layer of PEFT's, in the model's order, as it was then.
@@ -41,7 +40,7 @@ class Report:
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
         self.layers = tuple(layers)
-        self._model = weakref.ref(model)
+        self._model = model
         self._before = self._calls()
 
     def counts(self) -> dict[str, int]:
@@ -54,9 +53,7 @@ class Report:
 
     def missing(self) -> list[str]:
         """The layers that came into the model since; another :func:`accelerate` takes them in."""
-        return [
-            name for host, name, module in _layers(self._model()) if type(module) in host.SERVED
-        ]
+        return [name for host, name, module in _layers(self._model) if type(module) in host.SERVED]
 
     def summary(self) -> str:
         """One line: how many layers run on kernels, and why the others don't."""
@@ -88,7 +85,7 @@ class Report:
 
     def _calls(self) -> Counter[str]:
         total: Counter[str] = Counter()
-        for host, _, module in _layers(self._model()):
+        for host, _, module in _layers(self._model):
             total.update(host.calls(module))
         return total
 
@@ -149,10 +146,10 @@ def _hosts() -> list[ModuleType]:
     return [importlib.import_module(path) for name, path in _HOSTS.items() if name in sys.modules]
 
 
-def _layers(model: nn.Module | None) -> Iterator[tuple[ModuleType, str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[ModuleType, str, nn.Module]]:
     """The layers of these libraries, each with what knows it."""
     hosts = _hosts()
-    for name, module in model.named_modules() if model is not None else ():
+    for name, module in model.named_modules():
         for host in hosts:
             if host.is_layer(module):
                 yield host, name, module

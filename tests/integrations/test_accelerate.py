@@ -486,6 +486,13 @@ def test_wrapped(caplog):
     assert "7 of 7" in report.summary()
 
 
+def test_a_wrapper_that_nobody_keeps():
+    model = llama()
+    report = peft_kernels.accelerate(nn.Sequential(model))
+    run(model)
+    assert report.counts() == {KERNEL: len(report.layers)}
+
+
 @pytest.mark.parametrize("adapted", [True, False])
 def test_what_it_cannot_help(adapted):
     model = make_base(make_llama)

@@ -1,8 +1,8 @@
 """A LoRA layer of PEFT's as a call finds it: what kernels need of it, or why they can't serve it.
 
 PEFT changes layers in place, and whoever likes puts hooks on them, so that every call looks. What
-is read is read from the dictionaries that modules keep it in, which costs a tenth of a microsecond
-where ``nn.Module.__getattr__`` costs three.
+is read is read from the dictionaries that modules keep it in, which costs less than their
+``__getattr__``.
 """
 
 from __future__ import annotations
