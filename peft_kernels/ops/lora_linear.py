@@ -32,6 +32,7 @@ from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
+from peft_kernels.ops._sharded import are_sharded, lora_linear_sharded
 from peft_kernels.ops._transforms import (
     gradients_of,
     wants_composition,
@@ -206,6 +207,10 @@ def lora_linear(
     (Hu et al. 2021, equation 3). Sums are kept in float32 and rounded once; the intermediate
     ``dropout(x) @ lora_a.T`` is float32 and is all that the backward saves beyond the inputs.
 
+    DTensors are computed with where they are: along each dimension of its mesh ``weight`` is
+    Shard(0), Shard(1) or Replicate(), the others are brought into what goes with that, and y is
+    Shard(-1), Partial() or as x is. A dropout's seed is then that of the mesh's first process.
+
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
         weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good).
@@ -223,10 +228,15 @@ def lora_linear(
     Raises:
         ValueError: shapes that don't fit, tensors on several devices, ``dropout_p`` outside [0, 1),
             a ``scale`` that requires a gradient.
-        TypeError: dtypes that can't be mixed.
+        TypeError: dtypes that can't be mixed, DTensors beside plain tensors.
     """
     x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
+    if are_sharded(x, weight):
+        return lora_linear_sharded(
+            lora_linear, x, weight, lora_a, lora_b,
+            bias=bias, scale=scale, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     scale_t = None
     if isinstance(scale, Tensor):

@@ -7,6 +7,7 @@ is read is read from the dictionaries that modules keep it in, which costs less 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,6 +20,7 @@ _BASES = (nn.Linear, Conv1D)
 _MATRICES = (nn.Linear,)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _WHOLE = (nn.Parameter, Tensor)
+_DTENSOR = "torch.distributed.tensor"
 
 
 class Base(NamedTuple):
@@ -64,7 +66,7 @@ def read(
         dtype = torch.get_autocast_dtype(device)
     elif base.weight.dtype is not dtype:
         return f"x in {dtype} on a base in {base.weight.dtype}"
-    fault = why_not_in(dtype, adapters)
+    fault = why_not_in(dtype, adapters) or _why_not_in_shards(x, base, adapters, names)
     if fault is None and names is not None:
         fault = _why_not_by_rows(adapters)
     return fault or (base, adapters)
@@ -131,6 +133,20 @@ def _why_not_by_rows(adapters: list[Adapter]) -> str | None:
     return None
 
 
+def _why_not_in_shards(
+    x: Tensor, base: Base, adapters: list[Adapter], names: Sequence[str] | None
+) -> str | None:
+    """Why DTensors can't be computed with, if any of these are."""
+    if type(base.weight) in _WHOLE and type(adapters[0].a) in _WHOLE:
+        return None
+    tensors = [x, base.weight, *(t for adapter in adapters for t in (adapter.a, adapter.b))]
+    if any(type(tensor) in _WHOLE for tensor in tensors):
+        return "DTensors beside whole tensors"
+    if names is not None:
+        return "adapter_names with DTensors"
+    return "several adapters with DTensors" if len(adapters) > 1 else None
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is the forward of its class, and nothing else."""
     state = module.__dict__
@@ -144,8 +160,12 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
-    """Whether this is all of a parameter: no shard, no tensor of another library's."""
-    return type(weight) in _WHOLE and weight.dim() == dimensions
+    """Whether this is all of a parameter, or a DTensor: no flat shard, no other library's."""
+    if type(weight) not in _WHOLE:
+        library: Any = sys.modules.get(_DTENSOR)
+        if library is None or type(weight) is not library.DTensor:
+            return False
+    return weight.dim() == dimensions
 
 
 def _what_is_called(module: nn.Module, kinds: tuple[type, ...]) -> str:

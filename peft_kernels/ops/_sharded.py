@@ -1,0 +1,185 @@
+"""lora_linear of DTensors: every process runs the kernel on what it holds, and what is left to sum
+is said by the placements.
+
+Along each dimension of the weight's mesh, of ``p`` processes, the weight ``[n, k]`` is
+
+    Shard(0)    by columns of y: x and A whole, B and the bias by n, so is y.
+                dx is a sum over processes, and so is dA: ``r k`` elements.
+    Shard(1)    by rows of W^T: x and A by k, B and the bias whole. y is a sum, and what goes into
+                it is all of a process's part: ``x W^T + scale (x A^T) B^T``, so that S isn't sent.
+                dB is a sum: ``n r`` elements.
+    Replicate   all whole, but for x, which may be sharded by rows: then dA and dB are sums.
+
+Forward nothing is sent that the bare linear layer doesn't send. What comes in another placement is
+brought into these by DTensor, forward and backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.ops._dropout import seed_tensor
+
+_WHOLE = (Tensor, nn.Parameter)
+_DTENSOR = "torch.distributed.tensor"
+_ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio, as an int64: seeds of neighbours differ
+
+
+def are_sharded(x: Tensor, weight: Tensor) -> bool:
+    """Whether one of these is a DTensor. Nothing is imported to find out."""
+    if type(x) in _WHOLE and type(weight) in _WHOLE:
+        return False
+    library: Any = sys.modules.get(_DTENSOR)
+    return library is not None and isinstance(x, library.DTensor) | isinstance(
+        weight, library.DTensor
+    )
+
+
+class _Layout(NamedTuple):
+    """The placements of the arguments, of y, and of the gradients as processes compute them."""
+
+    x: list
+    a: list
+    b: list  # the bias lies as B does
+    y: list
+    dx: list
+    dw: list
+    da: list
+    db: list
+    dbias: list
+
+
+def lora_linear_sharded(
+    local: Callable[..., Tensor],
+    x: Any,
+    weight: Any,
+    lora_a: Any,
+    lora_b: Any,
+    *,
+    bias: Any,
+    scale: float | Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+) -> Tensor:
+    """``local`` on each process's shards of these DTensors.
+
+    Args:
+        local: :func:`peft_kernels.ops.lora_linear`.
+        seed: the same in all processes; drawn where it is None.
+
+    Returns:
+        y as a DTensor: sharded as ``lora_b`` by columns, or a sum that is still to be taken.
+
+    Raises:
+        TypeError: some are DTensors and others aren't.
+        ValueError: they are on several meshes, or the weight is placed in another way.
+    """
+    from torch.distributed.tensor import DTensor
+
+    mesh = _mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
+    layout = _layout_of(x, weight)
+    shape = (*x.shape[:-1], weight.shape[0])
+    y = local(
+        _input(x, layout.x, layout.dx),
+        _parameter(weight, weight.placements, layout.dw),
+        _parameter(lora_a, layout.a, layout.da),
+        _parameter(lora_b, layout.b, layout.db),
+        bias=None if bias is None else _bias(bias, layout),
+        scale=scale.to_local() if isinstance(scale, DTensor) else scale,
+        dropout_p=dropout_p,
+        seed=_seed_here(seed, x.device, layout, mesh) if dropout_p > 0.0 else None,
+    )
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        y, mesh, layout.y, run_check=False, shape=torch.Size(shape), stride=strides
+    )
+
+
+def _mesh_of(**tensors: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    mesh = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, DTensor):
+            others = ", ".join(n for n, t in tensors.items() if isinstance(t, DTensor))
+            raise TypeError(
+                f"{name} must be a DTensor, as {others}: parallelize_module() makes the parameters "
+                "and the input of a layer such (put the adapter in first), distribute_tensor() one"
+            )
+        mesh = tensor.device_mesh if mesh is None else mesh
+        if tensor.device_mesh != mesh:
+            raise ValueError(
+                f"{name} must be on the mesh of the others, {mesh}; got {tensor.device_mesh}"
+            )
+    return mesh
+
+
+def _layout_of(x: Any, weight: Any) -> _Layout:
+    """How each tensor has to lie, from the weight's placements and x's rows."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last, whole, total = x.dim() - 1, Replicate(), Partial()
+    n, k, columns = Shard(0), Shard(1), Shard(last)
+    table: list[tuple] = []
+    for of_weight, of_x in zip(weight.placements, x.placements, strict=True):
+        if of_weight == n:
+            table.append((whole, whole, n, columns, total, n, total, n, n))
+        elif of_weight == k:
+            table.append((columns, k, whole, total, columns, k, k, total, total))
+        elif of_weight == whole:
+            rows = of_x if of_x.is_shard() and of_x.dim % x.dim() != last else whole
+            sums = whole if rows is whole else total
+            table.append((rows, whole, whole, rows, rows, sums, sums, sums, sums))
+        else:
+            raise ValueError(
+                "weight must be placed as Shard(0), Shard(1) or Replicate() along each dimension "
+                f"of its mesh; got {weight.placements}"
+            )
+    return _Layout(*map(list, zip(*table, strict=True)))
+
+
+def _input(x: Any, placements: list, gradient: list) -> Tensor:
+    """A gradient that is a sum stays one: that of an x which q, k and v share is sent once."""
+    if list(x.placements) != placements:
+        x = x.redistribute(placements=placements)
+    return x.to_local(grad_placements=gradient)
+
+
+def _parameter(parameter: Any, placements: Sequence, gradient: list) -> Tensor:
+    """A gradient is brought into the placement of its parameter at once."""
+    if parameter.requires_grad or list(parameter.placements) != list(placements):
+        parameter = parameter.redistribute(placements=placements)
+    return parameter.to_local(grad_placements=gradient)
+
+
+def _bias(bias: Any, layout: _Layout) -> Tensor | None:
+    """Where y is a sum over processes, the first of them has the bias."""
+    here = _parameter(bias, layout.b, layout.dbias)
+    coordinates = bias.device_mesh.get_coordinate()
+    if all(c == 0 or not p.is_partial() for c, p in zip(coordinates, layout.y, strict=True)):
+        return here
+    return here * 0.0 if here.requires_grad else None  # gradients are summed by all, or by none
+
+
+def _seed_here(
+    seed: int | Tensor | None, device: torch.device, layout: _Layout, mesh: Any
+) -> Tensor:
+    """One seed for those who have the same x, and others for those who have other parts of it.
+
+    One that is drawn is that of the first process, whatever the generators of the others are at.
+    """
+    here = seed_tensor(seed, device)
+    for dimension, placement in enumerate(layout.x):
+        if placement.is_shard():
+            here = here + mesh.get_local_rank(dimension) * _ODD
+        elif seed is None and mesh.size(dimension) > 1:
+            here = here.clone()
+            torch.distributed.broadcast(here, group=mesh.get_group(dimension), group_src=0)
+    return here
