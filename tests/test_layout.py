@@ -44,7 +44,14 @@ INSIDE = {
         "adapter_fusion": "common adapter",
         "prefix_attention": "common",
     },
-    "integrations": {"peft": "", "transformers": "", "parallel": "", "accelerated": "peft"},
+    "integrations": {
+        "served": "",
+        "peft": "",
+        "adapter_hub": "served peft",
+        "transformers": "",
+        "parallel": "",
+        "accelerated": "peft adapter_hub",
+    },
     "integrations/transformers": {
         "supported": "",
         "blocks": "",

@@ -16,7 +16,10 @@ from peft_kernels.modules.checks import check_module
 
 _LOG = logging.getLogger("peft_kernels")
 # By library, what knows its layers: imported only where the library is.
-_HOSTS = {"peft": "peft_kernels.integrations.peft.lora_layers"}
+_HOSTS = {
+    "peft": "peft_kernels.integrations.peft.lora_layers",
+    "adapters": "peft_kernels.integrations.adapter_hub.layers",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Layer:
     kind: str  # as its library prints it: "lora.Linear"
     backend: str | None  # what serves its calls: "cpu", "cuda", "triton" or "reference"
     reason: str | None  # or else why the library's own code does
+    library: str = "PEFT"  # or "adapters"
 
 
 class Report:
@@ -35,7 +39,8 @@ class Report:
     Printed, it is a table of the layers. It keeps the model that it is about.
 
     Attributes:
-        layers: a :class:`Layer` for each layer of PEFT's, in the model's order, as it was then.
+        layers: a :class:`Layer` for each layer of PEFT's or `adapters`', in the model's order, as
+            it was then.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
@@ -46,42 +51,53 @@ class Report:
     def counts(self) -> dict[str, int]:
         """The layers' calls since this report was made, by what served them.
 
-        ``"lora_linear"`` and ``"multi_lora_linear"`` are kernels. Anything else is why the
-        library's own code served a call. What runs as torch.compile compiled it isn't counted.
+        The name of an op, such as ``"lora_linear"`` or ``"adapter"``, stands for kernels. Anything
+        else is why the library's own code served a call. What runs as torch.compile compiled it
+        isn't counted.
         """
         return dict(self._calls() - self._before)
 
     def missing(self) -> list[str]:
         """The layers that came into the model since; another :func:`accelerate` takes them in."""
-        return [name for host, name, module in _layers(self._model) if type(module) in host.SERVED]
+        return [name for _, name in self._missing()]
 
     def summary(self) -> str:
         """One line: how many layers run on kernels, and why the others don't."""
-        if not self.layers:
-            return "the model has no layers of PEFT's, and is as it was"
-        served = Counter(layer.backend for layer in self.layers if layer.backend is not None)
-        kept = Counter(layer.reason for layer in self.layers if layer.reason is not None)
-        backends = ", ".join(sorted(served))
-        line = f"{served.total()} of {len(self.layers)} layers of PEFT's run on peft_kernels"
-        line += f" ({backends})" if served else ""
-        if kept:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in kept.most_common())
-            line += f"; {kept.total()} keep PEFT's: {reasons}"
+        libraries = dict.fromkeys(layer.library for layer in self.layers)
+        if not libraries:
+            return "the model has no layers of PEFT's or adapters', and is as it was"
+        line = "; ".join(self._summary_of(library) for library in libraries)
         missing = len(self.missing())
         return f"{line}; {missing} came later: accelerate() again" if missing else line
 
+    def _summary_of(self, library: str) -> str:
+        layers = [layer for layer in self.layers if layer.library == library]
+        served = Counter(layer.backend for layer in layers if layer.backend is not None)
+        kept = Counter(layer.reason for layer in layers if layer.reason is not None)
+        backends, owner = ", ".join(sorted(served)), _owner(library)
+        line = f"{served.total()} of {len(layers)} layers of {owner} run on peft_kernels"
+        line += f" ({backends})" if served else ""
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in kept.most_common())
+        return f"{line}; {kept.total()} keep {owner}: {reasons}" if kept else line
+
     def __str__(self) -> str:
         rows = [
-            (layer.name, layer.kind, layer.backend or f"PEFT: {layer.reason}")
+            (layer.name, layer.kind, layer.backend or f"{layer.library}: {layer.reason}")
             for layer in self.layers
         ]
-        rows += [(name, "", "PEFT: came later, accelerate() again") for name in self.missing()]
+        later = "came later, accelerate() again"
+        rows += [(name, "", f"{library}: {later}") for library, name in self._missing()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
         return "\n".join([self.summary(), *table])
+
+    def _missing(self) -> list[tuple[str, str]]:
+        """The library and the name of each."""
+        layers = _layers(self._model)
+        return [(host.LIBRARY, name) for host, name, module in layers if host.is_new(module)]
 
     def _calls(self) -> Counter[str]:
         total: Counter[str] = Counter()
@@ -91,21 +107,28 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Puts this package's kernels under the LoRA layers of a PEFT model, where they are.
+    """Puts this package's kernels under the layers of a model of PEFT's or `adapters`'.
 
-    Each ``lora.Linear`` computes ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T B_j^T`` by
-    :func:`peft_kernels.ops.lora_linear`, forward and backward, in one pass over its active
-    adapters; with ``adapter_names``, in training too, by
-    :func:`peft_kernels.ops.multi_lora_linear`. The layer stays PEFT's own in all else: its class is
-    a subclass of PEFT's, so that its parameters, its state dict, merging, adding and deleting
-    adapters, hotswapping and saving are untouched. Every call looks at the layer anew. What kernels
-    can't serve (DoRA and other variants, hooks below the layer, quantised and sharded weights, ...)
-    runs in PEFT's code, and is counted.
+    Under PEFT: each ``lora.Linear`` computes ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T
+    B_j^T`` by :func:`peft_kernels.ops.lora_linear`, forward and backward, in one pass over its
+    active adapters; with ``adapter_names``, in training too, by
+    :func:`peft_kernels.ops.multi_lora_linear`.
+
+    Under `adapters`: a bottleneck layer with one active adapter is
+    :func:`peft_kernels.ops.adapter` with the sublayer's LayerNorm and residuals, and in a
+    composition each of its adapters is; a LoRA layer is as PEFT's, with a row's own adapter in a
+    BatchSplit or a Parallel.
+
+    A layer stays its library's own in all else: its class is a subclass of theirs, so that its
+    parameters, its state dict, merging, adding and deleting adapters, hotswapping and saving are
+    untouched. Every call looks at the layer anew. What kernels can't serve (variants of LoRA,
+    hooks below the layer, quantised and sharded weights, ...) runs in the library's code, and is
+    counted.
 
     Args:
-        model: any model that has PEFT's layers, wrapped or not: a PeftModel, or one that
+        model: any model that has such layers, wrapped or not: a PeftModel, one that
             ``add_adapter`` of transformers or diffusers, or ``inject_adapter_in_model``, has
-            changed.
+            changed, or one of ``adapters.init`` or ``AutoAdapterModel``.
 
     Returns:
         A :class:`Report`. The logger "peft_kernels" has its :meth:`~Report.summary` at INFO.
@@ -120,7 +143,8 @@ def accelerate(model: nn.Module) -> Report:
     found = []
     for host, name, module in _layers(model):
         kind, reason = host.kind_of(module), host.why_not(module)
-        found.append(Layer(name, kind, None if reason else host.backend(module), reason))
+        backend = None if reason else host.backend(module)
+        found.append(Layer(name, kind, backend, reason, host.LIBRARY))
     report = Report(model, found)
     _LOG.info(report.summary())
     return report
@@ -139,6 +163,10 @@ def restore(model: nn.Module) -> None:
     for host in _hosts():
         for module in model.modules():
             host.restore(module)
+
+
+def _owner(library: str) -> str:
+    return f"{library}'" if library.endswith("s") else f"{library}'s"
 
 
 def _hosts() -> list[ModuleType]:

@@ -511,7 +511,7 @@ def test_what_it_cannot_help(adapted):
     if adapted:
         assert "0 of 4" in report.summary() and "ia3.Linear (4)" in str(report)
     else:
-        assert str(report) == "the model has no layers of PEFT's, and is as it was"
+        assert str(report) == "the model has no layers of PEFT's or adapters', and is as it was"
     peft_kernels.restore(model)
 
 

@@ -28,6 +28,7 @@ from peft_kernels.integrations.peft.state import (
 )
 from peft_kernels.ops import lora_linear
 
+LIBRARY = "PEFT"
 CALLS = "_peft_kernels_calls"  # in a layer's __dict__: how many calls took which way
 KERNEL, ROWS = "lora_linear", "multi_lora_linear"
 
@@ -83,6 +84,11 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
+def is_new(module: nn.Module) -> bool:
+    """Whether :func:`serve` would put kernels under a module."""
+    return type(module) in SERVED
+
+
 def kind_of(layer: nn.Module) -> str:
     """The layer's class as PEFT prints it."""
     kind = _OWN.get(type(layer), type(layer))
@@ -91,7 +97,7 @@ def kind_of(layer: nn.Module) -> str:
 
 def serve(module: nn.Module) -> None:
     """Puts kernels under a module, if there are any for its class."""
-    if type(module) in SERVED:
+    if is_new(module):
         module.__class__ = SERVED[type(module)]
 
 

@@ -1,0 +1,197 @@
+"""The bottleneck layers of `adapters` on this package's kernels.
+
+Such a layer is a module of its own, or, in BERT and T5, the sublayer itself, of a class that has
+``BottleneckLayer`` among its bases. Each class gets a subclass, made when it is first met.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from adapters.composition import AdapterCompositionBlock, Fuse, Stack
+from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
+from adapters.methods.modeling import ParallelAdapter
+from torch import Tensor, nn
+
+from peft_kernels.integrations.adapter_hub.bottleneck_state import (
+    Bottleneck,
+    fuses,
+    read,
+)
+from peft_kernels.integrations.served import count, is_autocast
+from peft_kernels.ops.adapter import adapter as adapter_op
+
+KERNEL = "adapter"
+
+
+class Served(BottleneckLayer):
+    """What is put before a class of bottleneck layers: forward passes by kernels.
+
+    ``y = LN(residual + scale dropout(act(LN(x) D^T + b_d) U^T + b_u))``, with the norms and the
+    residuals that the adapter's configuration asks for, is one call of
+    :func:`peft_kernels.ops.adapter` where one adapter is active. In compositions each adapter is
+    a call, without the sublayer's norm.
+    """
+
+    def bottleneck_layer_forward(
+        self, hidden_states: Tensor, residual_input: Tensor | None, layer_norm: nn.Module | None
+    ) -> Tensor:
+        setup = self.get_active_setup()
+        if setup is None:
+            if self._modules["adapters"]:
+                count(self, "no active adapter")
+        elif (name := _only(setup, self._modules["adapters"])) is not None:
+            y = _whole(self.adapters[name], hidden_states, residual_input, layer_norm)
+            if y is not None:
+                count(self, KERNEL)
+                return y
+        return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
+
+    def compose_single(self, adapter_setup: str, state: BottleneckState, lvl: int = 0) -> Any:
+        x, residual = state.hidden_states, state.adapter_residual
+        adapter = self.adapters[adapter_setup]
+        if _is_fused(adapter_setup, self.get_active_setup()):
+            found: Bottleneck | str = "part of a Fuse"  # which needs what is before the residual
+        else:
+            found = read(adapter, x)
+        if isinstance(found, str):
+            count(self, found)
+            return super().compose_single(adapter_setup, state, lvl=lvl)
+        count(self, KERNEL)
+        y = _alone(adapter, found, x, residual)
+        return state._replace(hidden_states=y, bottleneck_up=None, last=adapter_setup)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is of this process: a copy or a pickle names the one that it is made of.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (own_class(type(self)),), *state
+
+
+@cache
+def served_class(kind: Any) -> Any:
+    """The class that takes this one's place."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (Served, kind), {**names, "__doc__": kind.__doc__})
+
+
+def own_class(kind: Any) -> Any:
+    """The class of the library's that one of :func:`served_class` stands for."""
+    return kind.__bases__[1] if kind.__bases__[0] is Served else kind
+
+
+def _new(kind: Any) -> nn.Module:
+    served = served_class(kind)
+    return served.__new__(served)
+
+
+# ---- which adapter -----------------------------------------------------------------------------
+
+
+def _only(setup: AdapterCompositionBlock, adapters: Any) -> str | None:
+    """The one adapter of the layer that a setup names, if it is just that."""
+    if type(setup) is not Stack or not all(isinstance(child, str) for child in setup):
+        return None
+    here = [name for name in setup if name in adapters]
+    return here[0] if len(here) == 1 else None
+
+
+def _is_fused(name: str, setup: Any) -> bool:
+    """Whether an adapter is one of those that a Fuse attends to."""
+    if not isinstance(setup, AdapterCompositionBlock):
+        return False
+    if isinstance(setup, Fuse) and name in setup.flatten():
+        return True
+    return any(_is_fused(name, child) for child in setup)
+
+
+# ---- calls of the op ---------------------------------------------------------------------------
+
+
+def _whole(adapter: Any, f: Tensor, i: Tensor | None, norm: nn.Module | None) -> Tensor | None:
+    """All that the layer does with one adapter, or None if that is no single call of the op.
+
+    Args:
+        f, i: the sublayer's output and its input.
+        norm: the sublayer's LayerNorm.
+    """
+    found = read(adapter, f)
+    if isinstance(found, str) or found.norm_after is not None or is_autocast(f):
+        return None
+    if (norm is not None and not fuses(norm)) or (i is not None and not _is_alike(f, i)):
+        return None
+    terms = _terms(adapter, f, i, norm)
+    if terms is None or (terms[2] and found.norm_before is not None):
+        return None
+    x, term, comes_before = terms
+    residual: Tensor | tuple[Tensor, ...] = term
+    after = None
+    if adapter.original_ln_after:
+        if i is None:
+            return None
+        # What is added twice over is x, which the op reads anyway.
+        residual = x if comes_before and term is f else (term, i)
+        after = norm
+    return _op(x, found, residual, norm if comes_before else found.norm_before, after)
+
+
+def _terms(
+    adapter: Any, f: Tensor, i: Tensor | None, norm: nn.Module | None
+) -> tuple[Tensor, Tensor, bool] | None:
+    """The adapter's input, its residual, and whether the sublayer's norm comes before it."""
+    early = adapter.residual_before_ln
+    if type(adapter) is ParallelAdapter:
+        return None if i is None else (i, f, False)
+    if norm is None or not adapter.original_ln_before:
+        if early not in (True, False):  # "post_add", to the norm's input
+            return None
+        x = f + i if adapter.original_ln_before and i is not None else f
+        return x, f if early else x, False
+    if i is None or not early:  # what the norm gives is the residual too
+        return None
+    x = f + i
+    return x, f if early is True else x, True
+
+
+def _alone(adapter: Any, found: Bottleneck, x: Tensor, residual: Tensor) -> Tensor:
+    """What the adapter itself does: its update, its norm and its residual."""
+    if type(adapter) is ParallelAdapter:  # the layer adds the residual
+        return _op(x, found, None, found.norm_before, found.norm_after)
+    inside = found.norm_after is None or adapter.adapter_residual_before_ln
+    inside = inside and _is_alike(x, residual) and not is_autocast(x)
+    y = _op(x, found, residual if inside else None, found.norm_before, found.norm_after)
+    return y if inside else y + residual
+
+
+def _op(
+    x: Tensor,
+    found: Bottleneck,
+    residual: Tensor | tuple[Tensor, ...] | None,
+    before: Any,
+    after: Any,
+) -> Tensor:
+    return adapter_op(
+        x,
+        found.down,
+        found.down_bias,
+        found.up,
+        found.up_bias,
+        activation=found.activation,
+        scale=found.scale,
+        residual=residual,
+        dropout_p=found.dropout_p,
+        **_arguments("pre_norm", before),
+        **_arguments("norm", after),
+    )
+
+
+def _arguments(prefix: str, norm: Any) -> dict[str, Any]:
+    """The op's arguments for a LayerNorm, or for none."""
+    if norm is None:
+        return {}
+    parts = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+    return {f"{prefix}_{name}": value for name, value in parts.items()}
+
+
+def _is_alike(x: Tensor, other: Tensor) -> bool:
+    return x.shape == other.shape and x.dtype is other.dtype

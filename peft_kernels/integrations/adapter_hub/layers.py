@@ -1,0 +1,94 @@
+"""The layers of `adapters`: which of them kernels serve, and what else accelerate() asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters.methods.adapter_layer_base import AdapterLayerBase
+from adapters.methods.bottleneck import BottleneckLayer
+from torch import nn
+
+from peft_kernels._library import backend_of
+from peft_kernels.integrations.adapter_hub import bottleneck, lora
+from peft_kernels.integrations.adapter_hub.bottleneck_state import read_parts
+from peft_kernels.integrations.served import CALLS
+
+LIBRARY = "adapters"
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether this is a layer of theirs that has an adapter, of any method."""
+    return isinstance(module, AdapterLayerBase) and bool(module.adapter_modules)
+
+
+def is_new(module: nn.Module) -> bool:
+    """Whether :func:`serve` would put kernels under a module."""
+    return is_layer(module) and _served_class(type(module)) is not None
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The layer's class, after the file that it is in."""
+    kind = _own_class(type(layer))
+    return f"{kind.__module__.split('.')[-1]}.{kind.__name__}"
+
+
+def serve(module: nn.Module) -> None:
+    """Puts kernels under a module, if there are any for its class."""
+    if is_new(module):
+        module.__class__ = _served_class(type(module))
+
+
+def restore(module: nn.Module) -> None:
+    """Takes them away again."""
+    own = _own_class(type(module))
+    if own is not type(module):
+        module.__class__ = own
+        module.__dict__.pop(CALLS, None)
+
+
+def calls(layer: nn.Module) -> dict[str, int]:
+    """How many calls took which way."""
+    return layer.__dict__.get(CALLS, {})
+
+
+def backend(layer: Any) -> str:
+    """What serves the layer's calls."""
+    weight = next(_adapters_of(layer)[0][1].parameters())
+    kernel = lora.KERNEL if type(layer) in lora.OWN else bottleneck.KERNEL
+    return backend_of(kernel, weight.device, weight.dtype)
+
+
+def why_not(layer: Any) -> str | None:
+    """Why a call with the layer's active adapters would be theirs, or None if kernels serve it.
+
+    Where none is active it is about all.
+    """
+    if _own_class(type(layer)) is type(layer):
+        return kind_of(layer)
+    is_lora = type(layer) in lora.OWN
+    if is_lora and "forward" in layer.__dict__:
+        return "another forward"
+    for name, adapter in _adapters_of(layer):
+        found = lora.read_adapter(adapter, name) if is_lora else read_parts(adapter)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _adapters_of(layer: Any) -> list[tuple[str, nn.Module]]:
+    """The adapters of the layer that are active, or if none is, all."""
+    modules, setup = layer.adapter_modules, layer.get_active_setup()
+    active = [] if setup is None else [name for name in modules if name in setup.flatten()]
+    return [(name, modules[name]) for name in active or modules]
+
+
+def _served_class(kind: Any) -> Any:
+    """The class to put in this one's place, or None."""
+    if issubclass(kind, BottleneckLayer) and not issubclass(kind, bottleneck.Served):
+        return bottleneck.served_class(kind)
+    return lora.SERVED.get(kind)
+
+
+def _own_class(kind: Any) -> Any:
+    """The library's own class that this one stands for."""
+    return lora.OWN.get(kind) or bottleneck.own_class(kind)
