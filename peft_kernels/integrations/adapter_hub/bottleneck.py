@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from adapters.composition import AdapterCompositionBlock, Fuse, Stack
+from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.modeling import ParallelAdapter
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from peft_kernels.integrations.adapter_hub.bottleneck_state import (
     fuses,
     read,
 )
+from peft_kernels.integrations.adapter_hub.fusion import KEPT, fuse, read_fusion
 from peft_kernels.integrations.served import count, is_autocast
+from peft_kernels.nn._kept import Kept
 from peft_kernels.ops.adapter import adapter as adapter_op
 
-KERNEL = "adapter"
+KERNEL, FUSION = "adapter", "adapter_fusion"
 
 
 class Served(BottleneckLayer):
@@ -51,16 +54,56 @@ class Served(BottleneckLayer):
     def compose_single(self, adapter_setup: str, state: BottleneckState, lvl: int = 0) -> Any:
         x, residual = state.hidden_states, state.adapter_residual
         adapter = self.adapters[adapter_setup]
-        if _is_fused(adapter_setup, self.get_active_setup()):
-            found: Bottleneck | str = "part of a Fuse"  # which needs what is before the residual
-        else:
-            found = read(adapter, x)
+        found = read(adapter, x)
         if isinstance(found, str):
             count(self, found)
-            return super().compose_single(adapter_setup, state, lvl=lvl)
+            state = super().compose_single(adapter_setup, state, lvl=lvl)
+            return state if self._fuses(adapter_setup) else state._replace(bottleneck_up=None)
         count(self, KERNEL)
-        y = _alone(adapter, found, x, residual)
-        return state._replace(hidden_states=y, bottleneck_up=None, last=adapter_setup)
+        up = None
+        if self._fuses(adapter_setup):  # which attends to what is before the residual
+            y, up = _with_up(adapter, found, x, residual)
+        else:
+            y = _alone(adapter, found, x, residual)
+        return state._replace(hidden_states=y, bottleneck_up=up, last=adapter_setup)
+
+    def _fuses(self, name: str) -> bool:
+        return _is_fused(name, self.get_active_setup())
+
+    def compose_fuse(self, adapter_setup: Fuse, state: BottleneckState, lvl: int = 0) -> Any:
+        found = self._fused(adapter_setup, state)
+        if isinstance(found, str):
+            count(self, found)
+            return super().compose_fuse(adapter_setup, state, lvl=lvl)
+        count(self, FUSION)
+        return found
+
+    def _fused(self, setup: Fuse, state: BottleneckState) -> BottleneckState | str:
+        """The state after a Fuse, or why it is theirs."""
+        adapters, last = self._modules["adapters"], setup.last()
+        if not all(isinstance(child, str) for child in setup):
+            return "Fuse of compositions"
+        if last not in adapters or setup.name not in self.adapter_fusion_layer:
+            return "Fuse of adapters that the layer doesn't have"
+        config, _ = self.adapters_config.get_fusion(setup.name)
+        x, query, residual = adapters[last].pre_forward(
+            state.hidden_states, state.input_tensor, state.layer_norm, fusion_config=config
+        )
+        fusion = self.adapter_fusion_layer[setup.name]
+        children = [adapters[child] for child in setup if child in adapters]
+        found = read_fusion(fusion, children, x)
+        if isinstance(found, str):
+            return found
+        kept = self.__dict__.setdefault(KEPT, {}).setdefault(setup.name, Kept())
+        result = fuse(found, kept, x, query, residual)
+        if isinstance(result, str):
+            return result
+        y, p = result
+        fusion.T = max(fusion.T - fusion.reduction, 1.0)  # as its own forward does
+        context = ForwardContext.get_context()
+        if context is not None and context.output_adapter_fusion_attentions:
+            self._store_fusion_attentions(setup.name, p.cpu().numpy())
+        return state._replace(hidden_states=y, adapter_residual=residual, last=last)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is of this process: a copy or a pickle names the one that it is made of.
@@ -161,6 +204,19 @@ def _alone(adapter: Any, found: Bottleneck, x: Tensor, residual: Tensor) -> Tens
     inside = inside and _is_alike(x, residual) and not is_autocast(x)
     y = _op(x, found, residual if inside else None, found.norm_before, found.norm_after)
     return y if inside else y + residual
+
+
+def _with_up(adapter: Any, found: Bottleneck, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the update before dropout, norm and residual."""
+    y = up = _op(x, found._replace(dropout_p=0.0), None, found.norm_before, None)
+    if found.dropout_p:
+        y = adapter.dropout(y)
+    added = type(adapter) is not ParallelAdapter
+    if found.norm_after is None:
+        return (y + residual if added else y), up
+    inside = added and adapter.adapter_residual_before_ln
+    y = found.norm_after(y + residual if inside else y)
+    return (y + residual if added and not inside else y), up
 
 
 def _op(

@@ -11,6 +11,7 @@ from torch import nn
 from peft_kernels._library import backend_of
 from peft_kernels.integrations.adapter_hub import bottleneck, lora
 from peft_kernels.integrations.adapter_hub.bottleneck_state import read_parts
+from peft_kernels.integrations.adapter_hub.fusion import KEPT
 from peft_kernels.integrations.served import CALLS
 
 LIBRARY = "adapters"
@@ -43,7 +44,8 @@ def restore(module: nn.Module) -> None:
     own = _own_class(type(module))
     if own is not type(module):
         module.__class__ = own
-        module.__dict__.pop(CALLS, None)
+        for name in (CALLS, KEPT):
+            module.__dict__.pop(name, None)
 
 
 def calls(layer: nn.Module) -> dict[str, int]:
