@@ -51,6 +51,11 @@ def a_model() -> Names:
     return {"model": bert(), "base": bert(), "batch": BATCH, "labels": LABELS}
 
 
+def for_adapters() -> Names:
+    pytest.importorskip("adapters")
+    return a_model()
+
+
 def folders_of_adapters() -> Names:
     for name in ("french", "legal", "legal-2"):
         peft_kernels.save_adapter(with_lora(), f"adapters/{name}")
@@ -103,6 +108,7 @@ PAGES: dict[str, Callable[[], Names]] = {
     "docs/index.md": a_model,
     "docs/guides/lora.md": a_model,
     "docs/guides/peft-models.md": a_model,
+    "docs/guides/adapters-models.md": for_adapters,
     "docs/guides/many-adapters.md": folders_of_adapters,
     "docs/guides/bottleneck-adapters.md": bottleneck,
     "docs/guides/soft-prompts.md": soft_prompts,
