@@ -7,6 +7,7 @@ matcher of names goes through here, so that a model has the same names however i
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,13 @@ def unwrapped(model: nn.Module) -> Any:
     while (child := wrapped_child(model)) is not None:
         model = model._modules[child]  # type: ignore[assignment]
     return model
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether its parameters are whole in a call of it alone: fully_shard's, or FSDP's wrapper."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return isinstance(module, kinds)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:

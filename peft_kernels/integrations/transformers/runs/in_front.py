@@ -38,6 +38,7 @@ from peft_kernels.integrations.transformers.runs.in_rows import (
     token_labels,
 )
 from peft_kernels.integrations.transformers.runs.prefix import position_owner
+from peft_kernels.modules.names import is_fully_sharded
 from peft_kernels.nn import BottleneckAdapter
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.ops.prompt_lookup import prompt_lookup
@@ -138,6 +139,8 @@ def why_rows_matter(model: nn.Module) -> str | None:
 def _why_rows_matter(module: nn.Module) -> str | None:
     if isinstance(module, BottleneckAdapter) and module.gate is not None:
         return "the gate of an adapter is a mean over a row's tokens"
+    if torch.is_grad_enabled() and is_fully_sharded(module):
+        return "a layer's sharded weights are whole in the backward of its last call alone"
     if isinstance(module, MultiLoRALinear) and module.router.tells_rows_apart():
         return "a pool's route tells rows apart, and the prompt runs once for all rows of a task"
     return None

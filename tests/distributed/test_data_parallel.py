@@ -1,0 +1,211 @@
+"""Every method in DistributedDataParallel and fully_shard: ten steps as in one process."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Cases
+from tiny_models import make_llama
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import peft_kernels
+from peft_kernels import AdapterPool, swap_linear
+from peft_kernels.integrations.transformers import (
+    add_prefix,
+    add_prompt,
+    insert_adapters,
+    prefix_shapes,
+)
+from peft_kernels.nn import PrefixTuning, PromptTuning
+
+CASES = Cases(2)
+run = CASES.fixture()
+
+ROWS, LENGTH, STEPS = 4, 6, 10
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return make_llama().eval()
+
+
+def lora() -> nn.Module:
+    model = swap_linear(llama(), "all-linear", 4, alpha=8)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def of_peft() -> nn.Module:
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(llama(), config)
+    peft_kernels.accelerate(model)
+    return model
+
+
+def bottleneck() -> nn.Module:
+    model = llama()
+    insert_adapters(model, "pfeiffer", reduction_factor=4)
+    return model
+
+
+def prefix() -> nn.Module:
+    model = llama()
+    add_prefix(model, PrefixTuning(3, prefix_shapes(model), std=1.0))
+    return model
+
+
+def prompt() -> nn.Module:
+    model = llama()
+    add_prompt(model, PromptTuning(3, 16))
+    return model
+
+
+METHODS = (lora, of_peft, bottleneck, prefix, prompt)
+
+
+def in_bfloat16(make) -> nn.Module:
+    """The base; the adapters stay in float32."""
+    model = make()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(model: nn.Module, rows=slice(None)) -> tuple[torch.Tensor, dict]:
+    """The losses of some steps, and what was trained."""
+    trains = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
+    losses = steps(model, list(trains.values()), rows)
+    return losses, {name: whole(p).detach() for name, p in trains.items()}
+
+
+def steps(model: nn.Module, trains: list, rows=slice(None), after_backward=None) -> torch.Tensor:
+    optimizer = torch.optim.AdamW(trains, lr=3e-3)
+    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)[rows] * 7 % 32
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.detach())
+        loss.backward()
+        if after_backward is not None:
+            after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    return torch.stack(losses)
+
+
+def mine() -> slice:
+    """A process's rows of the batch."""
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def average_(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
+def check_equal(model: nn.Module, expected) -> None:
+    losses, parameters = trained(model, mine())
+    average_(losses)
+    torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
+
+
+def sharded(model: nn.Module, **options) -> nn.Module:
+    mesh = init_device_mesh("cpu", (CASES.processes,))
+    for layer in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+@CASES.add
+def every_method_in_ddp_and_in_shards():
+    for make in METHODS:
+        expected = trained(make())
+        check_equal(DistributedDataParallel(make()), expected)
+        check_equal(sharded(make()), expected)
+
+
+@CASES.add
+def float32_adapters_on_a_bfloat16_base():
+    for make in (lora, of_peft):
+        expected = trained(in_bfloat16(make))
+        check_equal(DistributedDataParallel(in_bfloat16(make)), expected)
+        check_equal(sharded(in_bfloat16(make)), expected)
+
+
+@CASES.add
+def shards_that_stay_whole_or_lie_elsewhere():
+    expected = trained(lora())
+    check_equal(sharded(lora(), reshard_after_forward=False), expected)
+    check_equal(sharded(lora(), offload_policy=CPUOffloadPolicy(pin_memory=False)), expected)
+
+
+@CASES.add
+def shards_that_are_cast_for_the_forward():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for make in METHODS:
+        in_one = trained(make())[0]
+        losses, parameters = trained(sharded(make(), mp_policy=policy), mine())
+        average_(losses)
+        assert all(p.dtype is torch.float32 for p in parameters.values())
+        torch.testing.assert_close(losses, in_one, rtol=1e-2, atol=0)
+
+
+@CASES.add
+def layers_of_peft_in_shards_run_on_kernels():
+    model = sharded(of_peft())
+    report = peft_kernels.accelerate(model)
+    trained(model, mine())
+    assert all(layer.backend == "cpu" for layer in report.layers)
+    assert report.counts() == {"lora_linear": len(report.layers) * STEPS}
+
+
+def in_a_pool(wrap, rows=slice(None), averages=False) -> tuple[torch.Tensor, list]:
+    model = llama()
+    with pytest.warns(RuntimeWarning, match="Average the gradients"):
+        pool = AdapterPool.attach(model, ["q_proj", "down_proj"], capacity=8)
+        torch.manual_seed(1)
+        pool.create("a", r=4, alpha=8)
+    parameters = pool.parameters("a")
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.1)
+
+    def average() -> None:
+        if averages:
+            average_(*(parameter.grad for parameter in parameters))
+
+    model = wrap(model)
+    with pool.route(["a"]):
+        losses = steps(model, parameters, rows, average)
+    return losses, [parameter.detach() for parameter in parameters]
+
+
+@CASES.add
+def a_pool_whose_gradients_are_averaged_by_hand():
+    expected = in_a_pool(lambda model: model)
+    for wrap in (lambda model: model, sharded):
+        losses, parameters = in_a_pool(wrap, mine(), averages=True)
+        average_(losses)
+        torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
+
+
+@CASES.tests
+def test_data_parallel(run, case):
+    run(case)
