@@ -46,7 +46,7 @@ INSIDE = {
     },
     "integrations": {
         "served": "",
-        "peft": "",
+        "peft": "served",
         "adapter_hub": "served peft",
         "transformers": "",
         "parallel": "",

@@ -15,10 +15,11 @@ from torch import nn
 from peft_kernels.modules.checks import check_module
 
 _LOG = logging.getLogger("peft_kernels")
-# By library, what knows its layers: imported only where the library is.
+# What knows layers, and the module of their library with which it is imported.
 _HOSTS = {
-    "peft": "peft_kernels.integrations.peft.lora_layers",
-    "adapters": "peft_kernels.integrations.adapter_hub.layers",
+    "peft_kernels.integrations.peft.lora_layers": "peft",
+    "peft_kernels.integrations.peft.prompts": "peft",
+    "peft_kernels.integrations.adapter_hub.layers": "adapters.methods.adapter_layer_base",
 }
 
 
@@ -82,7 +83,11 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (layer.name, layer.kind, layer.backend or f"{layer.library}: {layer.reason}")
+            (
+                layer.name or "(model)",
+                layer.kind,
+                layer.backend or f"{layer.library}: {layer.reason}",
+            )
             for layer in self.layers
         ]
         later = "came later, accelerate() again"
@@ -106,13 +111,16 @@ class Report:
         return total
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     """Puts this package's kernels under the layers of a model of PEFT's or `adapters`'.
 
     Under PEFT: each ``lora.Linear`` computes ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T
     B_j^T`` by :func:`peft_kernels.ops.lora_linear`, forward and backward, in one pass over its
     active adapters; with ``adapter_names``, in training too, by
     :func:`peft_kernels.ops.multi_lora_linear`.
+
+    A soft prompt of PEFT's goes before the text by :func:`peft_kernels.ops.prompt_lookup`, and an
+    encoder of prompts or prefixes runs once for a batch, or not at all while nothing trains.
 
     Under `adapters`: a bottleneck layer with one active adapter is
     :func:`peft_kernels.ops.adapter` with the sublayer's LayerNorm and residuals, and in a
@@ -129,6 +137,10 @@ def accelerate(model: nn.Module) -> Report:
         model: any model that has such layers, wrapped or not: a PeftModel, one that
             ``add_adapter`` of transformers or diffusers, or ``inject_adapter_in_model``, has
             changed, or one of ``adapters.init`` or ``AutoAdapterModel``.
+        strict: whether the model computes what its library computes, as it does by default. If
+            False, a causal model of PEFT's with a soft prompt has the prompt directly before the
+            text of each row that is padded on the left, where PEFT has it before the padding, and
+            counts positions over real tokens.
 
     Returns:
         A :class:`Report`. The logger "peft_kernels" has its :meth:`~Report.summary` at INFO.
@@ -139,7 +151,7 @@ def accelerate(model: nn.Module) -> Report:
     check_module("model", model)
     for host in _hosts():
         for module in model.modules():
-            host.serve(module)
+            host.serve(module, strict)
     found = []
     for host, name, module in _layers(model):
         kind, reason = host.kind_of(module), host.why_not(module)
@@ -171,7 +183,7 @@ def _owner(library: str) -> str:
 
 def _hosts() -> list[ModuleType]:
     """What knows the layers of each library that is imported."""
-    return [importlib.import_module(path) for name, path in _HOSTS.items() if name in sys.modules]
+    return [importlib.import_module(path) for path, name in _HOSTS.items() if name in sys.modules]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[ModuleType, str, nn.Module]]:

@@ -95,7 +95,7 @@ def kind_of(layer: nn.Module) -> str:
     return f"{kind.__module__.split('.')[-2]}.{kind.__name__}"
 
 
-def serve(module: nn.Module) -> None:
+def serve(module: nn.Module, strict: bool = True) -> None:
     """Puts kernels under a module, if there are any for its class."""
     if is_new(module):
         module.__class__ = SERVED[type(module)]
