@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from peft_kernels._library import LIBRARY, get_op, variant
+from peft_kernels._library import HAS_TRITON, LIBRARY, get_op, variant
 from peft_kernels.ops._transforms import is_special, wants_composition
 
 
@@ -48,7 +48,7 @@ def define_call(
     def call(*inputs):
         if is_special():
             return composition(*inputs) if wants_composition() else in_graphs(*inputs)
-        return run(*inputs, variant(inputs[0].dtype))
+        return run(variant(inputs[0].dtype), *inputs)
 
     return call
 
@@ -66,12 +66,12 @@ def _wants_gradient(inputs: Iterable) -> bool:
 
 
 def _kernel_of(op: str, outputs: tuple[int, ...]) -> Callable:
-    """``<op>_fwd`` under the backend whose suffix is the last argument."""
-    kernel = f"{op}_fwd"
+    """``<op>_fwd`` under the backend whose suffix is the first argument."""
+    suffixes = ("", "_ref", "_triton") if HAS_TRITON else ("", "_ref")
+    kernels = {suffix: get_op(f"{op}_fwd", suffix) for suffix in suffixes}
 
-    def run(*arguments):
-        *inputs, suffix = arguments
-        return _chosen(get_op(kernel, suffix)(*inputs), outputs)
+    def run(suffix, *inputs):
+        return _chosen(kernels[suffix](*inputs), outputs)
 
     return run
 
@@ -97,8 +97,8 @@ def define_in_graphs(
     Args:
         outputs: their indices among those of ``<op>_fwd``; ``(0,)`` where it has one.
         fake: the shape function of ``<op>_fwd``.
-        run: computes them without a gradient, given the arguments and the backend's suffix.
-        apply: computes them through the autograd Function, given the same.
+        run: computes them without a gradient, given the backend's suffix and the arguments.
+        apply: computes them through the autograd Function, given the arguments and the suffix.
         composition: computes them in differentiable operations, given the arguments.
 
     Returns:
@@ -115,7 +115,7 @@ def define_in_graphs(
 
     returned = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
     LIBRARY.define(f"{op}{fwd_schema.split('->')[0]} -> {returned}")
-    LIBRARY.impl(op, lambda *args: run(*args, variant(args[0].dtype)), "CompositeExplicitAutograd")
+    LIBRARY.impl(op, lambda *args: run(variant(args[0].dtype), *args), "CompositeExplicitAutograd")
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
     LIBRARY.impl(op, lambda *args: _chosen(fake(*args), outputs), "Meta")
     defined = getattr(torch.ops.peft_kernels, op).default

@@ -11,10 +11,12 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> list:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """Under autocast, these in autocast's dtype; what isn't given, as adapters, stays wide."""
+    if not torch._C._is_any_autocast_enabled():  # of no device: the cheapest to ask
+        return x, *others
     device = x.device.type
     if x.is_meta or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return [x, *others]
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *others)]
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))

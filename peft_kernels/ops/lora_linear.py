@@ -255,13 +255,14 @@ def lora_linear(
 
 # The checks run on every call, so a message is only put together when it is raised.
 def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
-    if not (weight.dim() == lora_a.dim() == lora_b.dim() == 2):
+    x_shape, w_shape, a_shape, b_shape = x.shape, weight.shape, lora_a.shape, lora_b.shape
+    if not (len(w_shape) == len(a_shape) == len(b_shape) == 2):
         _refuse_dimensions(weight=weight, lora_a=lora_a, lora_b=lora_b)
-    (n, k), (r, a_k), b_shape = weight.shape, lora_a.shape, lora_b.shape
-    if x.dim() < 1:
+    (n, k), (r, a_k) = w_shape, a_shape
+    if not x_shape:
         raise ValueError("x must have at least 1 dimension; got a 0-d tensor")
-    if x.shape[-1] != k:
-        raise ValueError(f"x has shape {tuple(x.shape)}, but must end in weight's k = {k}")
+    if x_shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x_shape)}, but must end in weight's k = {k}")
     if a_k != k:
         raise ValueError(f"lora_a has shape {(r, a_k)}, but must have weight's k = {k} columns")
     if r < 1:

@@ -338,8 +338,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         )
 
 
-def _run(*arguments) -> Tensor:
-    *inputs, variant = arguments
+def _run(variant, *inputs) -> Tensor:
     return _library.get_op("multi_lora_linear_fwd", variant)(*inputs)[0]
 
 

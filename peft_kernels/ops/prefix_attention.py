@@ -317,8 +317,7 @@ class _PrefixAttention(torch.autograd.Function):
         )
 
 
-def _run(q, k, v, prefix_k, prefix_v, *arguments) -> Tensor:
-    *rest, variant = arguments
+def _run(variant, q, k, v, prefix_k, prefix_v, *rest) -> Tensor:
     bank = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     return _library.get_op("prefix_attention_fwd", variant)(q, k, v, *bank, *rest)[0]
 

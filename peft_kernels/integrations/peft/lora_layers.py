@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
 from peft_kernels.integrations.peft.lora_model import LoraModel
+from peft_kernels.integrations.peft.plain import read_plain
 from peft_kernels.integrations.peft.rows import add_adapter, rows_linear
 from peft_kernels.integrations.peft.state import (
     Adapter,
@@ -42,6 +43,14 @@ class Linear(peft_lora.Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = None if args or kwargs else read_plain(self, x)
+        if plain is None:
+            return self._forward_as_found(x, *args, **kwargs)
+        _count(self, KERNEL)
+        weight, bias, a, b, scale, dropout_p = plain
+        return lora_linear(x, weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
+
+    def _forward_as_found(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         if args or len(kwargs) > (names is not None):
             found: tuple[Base, list[Adapter]] | str = "other arguments"
