@@ -29,7 +29,8 @@ class Layer:
 
     name: str
     kind: str  # as its library prints it: "lora.Linear"
-    backend: str | None  # what serves its calls: "cpu", "cuda", "triton" or "reference"
+    # What serves its calls: "cpu", "cuda", "triton" or "reference"; "torch" is no kernel.
+    backend: str | None
     reason: str | None  # or else why the library's own code does
     library: str = "PEFT"  # or "adapters"
 
@@ -52,9 +53,9 @@ class Report:
     def counts(self) -> dict[str, int]:
         """The layers' calls since this report was made, by what served them.
 
-        The name of an op, such as ``"lora_linear"`` or ``"adapter"``, stands for kernels. Anything
-        else is why the library's own code served a call. What runs as torch.compile compiled it
-        isn't counted.
+        The name of an op, such as ``"lora_linear"`` or ``"adapter"``, stands for kernels, and
+        ``"embedding"`` for PyTorch's own operations, fewer than PEFT's. Anything else is why the
+        library's own code served a call. What runs as torch.compile compiled it isn't counted.
         """
         return dict(self._calls() - self._before)
 
@@ -75,9 +76,11 @@ class Report:
         layers = [layer for layer in self.layers if layer.library == library]
         served = Counter(layer.backend for layer in layers if layer.backend is not None)
         kept = Counter(layer.reason for layer in layers if layer.reason is not None)
+        on_torch = served.pop("torch", 0)
         backends, owner = ", ".join(sorted(served)), _owner(library)
         line = f"{served.total()} of {len(layers)} layers of {owner} run on peft_kernels"
         line += f" ({backends})" if served else ""
+        line += f"; {on_torch} on PyTorch's operations, and no kernel" if on_torch else ""
         reasons = ", ".join(f"{reason} ({count})" for reason, count in kept.most_common())
         return f"{line}; {kept.total()} keep {owner}: {reasons}" if kept else line
 
@@ -117,7 +120,8 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     Under PEFT: each ``lora.Linear`` computes ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T
     B_j^T`` by :func:`peft_kernels.ops.lora_linear`, forward and backward, in one pass over its
     active adapters; with ``adapter_names``, in training too, by
-    :func:`peft_kernels.ops.multi_lora_linear`.
+    :func:`peft_kernels.ops.multi_lora_linear`. A ``lora.Embedding`` has one product of PyTorch's
+    for all its active adapters.
 
     A soft prompt of PEFT's goes before the text by :func:`peft_kernels.ops.prompt_lookup`, and an
     encoder of prompts or prefixes runs once for a batch, or not at all while nothing trains.

@@ -515,14 +515,6 @@ def test_what_it_cannot_help(adapted):
     peft_kernels.restore(model)
 
 
-def test_embedding_is_pefts():
-    base = make_base(make_llama)
-    model = peft.get_peft_model(base, config(["embed_tokens", "q_proj"])).train()
-    report = peft_kernels.accelerate(model)
-    assert [layer.kind for layer in report.layers if layer.reason] == ["lora.Embedding"]
-    assert_as_peft(model, {KERNEL})
-
-
 def test_arguments_are_checked():
     for function in (peft_kernels.accelerate, peft_kernels.restore):
         with pytest.raises(TypeError, match="model must be a Module; got 5"):

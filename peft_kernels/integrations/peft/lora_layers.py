@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
+from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.lora_model import LoraModel
 from peft_kernels.integrations.peft.plain import read_plain
 from peft_kernels.integrations.peft.rows import add_adapter, rows_linear
@@ -27,10 +28,10 @@ from peft_kernels.integrations.peft.state import (
     read_base,
     why_not_in,
 )
+from peft_kernels.integrations.served import CALLS, count
 from peft_kernels.ops import lora_linear
 
 LIBRARY = "PEFT"
-CALLS = "_peft_kernels_calls"  # in a layer's __dict__: how many calls took which way
 KERNEL, ROWS = "lora_linear", "multi_lora_linear"
 
 
@@ -46,7 +47,7 @@ class Linear(peft_lora.Linear):
         plain = None if args or kwargs else read_plain(self, x)
         if plain is None:
             return self._forward_as_found(x, *args, **kwargs)
-        _count(self, KERNEL)
+        count(self, KERNEL)
         weight, bias, a, b, scale, dropout_p = plain
         return lora_linear(x, weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
 
@@ -57,14 +58,14 @@ class Linear(peft_lora.Linear):
         else:
             found = read(self, x, names)
         if isinstance(found, str):
-            _count(self, found)
+            count(self, found)
             return super().forward(x, *args, **kwargs)
         base, adapters = found
         if names is not None:
             self._check_forward_args(x, adapter_names=names)
-            _count(self, ROWS)
+            count(self, ROWS)
             return rows_linear(x, base.weight, base.bias, adapters, names)
-        _count(self, KERNEL)
+        count(self, KERNEL)
         first, others = _together(adapters)
         y = lora_linear(
             x,
@@ -81,7 +82,11 @@ class Linear(peft_lora.Linear):
 
 
 # The classes of PEFT's, and what takes their places.
-SERVED: dict[type, type] = {peft_lora.Linear: Linear, PeftLoraModel: LoraModel}
+SERVED: dict[type, type] = {
+    peft_lora.Linear: Linear,
+    peft_lora.Embedding: Embedding,
+    PeftLoraModel: LoraModel,
+}
 _OWN = {ours: theirs for theirs, ours in SERVED.items()}
 
 
@@ -123,7 +128,9 @@ def calls(layer: nn.Module) -> dict[str, int]:
 
 
 def backend(layer: Any) -> str:
-    """What serves the layer's calls."""
+    """What serves the layer's calls: ``"torch"`` is no kernel."""
+    if isinstance(layer, Embedding):
+        return "torch"
     weight = layer.get_base_layer().weight
     return backend_of(KERNEL, weight.device, weight.dtype)
 
@@ -137,6 +144,9 @@ def why_not(layer: Any) -> str | None:
         return kind_of(layer)
     if "forward" in layer.__dict__:
         return "another forward"
+    if isinstance(layer, Embedding):
+        factors = read_factors(layer)
+        return factors if isinstance(factors, str) else None
     base = read_base(layer)
     if isinstance(base, str):
         return base
@@ -147,12 +157,6 @@ def why_not(layer: Any) -> str | None:
 
 
 # ---- calls -------------------------------------------------------------------------------------
-
-
-def _count(layer: nn.Module, way: str) -> None:
-    if not torch.compiler.is_compiling():  # a count is no constant of a graph
-        counts = layer.__dict__.setdefault(CALLS, {})
-        counts[way] = counts.get(way, 0) + 1
 
 
 def _together(adapters: list[Adapter]) -> tuple[Adapter, list[Adapter]]:

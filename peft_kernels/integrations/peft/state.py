@@ -49,15 +49,13 @@ def read(
     Args:
         names: the adapter of each row, or None where the active ones are everybody's.
     """
-    state = layer.__dict__
-    if state["_disable_adapters"]:
-        return "disabled"
-    if state["merged_adapters"]:
-        return "merged"
+    alone = why_base_alone(layer)
+    if alone is not None:
+        return alone
     base = read_base(layer)
     if isinstance(base, str):
         return base
-    active = state["_active_adapter"] if names is None else dict.fromkeys(names)
+    active = layer.__dict__["_active_adapter"] if names is None else dict.fromkeys(names)
     adapters = read_adapters(layer, (active,) if isinstance(active, str) else active)
     if isinstance(adapters, str):
         return adapters
@@ -70,6 +68,14 @@ def read(
     if fault is None and names is not None:
         fault = _why_not_by_rows(adapters)
     return fault or (base, adapters)
+
+
+def why_base_alone(layer: nn.Module) -> str | None:
+    """Why a call is one of the layer below, if it is."""
+    state = layer.__dict__
+    return (
+        "disabled" if state["_disable_adapters"] else "merged" if state["merged_adapters"] else None
+    )
 
 
 def read_base(layer: nn.Module) -> Base | str:
@@ -106,7 +112,7 @@ def read_adapters(layer: nn.Module, names: Iterable[str]) -> list[Adapter] | str
         if not (_is_whole(a, 2) and _is_whole(b, 2)):
             return "lora_A, lora_B: weights that aren't whole matrices"
         scale = state["scaling"][name]
-        if isinstance(scale, Tensor) and (scale.dim() != 0 or scale.requires_grad):
+        if not is_constant(scale):
             return "scaling: a tensor that isn't a constant"
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         found.append(Adapter(name, a, b, bias, scale, p))
@@ -166,6 +172,11 @@ def _is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
         if library is None or type(weight) is not library.DTensor:
             return False
     return weight.dim() == dimensions
+
+
+def is_constant(scale: float | Tensor) -> bool:
+    """Whether kernels can take this as the factor of an adapter."""
+    return not (isinstance(scale, Tensor) and (scale.dim() != 0 or scale.requires_grad))
 
 
 def _what_is_called(module: nn.Module, kinds: tuple[type, ...]) -> str:
