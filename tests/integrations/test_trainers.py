@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_models import make_llama
 from torch import nn
+from trainer_models import TARGETS, base, losses_of, rows, tokenizer
 
 import peft_kernels
 
@@ -13,7 +13,6 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 4
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,35 +48,9 @@ def train(request, tmp_path, monkeypatch):
         config_of_run = config(output_dir=str(tmp_path / folder), **{**arguments, **changed})
         trains = trainer(model=model, args=config_of_run, **options)
         checkpoint = tmp_path / folder / f"checkpoint-{STEPS // 2}"
-        losses = []  # to all their digits, which the log hasn't
-        hook = model.register_forward_hook(lambda *call: losses.append(call[-1].loss.item()))
-        trains.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-        hook.remove()
-        return losses
+        return losses_of(trains, resume_from_checkpoint=str(checkpoint) if resume else None)
 
     return run
-
-
-def rows() -> list[dict]:
-    tokens = torch.randint(3, 32, (8, 7), generator=torch.Generator().manual_seed(1)).tolist()
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-def tokenizer():
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(32)}, unk_token="t1")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), pad_token="t0", eos_token="t2"
-    )
-
-
-def base() -> nn.Module:
-    """With weights large enough that an adapter makes a difference."""
-    torch.manual_seed(0)
-    model = make_llama()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def swapped(folder=None) -> nn.Module:
