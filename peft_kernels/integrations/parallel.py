@@ -19,6 +19,7 @@ from torch.distributed.tensor import parallel as torch_parallel
 
 from peft_kernels.modules.bases import CONV1D, names_of
 from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
@@ -33,6 +34,11 @@ class _Style:
     _input_placements: tuple[Placement, ...]
 
     def _partition_linear_fn(self: Any, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        if isinstance(module, MultiLoRALinear):
+            raise TypeError(
+                "the layer serves an AdapterPool, whose adapters aren't sharded: shard a model "
+                "that has no pool, or detach() it"
+            )
         if isinstance(module, LoRALinear):
             self._partition_lora(module, mesh)
         else:
@@ -101,6 +107,7 @@ class ColwiseParallel(_Style, torch_parallel.ColwiseParallel):
 
     Raises:
         RuntimeError: a LoRALinear is merged.
+        TypeError: the layer serves an AdapterPool.
         NotImplementedError: another kind of layer.
     """
 

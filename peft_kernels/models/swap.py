@@ -340,7 +340,7 @@ def swap_targets(
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         if not isinstance(patterns, Mapping):
             raise TypeError(f"{argument} must be a dict, of values by pattern; got {patterns!r}")
-    check_bases(model, targets)
+    check_bases(model, targets, may_be_sharded=True)
     check_settings(r, alpha, dropout, init)
     check_late_parameters(model, "swap")
     _warn_unused("rank_pattern", rank_pattern, targets)

@@ -89,7 +89,13 @@ def is_of_package(module: nn.Module, packages: Iterable[str]) -> bool:
 # ---- a layer -----------------------------------------------------------------------------------
 
 
-def check_base(linear: nn.Module, name: str = "linear", *, takes_values: bool = False) -> None:
+def check_base(
+    linear: nn.Module,
+    name: str = "linear",
+    *,
+    takes_values: bool = False,
+    may_be_sharded: bool = False,
+) -> None:
     """Raises a TypeError unless one of our layers can take over this layer's work.
 
     Args:
@@ -97,14 +103,20 @@ def check_base(linear: nn.Module, name: str = "linear", *, takes_values: bool = 
         name: what the message calls it.
         takes_values: whether trained values are put into the new layer at once, which must then
             have memory: a layer on the meta device can't.
+        may_be_sharded: whether its weight may be a DTensor, as tensor parallelism leaves it; not
+            as fully_shard does, to which new parameters are unknown.
     """
-    reasons = (fault(linear, takes_values) for fault in (_fault_of_kind, _fault_of_state))
-    if reason := next(filter(None, reasons), None):
+    reason = _fault_of_kind(linear) or _fault_of_state(linear, takes_values, may_be_sharded)
+    if reason:
         raise TypeError(f"{name} {reason}")
 
 
 def check_bases(
-    model: nn.Module, targets: Mapping[str, nn.Module], *, takes_values: bool = False
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    *,
+    takes_values: bool = False,
+    may_be_sharded: bool = False,
 ) -> None:
     """:func:`check_base` for layers of a model by name, and for what they are parts of."""
     owners, uncalled = dict(_parts_of_peft(model)), uncalled_layers(model)
@@ -113,7 +125,7 @@ def check_bases(
             raise TypeError(f"{name} is a part of {owner}, a layer of PEFT's: {_PEFT}")
         if module in uncalled:
             raise TypeError(f"{name} {uncalled[module].fault}")
-        check_base(module, name, takes_values=takes_values)
+        check_base(module, name, takes_values=takes_values, may_be_sharded=may_be_sharded)
 
 
 def _parts_of_peft(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -129,7 +141,7 @@ def _parts_of_peft(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                     yield part, name
 
 
-def _fault_of_kind(linear: nn.Module, takes_values: bool) -> str | None:
+def _fault_of_kind(linear: nn.Module) -> str | None:
     """What its class says."""
     kind = full_name(linear)
     for ours, reason in _OURS.items():
@@ -149,7 +161,7 @@ def _fault_of_kind(linear: nn.Module, takes_values: bool) -> str | None:
     return None
 
 
-def _fault_of_state(linear: Any, takes_values: bool) -> str | None:
+def _fault_of_state(linear: Any, takes_values: bool, may_be_sharded: bool) -> str | None:
     """What was done to it, and what its tensors are."""
     if "_hf_hook" in vars(linear):
         return _fault_of_hook(linear)
@@ -158,9 +170,12 @@ def _fault_of_state(linear: Any, takes_values: bool) -> str | None:
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     if weight is None or nn.parameter.is_lazy(weight):
         return _fault_of_no_weight(linear)
-    if reason := _fault_of_weight(weight, linear):
+    of_tensor = _fault_of_tensor
+    if may_be_sharded and is_sharded(weight) and not is_gathered(linear):
+        of_tensor = _fault_of_shard
+    if reason := of_tensor(weight) or _fault_of_dtype(weight) or _fault_of_shape(weight, linear):
         return f"has a weight that {reason}"
-    if bias is not None and (reason := _fault_of_tensor(bias)):
+    if bias is not None and (reason := of_tensor(bias)):
         return f"has a bias that {reason}"
     if takes_values and has_no_memory(weight):
         return f"has a weight {_NO_MEMORY}"
@@ -232,6 +247,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return DTENSOR in names_of(type(tensor)) or hasattr(tensor, "full_tensor")
 
 
+def is_gathered(module: nn.Module) -> bool:
+    """Whether fully_shard gathers parameters that this very module has, for each call."""
+    hooks = module._load_state_dict_post_hooks.values()
+    return any("FSDPParam." in getattr(hook, "__qualname__", "") for hook in hooks)
+
+
 def is_placeholder(tensor: Any) -> bool:
     """Whether DeepSpeed's ZeRO-3 has taken its values away."""
     return hasattr(tensor, "ds_id") and tensor.numel() == 0
@@ -266,8 +287,11 @@ def _fault_of_tensor(tensor: Tensor) -> str | None:
     return None
 
 
-def _fault_of_weight(weight: Tensor, linear: Any) -> str | None:
-    return _fault_of_tensor(weight) or _fault_of_dtype(weight) or _fault_of_shape(weight, linear)
+def _fault_of_shard(tensor: Any) -> str | None:
+    """Of one of a layer's tensors, where the weight is a DTensor."""
+    if not is_sharded(tensor):
+        return "isn't a DTensor, as the weight is: shard both"
+    return _fault_of_tensor(tensor.to_local())
 
 
 def _fault_of_shape(weight: Tensor, linear: Any) -> str | None:

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ from peft_kernels.modules.checks import check_share
 from peft_kernels.modules.replaced import Origin, check_stored, take_over
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
+from peft_kernels.nn._sharded import (
+    all_finite,
+    check_mergeable,
+    draw_whole,
+    lay_beside,
+    placed_as,
+)
 from peft_kernels.ops.lora_linear import lora_linear
 
 INITS = ("kaiming_uniform", "gaussian")
@@ -195,7 +203,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         init: str,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        check_base(linear)
+        check_base(linear, may_be_sharded=True)
         check_settings(r, alpha, dropout, init)
         weight, bias = linear.weight, linear.bias
         adapter_dtype = adapter_dtype_for(weight.dtype, adapter_dtype)
@@ -210,6 +218,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **factory))
         self.register_parameter("unmerged_weight", None)
+        self.lora_a = lay_beside(self._matrix(weight), self.lora_a, 0)
+        self.lora_b = lay_beside(self._matrix(weight), self.lora_b, 1)
         self.reset_adapter()
         self.train(linear.training)
         self._origin = take_over(linear, self)
@@ -228,7 +238,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             RuntimeError: A or B is pruned, parametrized or the like: it wouldn't stay.
         """
         check_stored(self, own=["lora_a", "lora_b"])
-        init_adapter_(self.lora_a, self.lora_b, self.init)
+        draw_whole(partial(init_adapter_, init=self.init), self.lora_a, self.lora_b)
 
     _draw = reset_adapter
 
@@ -313,16 +323,16 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         self, base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor, safe: bool
     ) -> Tensor:
         """``base + scale * lora_b @ lora_a``, stored as ``base``; summed wide and rounded once."""
-        if is_sharded(base):
-            raise RuntimeError("weight is sharded (a DTensor); merge before sharding the model")
+        check_mergeable(self)
         for name, tensor in (("weight", base), ("lora_a", lora_a), ("lora_b", lora_b)):
             check_memory(tensor, name)
         wide = torch.float64 if base.dtype is torch.float64 else torch.float32
-        a, b = lora_a.to(base.device, wide), lora_b.to(base.device, wide)
+        a = placed_as(self.lora_a, lora_a).to(base.device, wide)
+        b = placed_as(self.lora_b, lora_b).to(base.device, wide)
         with torch.autocast(base.device.type, enabled=False):
             merged = torch.addmm(self._matrix(base).to(wide), b, a, alpha=float(scale))
         merged = merged.to(base.dtype)
-        if safe and not merged.isfinite().all():
+        if safe and not all_finite(merged):
             raise ValueError(
                 "the merged weight has values that are not finite; nothing was changed"
             )
@@ -442,21 +452,10 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 def _overwritten(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     """``parameter`` with new values: the same object where the shape is the same."""
     if parameter.shape == values.shape:
-        parameter.copy_(_placed_as(parameter, values))
+        parameter.copy_(placed_as(parameter, values))
         return parameter
     fresh = parameter.new_empty(values.shape).copy_(values)
     return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-
-
-def _placed_as(parameter: Any, values: Tensor) -> Tensor:
-    """``values``, which every process has, sharded as ``parameter`` is."""
-    if not is_sharded(parameter) or is_sharded(values):
-        return values
-    from torch.distributed.tensor import distribute_tensor
-
-    values = values.to(parameter.device, parameter.dtype)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(values, mesh, placements, src_data_rank=None)
 
 
 _told: weakref.ref[OrderedDict] | None = None  # the last state dict that was warned of

@@ -40,6 +40,15 @@ def are_sharded(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def adapter_placements(weight: Any) -> tuple[list, list]:
+    """Where A and B lie beside this weight ``[n, k]`` so that they need not be moved for a call."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    a = [p if p == Shard(1) else Replicate() for p in weight.placements]
+    b = [p if p == Shard(0) else Replicate() for p in weight.placements]
+    return a, b
+
+
 class _Layout(NamedTuple):
     """The placements of the arguments, of y, and of the gradients as processes compute them."""
 

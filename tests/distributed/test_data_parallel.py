@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import peft
+import parallel_models
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_models import STEPS, average_, llama, lora, of_peft, steps, trained
 from processes import Cases
-from tiny_models import make_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels
-from peft_kernels import AdapterPool, swap_linear
+from peft_kernels import AdapterPool
 from peft_kernels.integrations.transformers import (
     add_prefix,
     add_prompt,
@@ -26,28 +25,6 @@ from peft_kernels.nn import PrefixTuning, PromptTuning
 
 CASES = Cases(2)
 run = CASES.fixture()
-
-ROWS, LENGTH, STEPS = 4, 6, 10
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return make_llama().eval()
-
-
-def lora() -> nn.Module:
-    model = swap_linear(llama(), "all-linear", 4, alpha=8)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def of_peft() -> nn.Module:
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(llama(), config)
-    peft_kernels.accelerate(model)
-    return model
 
 
 def bottleneck() -> nn.Module:
@@ -80,42 +57,9 @@ def in_bfloat16(make) -> nn.Module:
     return model
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def trained(model: nn.Module, rows=slice(None)) -> tuple[torch.Tensor, dict]:
-    """The losses of some steps, and what was trained."""
-    trains = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
-    losses = steps(model, list(trains.values()), rows)
-    return losses, {name: whole(p).detach() for name, p in trains.items()}
-
-
-def steps(model: nn.Module, trains: list, rows=slice(None), after_backward=None) -> torch.Tensor:
-    optimizer = torch.optim.AdamW(trains, lr=3e-3)
-    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)[rows] * 7 % 32
-    losses = []
-    for _ in range(STEPS):
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(loss.detach())
-        loss.backward()
-        if after_backward is not None:
-            after_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    return torch.stack(losses)
-
-
 def mine() -> slice:
     """A process's rows of the batch."""
     return slice(dist.get_rank(), None, dist.get_world_size())
-
-
-def average_(*tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
 
 
 def check_equal(model: nn.Module, expected) -> None:
@@ -125,10 +69,7 @@ def check_equal(model: nn.Module, expected) -> None:
 
 
 def sharded(model: nn.Module, **options) -> nn.Module:
-    mesh = init_device_mesh("cpu", (CASES.processes,))
-    for layer in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
-        fully_shard(layer, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    return parallel_models.sharded(model, init_device_mesh("cpu", (CASES.processes,)), **options)
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Cases:
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self.functions: dict[str, Callable[[], None]] = {}
+        self.folder = Path()  # of all of them, in each process and in the test's
 
     def add(self, function: Callable[[], None]) -> Callable[[], None]:
         self.functions[function.__name__] = function
@@ -50,7 +51,7 @@ class Cases:
 
         @pytest.fixture(scope="module")
         def run(request, tmp_path_factory):
-            folder = tmp_path_factory.mktemp("processes")
+            folder = self.folder = tmp_path_factory.mktemp("processes")
             names = list(self.functions)
             error: Exception | None = None
             arguments = (self.processes, str(folder), request.module.__name__, names)
@@ -87,6 +88,7 @@ def _in_a_process(rank: int, size: int, folder: str, module: str, names: list[st
     done = Path(folder, f"{rank}.done")
     done.touch()
     cases: Cases = importlib.import_module(module).CASES
+    cases.folder = Path(folder)
     try:
         for name in names:
             torch.manual_seed(0)

@@ -84,7 +84,7 @@ def _load(model: nn.Module, contents: Contents) -> None:
     swaps = not layers
     if swaps:
         layers = targets_of(plain, config)
-        check_bases(plain, layers, takes_values=True)
+        check_bases(plain, layers, takes_values=True, may_be_sharded=True)
     _check_fit(layers, adapters, config)
     names = config.get("modules_to_save", ())
     targets = targets_in(plain, modules, names)

@@ -1,0 +1,66 @@
+"""A LoRA layer's adapter where the weight is a DTensor, as tensor parallelism makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.modules.bases import is_gathered, is_sharded
+from peft_kernels.ops._sharded import adapter_placements
+
+
+def lay_beside(weight: Any, parameter: nn.Parameter, which: int) -> nn.Parameter:
+    """A (``which`` 0) or B (1), with the first process's values, laid out for ``weight [n, k]``."""
+    if not is_sharded(weight):
+        return parameter
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = adapter_placements(weight)[which]
+    placed = distribute_tensor(parameter.detach(), weight.device_mesh, placements)
+    return nn.Parameter(placed, parameter.requires_grad)
+
+
+@torch.no_grad()
+def draw_whole(draw: Callable[..., None], *parameters: Any) -> None:
+    """``draw(*parameters)``, of sharded ones as if they were whole, by the first process.
+
+    Each process draws shards by its own generator otherwise: what all have would differ.
+    """
+    if not any(map(is_sharded, parameters)):
+        return draw(*parameters)
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    draw(*whole)
+    for parameter, values in zip(parameters, whole, strict=True):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        parameter.copy_(distribute_tensor(values, mesh, placements))
+
+
+def check_mergeable(layer: nn.Module) -> None:
+    """Raises a RuntimeError if the layer's weight can't be replaced by a merged one."""
+    if is_gathered(layer):
+        raise RuntimeError(
+            "weight is sharded by fully_shard, which wouldn't know a merged one; merge before "
+            "sharding the model"
+        )
+
+
+def all_finite(tensor: Any) -> bool:
+    """Whether all values are, in every process where it is a DTensor."""
+    finite: Any = tensor.isfinite().all()
+    return bool(finite.full_tensor() if is_sharded(finite) else finite)
+
+
+def placed_as(parameter: Any, values: Tensor) -> Tensor:
+    """``values``, which every process has, sharded as ``parameter`` is."""
+    if not is_sharded(parameter) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.to(parameter.device, parameter.dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(values, mesh, placements, src_data_rank=None)

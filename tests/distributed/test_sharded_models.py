@@ -1,0 +1,184 @@
+"""What is done to a model that is sharded: adapters that come later, files, merging."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parallel_models import PLAN, llama, logits, lora, parallel, sharded, trained, whole
+from processes import Cases, everywhere
+from tiny_models import make_gpt2
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import parallel as torch_parallel
+from torch.distributed.tensor.parallel import parallelize_module
+
+from peft_kernels import (
+    AdapterPool,
+    load_adapter,
+    merge,
+    save_adapter,
+    swap_linear,
+    unload,
+    unmerge,
+)
+from peft_kernels.integrations.parallel import ColwiseParallel, RowwiseParallel
+from peft_kernels.integrations.transformers import insert_adapters
+
+CASES = Cases(2)
+run = CASES.fixture()
+
+TARGETS = [name.rpartition(".")[2] for name in PLAN]
+
+
+def mesh():
+    return init_device_mesh("cpu", (CASES.processes,))
+
+
+def torch_parallel_llama():
+    """As a model comes from elsewhere, without a style of this package."""
+    styles = {name: getattr(torch_parallel, type(style).__name__)() for name, style in PLAN.items()}
+    return parallelize_module(llama(), mesh(), styles)
+
+
+def adapters_of(model) -> dict:
+    return {n: whole(p).detach() for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def randomised(model):
+    """B as if trained, the same in every process and however it is sharded."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            values = torch.randn(parameter.shape) * 0.1
+            if isinstance(parameter, DTensor):
+                values = torch.distributed.tensor.distribute_tensor(
+                    values, parameter.device_mesh, parameter.placements
+                )
+            parameter.data.copy_(values)
+    return model
+
+
+# ---- tensor parallelism --------------------------------------------------------------------------
+
+
+@CASES.add
+def adapters_that_come_into_a_parallel_model():
+    models = llama(), torch_parallel_llama()
+    for model in models:
+        torch.manual_seed(5 if torch.distributed.get_rank() == 0 else 6)
+        swap_linear(model, TARGETS, 4, alpha=8)
+    plain, model = models
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.lora_a.placements == (Replicate(),)
+    assert layer.mlp.up_proj.lora_b.placements == (Shard(0),)
+    assert layer.mlp.down_proj.lora_a.placements == (Shard(1),)
+    assert layer.mlp.down_proj.lora_b.placements == (Replicate(),)
+    of_the_first = everywhere(adapters_of(plain))[0]
+    torch.testing.assert_close(adapters_of(model), of_the_first, rtol=0, atol=0)
+    plain.load_state_dict(of_the_first, strict=False)
+    expected = trained(randomised(plain))
+    torch.testing.assert_close(trained(randomised(model)), expected, rtol=1e-6, atol=1e-6)
+
+
+@CASES.add
+def what_is_drawn_anew_is_the_same_everywhere():
+    model = parallel(lora(), mesh())
+    layer = model.model.layers[0].mlp.up_proj
+    torch.manual_seed(torch.distributed.get_rank())
+    layer.reset_adapter()
+    first, second = everywhere(layer.lora_a.to_local().detach())
+    assert torch.equal(first, second) and first.any()
+    assert not whole(layer.lora_b).any()
+
+
+@CASES.add
+def a_parallel_model_is_merged_and_unmerged():
+    for make in (lambda: parallel(lora(), mesh()), lambda: parallel_with_conv1d(mesh())):
+        model = make()
+        before = [p.clone() for p in model.parameters()]
+        expected = logits(model)
+        merge(model)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+        unmerge(model)
+        after = list(model.parameters())
+        assert all(torch.equal(whole(a), whole(b)) for a, b in zip(after, before, strict=True))
+        unload(model, merge=True)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+
+
+def parallel_with_conv1d(mesh):
+    torch.manual_seed(0)
+    model = swap_linear(make_gpt2().eval(), ["mlp.c_fc", "mlp.c_proj"], 4, alpha=8)
+    plan = {"transformer.h.*.mlp.c_fc": ColwiseParallel()}
+    plan["transformer.h.*.mlp.c_proj"] = RowwiseParallel()
+    return randomised(parallelize_module(model, mesh, plan))
+
+
+@CASES.add
+def a_merge_that_is_not_finite_changes_nothing():
+    model = parallel(lora(), mesh())
+    layer = model.model.layers[1].mlp.down_proj
+    if torch.distributed.get_rank() == 1:
+        layer.lora_a.to_local().data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .*not finite"):
+        merge(model)
+    assert not layer.merged and not model.model.layers[0].mlp.up_proj.merged
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@CASES.add
+def folders_of_sharded_models():
+    plain = lora()
+    folder = CASES.folder / "plain"
+    save_adapter(plain, folder)
+    torch.distributed.barrier()
+    for make in (parallel, sharded):
+        model = make(lora(), mesh())
+        save_adapter(model, CASES.folder / make.__name__)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.zero_()
+        load_adapter(model, CASES.folder / make.__name__)
+        torch.testing.assert_close(logits(model), logits(plain))
+    model = load_adapter(torch_parallel_llama(), folder)
+    torch.testing.assert_close(logits(model), logits(plain))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@CASES.add
+def what_comes_too_late_for_fully_shard():
+    model = sharded(llama(), mesh())
+    message = r"sharded \(a DTensor\).*Do this before fully_shard\(\)"
+    with pytest.raises(TypeError, match=message):
+        swap_linear(model, "all-linear", 4, alpha=8)
+    with pytest.raises(TypeError, match=message):
+        AdapterPool.attach(model, ["q_proj"], capacity=8)
+    with pytest.raises(TypeError, match=message):
+        insert_adapters(model, "pfeiffer", reduction_factor=4)
+    with pytest.raises(TypeError, match=message):
+        load_adapter(model, CASES.folder / "plain")
+    with pytest.raises(RuntimeError, match=r"sharded by fully_shard.*merge before"):
+        merge(sharded(lora(), mesh()))
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    of_both = sharded(parallel(llama(), both["tensor"]), both["data"])
+    with pytest.raises(TypeError, match=message):
+        swap_linear(of_both, "all-linear", 4, alpha=8)
+
+
+@CASES.add
+def a_pool_in_a_parallel_model():
+    model = llama()
+    AdapterPool.attach(model, ["q_proj"], capacity=8)
+    with pytest.raises(TypeError, match="serves an AdapterPool, whose adapters aren't sharded"):
+        parallel(model, mesh())
+    with pytest.raises(TypeError, match=r"q_proj has a weight that is sharded"):
+        AdapterPool.attach(torch_parallel_llama(), ["q_proj"], capacity=8)
+
+
+@CASES.tests
+def test_sharded_models(run, case):
+    run(case)
