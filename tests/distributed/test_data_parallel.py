@@ -62,10 +62,10 @@ def mine() -> slice:
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def check_equal(model: nn.Module, expected) -> None:
+def check_equal(model: nn.Module, expected, within: float = 1e-6) -> None:
     losses, parameters = trained(model, mine())
     average_(losses)
-    torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((losses, parameters), expected, rtol=within, atol=within)
 
 
 def sharded(model: nn.Module, **options) -> nn.Module:
@@ -87,8 +87,8 @@ def every_method_in_ddp_and_in_shards():
 def float32_adapters_on_a_bfloat16_base():
     for make in (lora, of_peft):
         expected = trained(in_bfloat16(make))
-        check_equal(DistributedDataParallel(in_bfloat16(make)), expected)
-        check_equal(sharded(in_bfloat16(make)), expected)
+        for wrap in (DistributedDataParallel, sharded):
+            check_equal(wrap(in_bfloat16(make)), expected, within=1e-5)  # rounded to 4e-3 inside
 
 
 @CASES.add
