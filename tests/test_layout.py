@@ -46,9 +46,10 @@ INSIDE = {
     },
     "integrations": {
         "served": "",
-        "peft": "served",
-        "adapter_hub": "served peft",
+        "encoded_once": "",
         "transformers": "",
+        "peft": "served encoded_once transformers",
+        "adapter_hub": "served encoded_once peft",
         "parallel": "",
         "accelerated": "peft adapter_hub",
     },

@@ -316,6 +316,50 @@ def test_compositions_of_lora(make, composition, ways):
     assert_as_theirs(model, ways)
 
 
+# ---- prefixes ----------------------------------------------------------------------------------
+
+
+def prefix(**options):
+    return adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=7, **options)
+
+
+@pytest.mark.parametrize("make", [make_bert, make_gpt2, make_llama, make_t5])
+def test_prefixes_are_encoded_once(make):
+    model = with_adapters(make, a=prefix())
+    report = assert_as_theirs(model, {"encoded once"})
+    assert {layer.reason for layer in report.layers} == {None, "prefix_tuning.PrefixTuningLayer"}
+    assert "(pytorch)" in report.summary()
+    with torch.no_grad():
+        assert_as_theirs(model, {"encoded once"})
+        report = peft_kernels.accelerate(model)
+        first = run(model)[0]
+        assert torch.equal(run(model)[0], first)
+        for name, parameter in model.named_parameters():
+            if "control_trans" in name:
+                parameter.mul_(-1)
+        changed = run(model)[0]
+        assert not torch.allclose(changed, first)
+        peft_kernels.restore(model)
+        torch.testing.assert_close(run(model)[0], changed)
+
+
+@pytest.mark.parametrize("setup", [
+    BatchSplit("a", "b", batch_sizes=[1, 3]), Parallel("a", "b"),
+], ids=str)  # fmt: skip
+def test_prefixes_in_compositions(setup):
+    model = with_adapters(make_bert, a=prefix(), b=prefix(non_linearity="relu"))
+    model.set_active_adapters(setup)
+    assert_as_theirs(model, {"encoded once"})
+
+
+def test_a_prefix_with_dropout_is_theirs_in_training():
+    model = with_adapters(make_bert, a=prefix(dropout=0.3))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train(module.p == 0.3)
+    assert_as_theirs(model, {"dropout by row"})
+
+
 # ---- what stays theirs -------------------------------------------------------------------------
 
 

@@ -9,16 +9,19 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import nn
 
 from peft_kernels._library import backend_of
-from peft_kernels.integrations.adapter_hub import bottleneck, lora
+from peft_kernels.integrations.adapter_hub import bottleneck, lora, prefix
 from peft_kernels.integrations.adapter_hub.bottleneck_state import read_parts
 from peft_kernels.integrations.adapter_hub.fusion import KEPT
+from peft_kernels.integrations.encoded_once import KEPT as KEPT_PREFIX
 from peft_kernels.integrations.served import CALLS
 
 LIBRARY = "adapters"
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether this is a layer of theirs that has an adapter, of any method."""
+    """Whether this is a layer of theirs that has an adapter, or the encoder of a prefix."""
+    if isinstance(module, prefix.TheirPrefixTuning):
+        return True
     return isinstance(module, AdapterLayerBase) and bool(module.adapter_modules)
 
 
@@ -44,7 +47,7 @@ def restore(module: nn.Module) -> None:
     own = _own_class(type(module))
     if own is not type(module):
         module.__class__ = own
-        for name in (CALLS, KEPT):
+        for name in (CALLS, KEPT, KEPT_PREFIX):
             module.__dict__.pop(name, None)
 
 
@@ -54,7 +57,9 @@ def calls(layer: nn.Module) -> dict[str, int]:
 
 
 def backend(layer: Any) -> str:
-    """What serves the layer's calls."""
+    """What serves the layer's calls; an encoder's products are PyTorch's."""
+    if isinstance(layer, prefix.TheirPrefixTuning):
+        return "pytorch"
     weight = next(_adapters_of(layer)[0][1].parameters())
     kernel = lora.KERNEL if type(layer) in lora.OWN else bottleneck.KERNEL
     return backend_of(kernel, weight.device, weight.dtype)
@@ -67,6 +72,8 @@ def why_not(layer: Any) -> str | None:
     """
     if _own_class(type(layer)) is type(layer):
         return kind_of(layer)
+    if isinstance(layer, prefix.PrefixTuning):
+        return prefix.why_not(layer)
     is_lora = type(layer) in lora.OWN
     if is_lora and "forward" in layer.__dict__:
         return "another forward"
@@ -88,9 +95,9 @@ def _served_class(kind: Any) -> Any:
     """The class to put in this one's place, or None."""
     if issubclass(kind, BottleneckLayer) and not issubclass(kind, bottleneck.Served):
         return bottleneck.served_class(kind)
-    return lora.SERVED.get(kind)
+    return lora.SERVED.get(kind) or prefix.SERVED.get(kind)
 
 
 def _own_class(kind: Any) -> Any:
     """The library's own class that this one stands for."""
-    return lora.OWN.get(kind) or bottleneck.own_class(kind)
+    return lora.OWN.get(kind) or prefix.OWN.get(kind) or bottleneck.own_class(kind)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft.tuners.p_tuning import PromptEncoder as PeftPromptEncoder
 from peft.tuners.prefix_tuning import PrefixEncoder as PeftPrefixEncoder
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from peft_kernels.integrations.encoded_once import ONCE, kept_or_made
 from peft_kernels.integrations.served import count, is_plain
-from peft_kernels.nn._kept import Kept
-
-ONCE = "encoded once"
-KEPT = "_peft_kernels_encoded"  # in an encoder's __dict__
 
 
 class PrefixEncoder(PeftPrefixEncoder):
@@ -54,12 +50,5 @@ def _encode(encoder: nn.Module, rows: Tensor, forward: Callable[[Tensor], Tensor
         count(encoder, reason)
         return forward(rows)
     count(encoder, ONCE)
-    parameters, first = list(encoder.parameters()), rows[:1]
-    trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    if trains or encoder.training:
-        made = forward(first)
-    else:
-        kept: Kept[Tensor] = encoder.__dict__.setdefault(KEPT, Kept())
-        # The rows are looked at: which of the encoder's vectors, in which order.
-        made = kept.get(lambda: forward(first), [*parameters, first])
-    return made.expand(rows.shape[0], -1, -1)
+    first = rows[:1]  # which of the encoder's vectors, in which order
+    return kept_or_made(encoder, lambda: forward(first), first).expand(rows.shape[0], -1, -1)

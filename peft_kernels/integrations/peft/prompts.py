@@ -10,6 +10,7 @@ from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
 
 from peft_kernels._library import backend_of
+from peft_kernels.integrations.encoded_once import KEPT
 from peft_kernels.integrations.peft import prompt_encoders, prompted
 from peft_kernels.integrations.served import CALLS
 
@@ -50,7 +51,7 @@ def restore(module: nn.Module) -> None:
     """Takes it away again."""
     if type(module) in OWN:
         module.__class__ = OWN[type(module)]
-        for name in (CALLS, prompted.FREE, prompt_encoders.KEPT):
+        for name in (CALLS, prompted.FREE, KEPT):
             module.__dict__.pop(name, None)
 
 
