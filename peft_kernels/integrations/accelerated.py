@@ -54,8 +54,9 @@ class Report:
         """The layers' calls since this report was made, by what served them.
 
         The name of an op, such as ``"lora_linear"`` or ``"adapter"``, stands for kernels, and
-        ``"embedding"`` for PyTorch's own operations, fewer than PEFT's. Anything else is why the
-        library's own code served a call. What runs as torch.compile compiled it isn't counted.
+        ``"embedding"`` and ``"encoded once"`` for PyTorch's own operations, fewer than the
+        library's. Anything else is why the library's own code served a call. What runs as
+        torch.compile compiled it isn't counted.
         """
         return dict(self._calls() - self._before)
 

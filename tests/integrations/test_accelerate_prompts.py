@@ -129,9 +129,12 @@ def test_the_report_says_what_serves_what():
     kinds = {layer.name: (layer.kind, layer.backend) for layer in report.layers}
     assert kinds == {
         "": ("peft_model.PeftModelForCausalLM", "cpu"),
-        "prompt_encoder.default": ("p_tuning.PromptEncoder", "pytorch"),
+        "prompt_encoder.default": ("p_tuning.PromptEncoder", "torch"),
     }
-    assert "2 of 2 layers of PEFT's run on peft_kernels (cpu, pytorch)" in report.summary()
+    assert report.summary() == (
+        "1 of 2 layers of PEFT's run on peft_kernels (cpu); "
+        "1 on PyTorch's operations, and no kernel"
+    )
     assert "(model)" in str(report)
     report = peft_kernels.accelerate(prompted(make_llama, "prefix"))
     assert "2 keep PEFT's: PREFIX_TUNING (1), no projection (1)" in report.summary()

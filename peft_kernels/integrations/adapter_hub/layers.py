@@ -59,7 +59,7 @@ def calls(layer: nn.Module) -> dict[str, int]:
 def backend(layer: Any) -> str:
     """What serves the layer's calls; an encoder's products are PyTorch's."""
     if isinstance(layer, prefix.TheirPrefixTuning):
-        return "pytorch"
+        return "torch"
     weight = next(_adapters_of(layer)[0][1].parameters())
     kernel = lora.KERNEL if type(layer) in lora.OWN else bottleneck.KERNEL
     return backend_of(kernel, weight.device, weight.dtype)

@@ -63,7 +63,7 @@ def calls(layer: nn.Module) -> dict[str, int]:
 def backend(layer: Any) -> str:
     """What serves the layer's calls; an encoder's own products are PyTorch's."""
     if isinstance(layer, _ENCODERS):
-        return "pytorch"
+        return "torch"
     weight = layer.word_embeddings.weight
     return backend_of(prompted.KERNEL, weight.device, weight.dtype)
 
