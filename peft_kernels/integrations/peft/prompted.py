@@ -18,6 +18,7 @@ import torch
 from peft import PeftType
 from torch import Tensor
 
+from peft_kernels.integrations.peft import prefixed
 from peft_kernels.integrations.served import count
 from peft_kernels.ops.prompt_lookup import prompt_lookup
 
@@ -43,6 +44,8 @@ def _forward(theirs: Callable[..., Any], labels: bool = True, classifies: bool =
         if reason is not None:
             count(self, reason)
             return theirs(self, *args, **kwargs)
+        if self.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+            return _forward_with_prefix(self, theirs, args, kwargs, given)
         count(self, KERNEL)
         ids, mask = given.pop("input_ids"), given.pop("attention_mask", None)
         names = ("labels", *_OUTPUTS) if labels else _OUTPUTS
@@ -76,6 +79,21 @@ def _forward(theirs: Callable[..., Any], labels: bool = True, classifies: bool =
     return forward
 
 
+def _forward_with_prefix(
+    model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict, given: dict
+) -> Any:
+    given = {key: value for key, value in given.items() if value is not None}
+    reason = prefixed.why_not_of(model, given)
+    if reason is None:
+        output = prefixed.forward(model, given)
+        if output is not None:
+            count(model, prefixed.KERNEL)
+            return output
+        reason = "an attention that asks for no prefix"
+    count(model, reason)
+    return theirs(model, *args, **kwargs)
+
+
 class PeftModelForCausalLM(peft.PeftModelForCausalLM):
     """PEFT's, with the prompt put before the text by a kernel."""
 
@@ -84,7 +102,12 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         mask = inputs.get("attention_mask")
-        if not is_free(self) or why_not(self) or not isinstance(mask, Tensor) or mask.dim() != 2:
+        if (
+            not is_free(self)
+            or not _has_prompt(self)
+            or not isinstance(mask, Tensor)
+            or mask.dim() != 2
+        ):
             return inputs
         length = self.active_peft_config.num_virtual_tokens
         embeddings, text = inputs.get("inputs_embeds"), mask[:, length:].long()
@@ -144,9 +167,15 @@ def is_free(model: Any) -> bool:
     return FREE in model.__dict__
 
 
+def _has_prompt(model: Any) -> bool:
+    return model.active_peft_config.peft_type in _TYPES
+
+
 def why_not(model: Any) -> str | None:
     """Why a model's calls are PEFT's, or None."""
     config = model.active_peft_config
+    if config.peft_type == PeftType.PREFIX_TUNING and isinstance(model, PeftModelForCausalLM):
+        return prefixed.why_not(model)
     return None if config.peft_type in _TYPES else config.peft_type.value
 
 

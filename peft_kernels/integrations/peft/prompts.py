@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.p_tuning import PromptEncoder
 from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
 
 from peft_kernels._library import backend_of
 from peft_kernels.integrations.encoded_once import KEPT
-from peft_kernels.integrations.peft import prompt_encoders, prompted
+from peft_kernels.integrations.peft import prefixed, prompt_encoders, prompted
 from peft_kernels.integrations.served import CALLS
 
 LIBRARY = "PEFT"
@@ -45,10 +45,14 @@ def serve(module: nn.Module, strict: bool) -> None:
         module.__class__ = SERVED[type(module)]
     if type(module) is prompted.PeftModelForCausalLM:
         prompted.set_strict(module, strict)
+        if module.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+            prefixed.prepare(module)
 
 
 def restore(module: nn.Module) -> None:
     """Takes it away again."""
+    if prefixed.PLACES in module.__dict__:
+        prefixed.give_back(module)
     if type(module) in OWN:
         module.__class__ = OWN[type(module)]
         for name in (CALLS, prompted.FREE, KEPT):
@@ -65,7 +69,8 @@ def backend(layer: Any) -> str:
     if isinstance(layer, _ENCODERS):
         return "torch"
     weight = layer.word_embeddings.weight
-    return backend_of(prompted.KERNEL, weight.device, weight.dtype)
+    kernel = prefixed.KERNEL if prefixed.PLACES in layer.__dict__ else prompted.KERNEL
+    return backend_of(kernel, weight.device, weight.dtype)
 
 
 def why_not(layer: Any) -> str | None:

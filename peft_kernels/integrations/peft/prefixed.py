@@ -1,0 +1,121 @@
+"""PEFT's prefix in a causal model's forward, on :func:`peft_kernels.ops.prefix_attention`.
+
+PEFT puts the prefix into the cache of each row, and each attention concatenates it with the text's
+keys. Here the model's attention modules take it beside their text, by one copy for all rows, and
+the cache that a forward returns begins with it, as PEFT's does. With ``use_cache=False`` there is
+none. In ``generate`` it is in the cache from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+KERNEL = "prefix_attention"
+# In a model's __dict__: the paths of its attention modules by layer, or why they take no prefix.
+PLACES = "_peft_kernels_places"
+
+
+def prepare(model: Any) -> None:
+    """Has the attention modules of the model ask for a prefix in each forward."""
+    base = model.get_base_model()
+    found = model.__dict__[PLACES] = _places_of(base)
+    if isinstance(found, dict):
+        prefix, places = _room()[0], _room()[1].attention_places(base)
+        prefix.use_prefix_attention(base, places)
+
+
+def give_back(model: Any) -> None:
+    """Undoes :func:`prepare`."""
+    if isinstance(model.__dict__.pop(PLACES, None), dict):
+        _room()[2].unpin(model.get_base_model())
+
+
+def why_not(model: Any) -> str | None:
+    """Why the model's forward is PEFT's, or None."""
+    found = model.__dict__.get(PLACES, "no attention that is known")
+    return found if isinstance(found, str) else None
+
+
+def why_not_of(model: Any, given: dict[str, Any]) -> str | None:
+    """Why this call is PEFT's, or None."""
+    if given.get("past_key_values") is not None or given.get("output_attentions"):
+        return "other arguments"
+    if given.get("return_dict") is False or given.get("cache_position") is not None:
+        return "other arguments"
+    base = model.get_base_model()
+    if base.config.output_attentions or not getattr(base.config, "return_dict", True):
+        return "other arguments"
+    return "gradient checkpointing" if base.training and base.is_gradient_checkpointing else None
+
+
+def forward(model: Any, given: dict[str, Any]) -> Any:
+    """The model's output, or None if some attention module didn't ask for its prefix.
+
+    Args:
+        given: ``input_ids`` ``[B, S]`` and other arguments of the forward.
+    """
+    state = _room()[3]
+    ids, config = given.pop("input_ids"), model.active_peft_config
+    cache, base = model.get_prompt(batch_size=1), model.get_base_model()
+    modules = {base.get_submodule(path): i for i, path in model.__dict__[PLACES].items()}
+    pairs = {
+        module: (cache.layers[i].keys[0], cache.layers[i].values[0])
+        for module, i in modules.items()
+    }
+    mask, length = given.pop("attention_mask", None), config.num_virtual_tokens
+    model._adjust_prompt_learning_kwargs(config, kwargs=given)
+    if given.get("position_ids") is None:
+        text = torch.arange(length, length + ids.shape[1], device=ids.device)
+        given["position_ids"] = text[None]
+    prefixes = state.Prefixes(pairs)
+    with state.using(prefixes):
+        output = model.base_model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            **given,
+        )
+    if not all(map(prefixes.was_asked, modules)):
+        return None
+    if getattr(output, "past_key_values", None) is not None:
+        from peft_kernels.integrations.peft.prefix_cache import put_before
+
+        put_before(output.past_key_values, cache, ids.shape[0])
+    return output
+
+
+def _places_of(base: nn.Module) -> dict[int, str] | str:
+    """The attention modules by layer, or why they take no prefix of PEFT's."""
+    try:
+        prefix, places, _, _ = _room()
+    except ImportError:
+        return f"transformers {transformers.__version__}"
+    try:
+        found = places.attention_places(base)
+    except ValueError:
+        return "no attention that is known"
+    config: Any = getattr(base, "config", None)
+    if prefix.window_of(base) is not None:
+        return "attention in a window"
+    if getattr(config, "attn_logit_softcapping", None) or any(
+        hasattr(place.module, "sinks") for place in found
+    ):
+        return "attention with caps or sinks"
+    calls: Callable[[nn.Module], bool] = places.calls_the_interface
+    if not all(place.site == "self" and calls(place.module) for place in found):
+        return "another kind of attention"
+    if not prefix.shifts_positions(base, found, None):
+        return "positions that aren't given"
+    return {place.layer: place.path for place in found}
+
+
+def _room() -> tuple[Any, Any, Any, Any]:
+    """What puts prefixes into transformers' models, which asks for a version of that."""
+    from peft_kernels.integrations.transformers import places, prefix
+    from peft_kernels.integrations.transformers.attention import pinned, prefixed
+
+    return prefix, places, pinned, prefixed
