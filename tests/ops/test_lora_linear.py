@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import peft_kernels
 from peft_kernels.ops import lora_linear
 from peft_kernels.ops._dropout import dropout_factor
-from peft_kernels.ops.lora_linear import example_inputs
+from peft_kernels.ops.lora_linear import example_inputs, lora_linear_plain
 
 BACKENDS = ["reference", "auto", "triton"]
 HALVES = [torch.bfloat16, torch.float16]
@@ -343,3 +343,35 @@ def test_the_native_op_checks_what_reaches_it():
     for index, wrong in [(1, torch.ones(4, 5)), (3, torch.ones(3, 5)), (4, torch.ones(4, 2))]:
         with pytest.raises(RuntimeError, match="must be"):
             torch.ops.peft_kernels.lora_linear_fwd(*args[:index], wrong, *args[index + 1 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_quick_way_is_the_op(dtype, dropout_p, bias):
+    case = example_inputs(6, 5, 7, 3, dtype=dtype, bias=bias)
+    x, weight, a, b = (case[name].requires_grad_() for name in ("x", "weight", "lora_a", "lora_b"))
+    torch.manual_seed(1)
+    expected = lora_linear(x, weight, a, b, bias=case.get("bias"), scale=2.0, dropout_p=dropout_p)
+    torch.manual_seed(1)
+    found = lora_linear_plain(x, weight, case.get("bias"), a, b, 2.0, dropout_p)
+    assert torch.equal(found, expected)
+    grads = [torch.autograd.grad(y.sum(), (x, weight, a, b)) for y in (found, expected)]
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("change", [
+    {"x": (6, 8)}, {"x": ()}, {"weight": (5, 8)}, {"bias": (6,)}, {"lora_a": (3, 6)},
+    {"lora_a": (0, 7)}, {"lora_b": (1, 3)}, {"lora_b": (5, 4)},
+    {"x": "meta"}, {"bias": "meta"}, {"lora_a": "meta"}, {"lora_b": "meta"}, {"weight": "meta"},
+], ids=str)  # fmt: skip
+def test_the_quick_way_has_the_errors_of_the_op(change):
+    case = example_inputs(6, 5, 7, 3)
+    ((name, new),) = change.items()
+    case[name] = case[name].to(new) if new == "meta" else torch.randn(new)
+    x, weight, bias, a, b = (case[n] for n in ("x", "weight", "bias", "lora_a", "lora_b"))
+    with pytest.raises(ValueError, match=f"{name}|device") as expected:
+        lora_linear(x, weight, a, b, bias=bias)
+    with pytest.raises(ValueError) as found:
+        lora_linear_plain(x, weight, bias, a, b, 1.0, 0.0)
+    assert str(found.value) == str(expected.value)

@@ -30,6 +30,7 @@ from peft_kernels.integrations.peft.state import (
 )
 from peft_kernels.integrations.served import CALLS, count
 from peft_kernels.ops import lora_linear
+from peft_kernels.ops.lora_linear import lora_linear_plain
 
 LIBRARY = "PEFT"
 KERNEL, ROWS = "lora_linear", "multi_lora_linear"
@@ -48,8 +49,7 @@ class Linear(peft_lora.Linear):
         if plain is None:
             return self._forward_as_found(x, *args, **kwargs)
         count(self, KERNEL)
-        weight, bias, a, b, scale, dropout_p = plain
-        return lora_linear(x, weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
+        return lora_linear_plain(x, *plain)
 
     def _forward_as_found(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-# The weight, the bias, A, B, scale and dropout_p of lora_linear.
+# The weight, the bias, A, B, scale and dropout_p of lora_linear_plain.
 Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float]
 _LINEAR, _IDENTITY, _DROPOUT, _PARAMETER = nn.Linear, nn.Identity, nn.Dropout, nn.Parameter
+_TENSORS = (Tensor, nn.Parameter)
 
 
 def read_plain(layer: nn.Module, x: Tensor) -> Arguments | None:
-    """What lora_linear needs to serve a call with x, or None where ``read`` must look.
+    """What lora_linear_plain needs to serve a call with x, or None where ``read`` must look.
 
     Plain is one active adapter of one dtype with the base, on an ``nn.Linear``, with nothing put
     around a part of the layer, and no autocast.
@@ -60,15 +61,17 @@ def read_plain(layer: nn.Module, x: Tensor) -> Arguments | None:
             return None
         p = dropout.p if dropout.training else 0.0
     scale, bias, b_bias = state["scaling"][name], base._parameters["bias"], b._parameters["bias"]
-    weight, a, b = (module._parameters.get("weight") for module in (base, a, b))
+    weight = base._parameters.get("weight")
+    a, b = a._parameters.get("weight"), b._parameters.get("weight")
     if (
         b_bias is None
         and type(scale) is float
+        and type(x) in _TENSORS
         and type(weight) is type(a) is type(b) is _PARAMETER
         and (bias is None or (type(bias) is _PARAMETER and bias.dim() == 1))
         and weight.dim() == a.dim() == b.dim() == 2
         and x.dtype is weight.dtype is a.dtype is b.dtype
-        and p < 1.0
+        and 0.0 <= p < 1.0
     ):
         return weight, bias, a, b, scale, p
     return None
