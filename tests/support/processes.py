@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Imports take longer than tests do: a server has them once, which processes are forked from. It
+# finds what is installed alone.
+PRELOADED = [
+    "peft",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+]
 SECONDS = 60  # a collective that one process never comes to
 
 
@@ -55,8 +66,11 @@ class Cases:
             names = list(self.functions)
             error: Exception | None = None
             arguments = (self.processes, str(folder), request.module.__name__, names)
+            multiprocessing.set_forkserver_preload(PRELOADED)
             try:
-                torch.multiprocessing.spawn(_in_a_process, arguments, nprocs=self.processes)
+                torch.multiprocessing.start_processes(
+                    _in_a_process, arguments, nprocs=self.processes, start_method="forkserver"
+                )
             except Exception as raised:
                 error = raised
 

@@ -1,0 +1,109 @@
+"""Four processes: shards of shards, folders that one process reads, checkpoints in shards."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from parallel_models import (
+    average_,
+    llama,
+    logits,
+    lora,
+    of_peft,
+    parallel,
+    sharded,
+    trained,
+)
+from processes import Cases
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+
+from peft_kernels import load_adapter, save_adapter
+
+CASES = Cases(4)
+run = CASES.fixture()
+
+
+def mesh():
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+
+def in_both(model: nn.Module) -> nn.Module:
+    """Tensor parallelism over pairs, and fully_shard over two of them."""
+    both = mesh()
+    return sharded(parallel(model, both["tensor"]), both["data"])
+
+
+def in_shards(model: nn.Module) -> nn.Module:
+    return sharded(model, init_device_mesh("cpu", (4,)))
+
+
+def check_equal(model: nn.Module, expected, group) -> None:
+    rows = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    losses, parameters = trained(model, rows)
+    average_(losses, group=group)
+    torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
+
+
+@CASES.add
+def shards_of_shards_train_as_one_process():
+    for make in (lora, of_peft):
+        check_equal(in_both(make()), trained(make()), mesh()["data"].get_group())
+
+
+@CASES.add
+def four_shards_train_as_one_process():
+    check_equal(in_shards(lora()), trained(lora()), None)
+
+
+@CASES.add
+def four_shards_are_written():
+    for wrap in (in_both, in_shards):
+        model = wrap(lora())
+        save_adapter(model, CASES.folder / wrap.__name__)
+        dcp.save(get_model_state_dict(model), checkpoint_id=CASES.folder / f"{wrap.__name__}.dcp")
+
+
+@CASES.add
+def a_checkpoint_is_read_in_other_shards():
+    expected = logits(lora())
+    for written, wrap in (("in_both", in_shards), ("in_shards", in_both)):
+        model = wrap(zeroed(lora()))
+        assert not torch.allclose(logits(model), expected)
+        state = get_model_state_dict(model)
+        dcp.load(state, checkpoint_id=CASES.folder / f"{written}.dcp")
+        set_model_state_dict(model, state)
+        torch.testing.assert_close(logits(model), expected)
+
+
+def zeroed(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.zero_()
+    for module in model.modules():
+        if hasattr(module, "scale"):
+            module.scale = 7.0
+    return model
+
+
+@CASES.tests
+def test_four_processes(run, case):
+    run(case)
+
+
+@pytest.mark.parametrize("wrap", ["in_both", "in_shards"])
+def test_one_process_reads_what_four_wrote(run, wrap):
+    run("four_shards_are_written")
+    expected = logits(lora())
+    folder = CASES.folder / wrap
+    torch.testing.assert_close(logits(load_adapter(llama(), folder)), expected)
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), folder)), expected)
+    model = zeroed(lora())
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=CASES.folder / f"{wrap}.dcp", no_dist=True)
+    model.load_state_dict(state)
+    torch.testing.assert_close(logits(model), expected)
