@@ -50,7 +50,7 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
-	for op in lora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup; do \
+	for op in lora_linear dora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup; do \
 	  $(BIN)/peft-kernels bench $$op --all --out out/bench/$$op --markdown out/bench/$$op/bench.md || exit; \
 	done
 

@@ -39,6 +39,7 @@ INSIDE = {
     "triton": {
         "common": "",
         "lora_linear": "common",
+        "dora_linear": "common lora_linear",
         "multi_lora_linear": "common",
         "adapter": "common lora_linear",
         "adapter_fusion": "common adapter",

@@ -1,5 +1,5 @@
 // Registers LoRA linear for the CPU key: tensors to matrices, and the build for this processor.
-#include "lora_linear.h"
+#include "lora_linear_op.h"
 
 #include <optional>
 #include <string>
@@ -10,11 +10,8 @@
 #include "options.h"
 
 namespace peft_kernels {
-namespace {
 
-constexpr int64_t MKL_ROWS = 128;  // fewest float32 rows whose base product is torch's
-
-const LoRALinearKernels& kernels() {
+const LoRALinearKernels& lora_linear_kernels() {
   switch (chosen_isa()) {
 #if defined(__x86_64__)
     case Isa::avx512: return lora_linear_avx512;
@@ -23,6 +20,20 @@ const LoRALinearKernels& kernels() {
     default: return lora_linear_baseline;
   }
 }
+
+float scale_of(double scale, const std::optional<Tensor>& scale_t) {
+  return scale_t ? read_scalar<float>(*scale_t, "scale_t") : static_cast<float>(scale);
+}
+
+std::optional<Matrix> bias_row(const std::optional<Tensor>& bias, int64_t n) {
+  if (!bias) return std::nullopt;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must be [n]");
+  return Matrix{bias->mutable_data_ptr(), dtype_of(*bias, "bias"), 1, n, n, bias->stride(0)};
+}
+
+namespace {
+
+constexpr int64_t MKL_ROWS = 128;  // fewest float32 rows whose base product is torch's
 
 bool has_bf16_products() {
 #if defined(__x86_64__)
@@ -62,14 +73,13 @@ void check_shapes(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                   "lora_b must be [n, r] for weight [n, k] and lora_a [r, k]");
 }
 
-float scale_of(double scale, const std::optional<Tensor>& scale_t) {
-  return scale_t ? read_scalar<float>(*scale_t, "scale_t") : static_cast<float>(scale);
-}
+}  // namespace
 
-std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                           Tensor lora_a, Tensor lora_b, double scale,
-                                           std::optional<Tensor> scale_t, double dropout_p,
-                                           std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor> lora_linear_with_gain(Tensor x, Tensor weight,
+                                                 std::optional<Tensor> bias, const float* gain,
+                                                 Tensor lora_a, Tensor lora_b, double scale,
+                                                 std::optional<Tensor> scale_t, double dropout_p,
+                                                 std::optional<Tensor> seed) {
   check_shapes(x, weight, lora_a, lora_b);
   x = with_unit_stride(x, true), weight = with_unit_stride(weight, false);
   lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
@@ -79,22 +89,19 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optiona
                       : torch::stable::new_empty(x, {m, n});
   Tensor s = torch::stable::new_empty(x, {m, r}, ScalarType::Float);
   const auto dropout = dropout_of(dropout_p, seed);
-  std::optional<Matrix> bias_row;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must be [n]");
-    bias_row = Matrix{bias->mutable_data_ptr(), dtype_of(*bias, "bias"), 1, n, n, bias->stride(0)};
-  }
-  kernels().forward({.x = matrix_of(x, "x"),
-                     .weight = matrix_of(weight, "weight"),
-                     .lora_a = matrix_of(lora_a, "lora_a"),
-                     .lora_b = matrix_of(lora_b, "lora_b"),
-                     .bias = bias_row ? &*bias_row : nullptr,
-                     .dropout = dropout ? &*dropout : nullptr,
-                     .scale = scale_of(scale, scale_t),
-                     .y = matrix_of(y, "y"),
-                     .has_base = has_base,
-                     .s = s.mutable_data_ptr<float>()},
-                    torch_threads());
+  const std::optional<Matrix> row = bias_row(bias, n);
+  lora_linear_kernels().forward({.x = matrix_of(x, "x"),
+                                 .weight = matrix_of(weight, "weight"),
+                                 .lora_a = matrix_of(lora_a, "lora_a"),
+                                 .lora_b = matrix_of(lora_b, "lora_b"),
+                                 .bias = row ? &*row : nullptr,
+                                 .gain = gain,
+                                 .dropout = dropout ? &*dropout : nullptr,
+                                 .scale = scale_of(scale, scale_t),
+                                 .y = matrix_of(y, "y"),
+                                 .has_base = has_base,
+                                 .s = s.mutable_data_ptr<float>()},
+                                torch_threads());
   return {y, s};
 }
 
@@ -122,24 +129,34 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w
   if (needs_a) da_out = matrix_of(da, "da");
   if (needs_b) db_out = matrix_of(db, "db");
   const auto dropout = dropout_of(dropout_p, seed);
-  kernels().backward({.dy = matrix_of(dy, "dy"),
-                      .x = matrix_of(x, "x"),
-                      .weight = matrix_of(weight, "weight"),
-                      .lora_a = matrix_of(lora_a, "lora_a"),
-                      .lora_b = matrix_of(lora_b, "lora_b"),
-                      .s = s.const_data_ptr<float>(),
-                      .dropout = dropout ? &*dropout : nullptr,
-                      .scale = scale_of(scale, scale_t),
-                      .dx = dx_out ? &*dx_out : nullptr,
-                      .da = da_out ? &*da_out : nullptr,
-                      .db = db_out ? &*db_out : nullptr,
-                      .has_base = has_base},
-                     torch_threads());
+  lora_linear_kernels().backward({.dy = matrix_of(dy, "dy"),
+                                  .x = matrix_of(x, "x"),
+                                  .weight = matrix_of(weight, "weight"),
+                                  .lora_a = matrix_of(lora_a, "lora_a"),
+                                  .lora_b = matrix_of(lora_b, "lora_b"),
+                                  .s = s.const_data_ptr<float>(),
+                                  .dropout = dropout ? &*dropout : nullptr,
+                                  .scale = scale_of(scale, scale_t),
+                                  .dx = dx_out ? &*dx_out : nullptr,
+                                  .da = da_out ? &*da_out : nullptr,
+                                  .db = db_out ? &*db_out : nullptr,
+                                  .has_base = has_base},
+                                 torch_threads());
   return {dx, da, db};
 }
 
+namespace {
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                           Tensor lora_a, Tensor lora_b, double scale,
+                                           std::optional<Tensor> scale_t, double dropout_p,
+                                           std::optional<Tensor> seed) {
+  return lora_linear_with_gain(x, weight, bias, nullptr, lora_a, lora_b, scale, scale_t, dropout_p,
+                               seed);
+}
+
 std::string native_info() {
-  std::string info = std::string(kernels().isa) + " kernels, no BLAS";
+  std::string info = std::string(lora_linear_kernels().isa) + " kernels, no BLAS";
   if (has_bf16_products()) info += "; bfloat16 base products beyond 4 rows by torch, in hardware";
   if (has_intel_avx512())
     info += "; float32 ones from " + std::to_string(MKL_ROWS) + " rows on by torch";

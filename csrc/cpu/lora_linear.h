@@ -7,6 +7,7 @@ namespace peft_kernels {
 struct LoRALinearForward {
   Matrix x, weight, lora_a, lora_b;  // [m, k], [n, k], [r, k], [n, r]
   const Matrix* bias;                // [1, n], or null
+  const float* gain;                 // [n], the factors of all but the bias; null for 1
   const Dropout* dropout;            // null for none
   float scale;
   Matrix y;                          // [m, n]
@@ -23,10 +24,22 @@ struct LoRALinearBackward {
   bool has_base;               // dx holds dy W already
 };
 
+// What a gain on y adds to the backward, before the rest: dz = gain dy, and the gain's own gradient.
+struct GainBackward {
+  Matrix dy, y, x, weight, lora_b;  // y = gain z + bias with z = x W^T + scale S B^T
+  const Matrix* bias;               // [1, n], or null
+  const float* s;
+  float scale;
+  const float* gain;  // [n]
+  Matrix dz;          // [m, n]
+  float* dgain;       // [n], or null where it isn't wanted
+};
+
 struct LoRALinearKernels {
   const char* isa;
   void (*forward)(const LoRALinearForward&, const Parallel&);
   void (*backward)(const LoRALinearBackward&, const Parallel&);
+  void (*gain_backward)(const GainBackward&, const Parallel&);
 };
 
 extern const LoRALinearKernels lora_linear_baseline;

@@ -1,6 +1,8 @@
-// LoRA linear on the CPU, built once per instruction set; the maths is in ops/lora_linear.py.
+// LoRA linear and DoRA linear on the CPU, built once per instruction set; the maths is in
+// ops/lora_linear.py and ops/dora_linear.py.
 #include "lora_linear.h"
 
+#include "gain.h"
 #include "matrix/rank_products.h"
 #include "matrix/sweep.h"
 
@@ -12,7 +14,7 @@ void lora_linear_fwd(const LoRALinearForward& f, const Parallel& parallel) {
   // 1. S = dropout(x) A^T and Z = scale S, from the panels of x that 2 reads
   const Scratch z(m * r);
   const Projection projection{f.lora_a, f.dropout, f.scale, f.s};
-  // 2. y = x W^T + Z B^T + b
+  // 2. y = gain (x W^T + Z B^T) + b
   sweep({.x = f.x,
          .g = f.weight.transposed(),
          .projection = &projection,
@@ -20,6 +22,7 @@ void lora_linear_fwd(const LoRALinearForward& f, const Parallel& parallel) {
          .h = f.lora_b.transposed(),
          .r = r,
          .bias = f.bias,
+         .gain = f.gain,
          .out = f.y,
          .has_base = f.has_base},
         parallel);
@@ -66,6 +69,7 @@ void lora_linear_bwd(const LoRALinearBackward& b, const Parallel& parallel) {
 #define PK_STRING(a) PK_STRING_(a)
 
 const LoRALinearKernels PK_CONCAT(lora_linear_, PK_ISA) = {
-    PK_STRING(PK_ISA), PK_ISA::lora_linear_fwd, PK_ISA::lora_linear_bwd};
+    PK_STRING(PK_ISA), PK_ISA::lora_linear_fwd, PK_ISA::lora_linear_bwd,
+    PK_ISA::gain_backward};
 
 }  // namespace peft_kernels

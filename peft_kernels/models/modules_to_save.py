@@ -209,7 +209,7 @@ def warn_of_left_out(model: nn.Module, written: Iterable[str]) -> None:
 
 def _check_base_is_frozen(name: str, trains: Iterable[str]) -> None:
     for key in trains:
-        if key not in ("lora_a", "lora_b"):
+        if key not in ("lora_a", "lora_b", "lora_magnitude"):
             raise ValueError(
                 f"{name}.{key} trains, and PEFT's format has no place for the base of a LoRA "
                 f"layer: freeze it; {_ALTERNATIVE}"

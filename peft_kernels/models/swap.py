@@ -28,7 +28,8 @@ from peft_kernels.modules.uncalled import uncalled_layers
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
 from peft_kernels.nn.invertible import InvertibleAdapter
-from peft_kernels.nn.lora import LoRALinear, check_settings
+from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.nn.lora_settings import check_settings
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
@@ -58,6 +59,7 @@ def swap_linear(
     alpha: float,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     init: str = "kaiming_uniform",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -98,6 +100,8 @@ def swap_linear(
             ``alpha / r``.
         dropout: the share of x dropped on the low-rank branch in training, in [0, 1).
         use_rslora: multiply by ``alpha / sqrt(r)`` instead.
+        use_dora: learn the lengths of the adapted weights' rows too
+            (:class:`peft_kernels.nn.LoRALinear`).
         init: how A is drawn, ``"kaiming_uniform"`` or ``"gaussian"``; B is zero.
         adapter_dtype: of A and B, float32 or the layer's dtype; by default float32 over a float16
             or bfloat16 layer, else the layer's.
@@ -137,6 +141,7 @@ def swap_linear(
         alpha=alpha,
         dropout=dropout,
         use_rslora=use_rslora,
+        use_dora=use_dora,
         init=init,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
@@ -326,6 +331,7 @@ def swap_targets(
     alpha: float,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     init: str = "kaiming_uniform",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -356,6 +362,7 @@ def swap_targets(
                     alpha=pattern_value(alpha_pattern, name, alpha),
                     dropout=dropout,
                     use_rslora=use_rslora,
+                    use_dora=use_dora,
                     init=init,
                     adapter_dtype=adapter_dtype,
                 )
@@ -411,4 +418,4 @@ def give_up_replaced(model: nn.Module) -> None:
 
 def _adapters(model: nn.Module) -> list[nn.Parameter]:
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    return [parameter for layer in layers for parameter in (layer.lora_a, layer.lora_b)]
+    return [getattr(layer, name) for layer in layers for name in layer.adapter_names]

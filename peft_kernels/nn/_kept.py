@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.ops._transforms import is_recorded, wants_composition
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -17,9 +19,14 @@ _FEW = 4096
 
 
 class Kept(Generic[Value]):
-    """One value, and what it was made of. A copy of it holds nothing."""
+    """One value, and what it was made of. A copy of it holds nothing.
 
-    def __init__(self) -> None:
+    Args:
+        mark: of a tensor, what differs when its values do.
+    """
+
+    def __init__(self, mark: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._mark = mark or mark_of
         self._sources: list[tuple[Tensor, int, Tensor]] = []
         self._settings: tuple[Hashable, ...] | None = None
         self._value: Any = None
@@ -44,13 +51,13 @@ class Kept(Generic[Value]):
             # Not an inference tensor, which other modes couldn't use.
             with torch.inference_mode(False), torch.no_grad():
                 self._value = make()
-                self._sources = [(t.detach(), t._version, _mark(t)) for t in tensors]
+                self._sources = [(t.detach(), t._version, self._mark(t)) for t in tensors]
             self._settings = settings
         return self._value
 
     def _are_sources(self, tensors: Sequence[Tensor]) -> bool:
         return len(tensors) == len(self._sources) and all(
-            t._version == version and _is_alias(t, source) and torch.equal(_mark(t), mark)
+            t._version == version and _is_alias(t, source) and torch.equal(self._mark(t), mark)
             for t, (source, version, mark) in zip(tensors, self._sources, strict=True)
         )
 
@@ -75,16 +82,18 @@ class KeepingModule(nn.Module):
 def can_keep(tensor: Tensor) -> bool:
     """Whether a value of this tensor may be kept: each call can afford to look at its values.
 
-    It can't on a GPU, for which the host would have to wait, nor while torch.compile or
-    torch.jit.trace look. Writes to inference tensors aren't counted at all.
+    It can't on a GPU, for which the host would have to wait, nor while something records the call
+    or transforms it. Writes to inference tensors aren't counted at all.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the rest isn't traced
+    if torch.compiler.is_compiling():  # the rest isn't traced
+        return False
+    if is_recorded() or wants_composition():
         return False
     return tensor.device.type == "cpu" and not tensor.is_inference()
 
 
 @torch.no_grad()
-def _mark(tensor: Tensor) -> Tensor:
+def mark_of(tensor: Tensor) -> Tensor:
     """What differs when the values do: all of a few, or of many a random sum of each row.
 
     A row whose values change by less than its sum is rounded by counts as the same.

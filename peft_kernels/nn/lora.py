@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels.calls.off import is_off
-from peft_kernels.modules.bases import HALF_DTYPES, check_base, check_memory, is_conv1d, is_sharded
-from peft_kernels.modules.checks import check_share
+from peft_kernels.modules.bases import check_base, check_memory, is_conv1d, is_sharded
 from peft_kernels.modules.replaced import Origin, check_stored, take_over
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
+from peft_kernels.nn._lora_values import overwritten, warn_of_base_weights
 from peft_kernels.nn._sharded import (
     all_finite,
     check_mergeable,
@@ -27,21 +24,16 @@ from peft_kernels.nn._sharded import (
     lay_beside,
     placed_as,
 )
+from peft_kernels.nn.lora_settings import (
+    adapter_dtype_for,
+    alpha_of,
+    check_settings,
+    init_adapter_,
+    scaling,
+)
+from peft_kernels.nn.norms import Norms
+from peft_kernels.ops.dora_linear import dora_linear, dora_norm
 from peft_kernels.ops.lora_linear import lora_linear
-
-INITS = ("kaiming_uniform", "gaussian")
-
-
-def scaling(alpha: float, r: int, use_rslora: bool) -> float:
-    """``alpha / r`` (Hu et al. 2021), or ``alpha / sqrt(r)`` (rsLoRA, Kalajdzievski 2023)."""
-    return alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def alpha_of(scale: float, r: int, use_rslora: bool) -> float:
-    """The alpha whose :func:`scaling` is ``scale``; an int where rounding alone made it none."""
-    alpha = scale * (math.sqrt(r) if use_rslora else r)
-    nearest = round(alpha)
-    return nearest if math.isclose(alpha, nearest, rel_tol=1e-14) else alpha
 
 
 def check_weight(value: Any, n: int, k: int, stored: Callable[[Tensor], Tensor]) -> None:
@@ -53,38 +45,6 @@ def check_weight(value: Any, n: int, k: int, stored: Callable[[Tensor], Tensor])
             f"{list(stored(value).shape)}. Resize the model before it gets adapters, or after "
             "unload() or, of a pool, detach()"
         )
-
-
-def check_settings(r: int, alpha: float, dropout: float, init: str) -> None:
-    """Raises a TypeError or ValueError unless these can configure a :class:`LoRALinear`."""
-    if not isinstance(r, int) or isinstance(r, bool):
-        raise TypeError(f"r must be an int; got {r!r}")
-    if r < 1:
-        raise ValueError(f"r must be at least 1; got {r}")
-    if not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha must be a number; got {alpha!r}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite; got {alpha}")
-    check_share("dropout", dropout)
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
-
-
-def adapter_dtype_for(base: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
-    """``requested``, once it can be mixed with the base's; by default at least float32."""
-    wide = torch.float32 if base in HALF_DTYPES else base
-    if requested not in (None, wide, base):
-        raise TypeError(f"adapter_dtype must be {wide} or the base's {base}; got {requested}")
-    return requested or wide
-
-
-def init_adapter_(lora_a: Tensor, lora_b: Tensor, init: str) -> None:
-    """Draws A [r, k] and sets B to zero, in place, so that the update is zero."""
-    if init == "gaussian":
-        nn.init.normal_(lora_a, std=1.0 / lora_a.shape[0])
-    else:
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    nn.init.zeros_(lora_b)
 
 
 class LoRALinear(KeptFactor, Drawn, nn.Linear):
@@ -102,6 +62,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         lora_a: ``[r, k]``, Kaiming-uniform with a = sqrt(5), or Gaussian with mean 0 and standard
             deviation 1 / r.
         lora_b: ``[n, r]``, zero.
+        lora_magnitude: ``[n]`` with ``use_dora``, the lengths of weight's rows; else None.
         unmerged_weight: the base weight while the layer is merged, else None.
 
     While merged, ``weight`` is another Parameter holding ``weight + scale * lora_b @ lora_a``, and
@@ -114,8 +75,17 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
     merged one: another library's fused loss or MLP goes without the adapter. Merge first, or call
     the layer.
 
+    With ``use_dora`` the rows of the adapted weight have learned lengths (Liu et al. 2024, "DoRA:
+    Weight-Decomposed Low-Rank Adaptation", equation 5):
+    ``y = g * (x @ weight.T + scale * dropout(x) @ lora_a.T @ lora_b.T) + bias`` with
+    ``g = lora_magnitude / norm``, by :func:`peft_kernels.ops.dora_linear`. The norm, of each row of
+    ``weight + scale * lora_b @ lora_a``, is a constant of the backward, and is kept while nothing
+    that it is made of changes. Dropout leaves the base product as it is; PEFT's drops from all that
+    DoRA adds.
+
     The state dict has ``scale`` beside the Parameters, as ``_extra_state``; one without it, as of a
-    plain ``nn.Linear``, leaves the layer's as it is.
+    plain ``nn.Linear``, leaves the layer's as it is. A plain layer's makes the magnitudes those of
+    the weight that it brings.
 
     Args:
         in_features: k.
@@ -125,9 +95,10 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         bias: whether there is a bias.
         dropout: the share of x dropped on the low-rank branch, in [0, 1).
         use_rslora: divide alpha by sqrt(r) rather than r.
+        use_dora: learn the lengths of the adapted weight's rows too.
         init: ``"kaiming_uniform"`` or ``"gaussian"``, how A is drawn.
         device, dtype: of weight and bias.
-        adapter_dtype: of A and B: float32 or ``dtype``. By default float32 over a float16 or
+        adapter_dtype: of the adapter: float32 or ``dtype``. By default float32 over a float16 or
             bfloat16 base, else ``dtype``.
 
     Raises:
@@ -138,6 +109,9 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
     weight: nn.Parameter
     _factor = "scale"
     scale: float | Tensor
+    use_dora = False
+    lora_magnitude: Any  # a Parameter with use_dora, else None
+    _norms: Norms
     unmerged_weight: nn.Parameter | None
     _origin: Origin
 
@@ -152,13 +126,14 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         bias: bool = True,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init: str = "kaiming_uniform",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(base, r, alpha, dropout, use_rslora, init, adapter_dtype)
+        self._adopt(base, r, alpha, dropout, use_rslora, use_dora, init, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -169,6 +144,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init: str = "kaiming_uniform",
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
@@ -180,7 +156,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 
         Args:
             linear: ``nn.Linear`` or ``transformers``' Conv1D.
-            r, alpha, dropout, use_rslora, init, adapter_dtype: as of the class.
+            r, alpha, dropout, use_rslora, use_dora, init, adapter_dtype: as of the class.
 
         Raises:
             ValueError: a value out of range.
@@ -189,7 +165,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
                 Parameter: quantised, sharded, offloaded. The message says why, and what to do.
         """
         self = cls.__new__(cls)
-        self._adopt(linear, r, alpha, dropout, use_rslora, init, adapter_dtype)
+        self._adopt(linear, r, alpha, dropout, use_rslora, use_dora, init, adapter_dtype)
         return self
 
     @torch.inference_mode(False)
@@ -200,12 +176,18 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         alpha: float,
         dropout: float,
         use_rslora: bool,
+        use_dora: bool,
         init: str,
         adapter_dtype: torch.dtype | None,
     ) -> None:
         check_base(linear, may_be_sharded=True)
         check_settings(r, alpha, dropout, init)
         weight, bias = linear.weight, linear.bias
+        if use_dora and is_sharded(weight):
+            raise TypeError(
+                "weight is sharded (a DTensor), and use_dora needs the lengths of its whole rows: "
+                "swap before sharding the model by fully_shard, or do without use_dora"
+            )
         adapter_dtype = adapter_dtype_for(weight.dtype, adapter_dtype)
         nn.Module.__init__(self)
         self.fan_in_fan_out = is_conv1d(linear)
@@ -217,6 +199,10 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         factory = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **factory))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self.register_parameter("lora_magnitude", None)
+        if use_dora:
+            self.use_dora, self._norms = True, Norms()
+            self.lora_magnitude = nn.Parameter(torch.empty(self.out_features, **factory))
         self.register_parameter("unmerged_weight", None)
         self.lora_a = lay_beside(self._matrix(weight), self.lora_a, 0)
         self.lora_b = lay_beside(self._matrix(weight), self.lora_b, 1)
@@ -237,8 +223,21 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         Raises:
             RuntimeError: A or B is pruned, parametrized or the like: it wouldn't stay.
         """
-        check_stored(self, own=["lora_a", "lora_b"])
+        check_stored(self, own=self.adapter_names)
         draw_whole(partial(init_adapter_, init=self.init), self.lora_a, self.lora_b)
+        self._reset_magnitude()
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of the adapter's Parameters."""
+        return ["lora_a", "lora_b", *(["lora_magnitude"] if self.use_dora else [])]
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        """Makes the magnitudes the lengths of the adapted weight's rows."""
+        if self.use_dora:
+            weight = self._matrix(self.base_weight)
+            self.lora_magnitude.copy_(dora_norm(weight, self.lora_a, self.lora_b, self.scale))
 
     _draw = reset_adapter
 
@@ -286,18 +285,23 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
                 self._check_weight(base)
             return F.linear(x, self._matrix(self.weight), self.bias)
         try:
-            return lora_linear(
-                x,
-                self._matrix(self.weight),
-                self.lora_a,
-                self.lora_b,
-                bias=self.bias,
-                scale=self.scale,
-                dropout_p=self.dropout if self.training else 0.0,
-            )
+            return self._adapted(x)
         except ValueError:
             self._check_weight(self.weight)  # a resize in place, of what it is tied to
             raise
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        weight = self._matrix(self.weight)
+        options: dict[str, Any] = {
+            "bias": self.bias,
+            "scale": self.scale,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if not self.use_dora:
+            return lora_linear(x, weight, self.lora_a, self.lora_b, **options)
+        adapter = self.lora_a, self.lora_b
+        norm = self._norms.of(weight, *adapter, self.scale)
+        return dora_linear(x, weight, *adapter, self.lora_magnitude, norm=norm, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "_origin" in self.__dict__:
@@ -320,9 +324,18 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _merged_weight(
-        self, base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor, safe: bool
+        self,
+        base: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None,
+        scale: float | Tensor,
+        safe: bool,
     ) -> Tensor:
-        """``base + scale * lora_b @ lora_a``, stored as ``base``; summed wide and rounded once."""
+        """``base + scale * lora_b @ lora_a``, its rows as long as magnitude says if there is one.
+
+        Stored as ``base``; summed wide and rounded once.
+        """
         check_mergeable(self)
         for name, tensor in (("weight", base), ("lora_a", lora_a), ("lora_b", lora_b)):
             check_memory(tensor, name)
@@ -331,6 +344,9 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         b = placed_as(self.lora_b, lora_b).to(base.device, wide)
         with torch.autocast(base.device.type, enabled=False):
             merged = torch.addmm(self._matrix(base).to(wide), b, a, alpha=float(scale))
+        if magnitude is not None:
+            length = torch.linalg.vector_norm(merged, dim=1)
+            merged *= (magnitude.to(base.device, wide) / length)[:, None]
         merged = merged.to(base.dtype)
         if safe and not all_finite(merged):
             raise ValueError(
@@ -340,7 +356,10 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 
     @torch.inference_mode(False)
     def merge(self, safe: bool = True) -> None:
-        """Puts ``weight + scale * lora_b @ lora_a`` in place of ``weight``; see the class.
+        """Puts the adapted weight in place of ``weight``; see the class.
+
+        It is ``weight + scale * lora_b @ lora_a``, with its rows scaled to ``lora_magnitude`` where
+        there is one.
 
         The sum is taken in float32 (float64 for a float64 base) and rounded once.
 
@@ -353,8 +372,9 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
         """
         self._require(merged=False)
-        check_stored(self, own=["weight"], other=["lora_a", "lora_b"])
-        merged = self._merged_weight(self.weight, self.lora_a, self.lora_b, self.scale, safe)
+        check_stored(self, own=["weight"], other=self.adapter_names)
+        adapter = self.lora_a, self.lora_b, self.lora_magnitude if self.use_dora else None
+        merged = self._merged_weight(self.weight, *adapter, self.scale, safe)
         base, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
         self.unmerged_weight = base
 
@@ -378,6 +398,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         lora_a: Tensor,
         lora_b: Tensor,
         *,
+        magnitude: Tensor | None = None,
         scale: float | Tensor | None = None,
         safe: bool = True,
     ) -> None:
@@ -390,6 +411,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         Args:
             lora_a: ``[r, k]``, any rank r >= 1, any floating dtype.
             lora_b: ``[n, r]``.
+            magnitude: ``[n]`` with ``use_dora``, else None.
             scale: the new factor, a float or a 0-d tensor; the present one when None.
             safe: when merged, first check that the new merged weight is finite.
 
@@ -401,17 +423,20 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
                 changed.
         """
         scale = self.scale if scale is None else scale
-        self._check_adapter(lora_a, lora_b, scale)
+        self._check_adapter(lora_a, lora_b, magnitude, scale)
         if self.unmerged_weight is not None:
-            self.weight.copy_(
-                self._merged_weight(self.unmerged_weight, lora_a, lora_b, scale, safe)
-            )
-        self.lora_a = _overwritten(self.lora_a, lora_a)
-        self.lora_b = _overwritten(self.lora_b, lora_b)
+            adapter = lora_a, lora_b, magnitude
+            self.weight.copy_(self._merged_weight(self.unmerged_weight, *adapter, scale, safe))
+        self.lora_a = overwritten(self.lora_a, lora_a)
+        self.lora_b = overwritten(self.lora_b, lora_b)
+        if magnitude is not None:
+            self.lora_magnitude = overwritten(self.lora_magnitude, magnitude)
         self.r, self.scale = lora_a.shape[0], scale
 
-    def _check_adapter(self, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor) -> None:
-        check_stored(self, own=["lora_a", "lora_b", *(["weight"] if self.merged else [])])
+    def _check_adapter(
+        self, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scale: float | Tensor
+    ) -> None:
+        check_stored(self, own=[*self.adapter_names, *(["weight"] if self.merged else [])])
         n, k = self.out_features, self.in_features
         if lora_a.dim() != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != k:
             raise ValueError(f"lora_a must be [r, {k}] with r >= 1; got {list(lora_a.shape)}")
@@ -419,6 +444,11 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             raise ValueError(
                 f"lora_b must be [n, r] = [{n}, {lora_a.shape[0]}]; got {list(lora_b.shape)}"
             )
+        wanted = (n,) if self.use_dora else None
+        if (None if magnitude is None else magnitude.shape) != wanted:
+            got = "None" if magnitude is None else f"a tensor of shape {list(magnitude.shape)}"
+            must = f"[n] = [{n}]" if self.use_dora else "None, for the layer has no use_dora"
+            raise ValueError(f"magnitude must be {must}; got {got}")
         check_memory(self.lora_a, "lora_a")
         if is_sharded(self.lora_a) and lora_a.shape[0] != self.r:
             raise RuntimeError(
@@ -431,7 +461,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = destination.pop(prefix + "unmerged_weight")
-            _warn_of_base_weights(destination)
+            warn_of_base_weights(destination)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         """Loads the base weight and the adapter; a merged layer is merged anew from them."""
@@ -439,39 +469,15 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         if merged:
             self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
+        state_dict, prefix = args[:2]
+        if prefix + "weight" in state_dict and prefix + "lora_a" not in state_dict:
+            self._reset_magnitude()
         if merged:
             self.merge(safe=False)
 
     def extra_repr(self) -> str:
         state = ", merged" if self.merged else ""
         return (
-            f"{super().extra_repr()}, r={self.r}, scale={self.scale}, dropout={self.dropout}{state}"
-        )
-
-
-def _overwritten(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """``parameter`` with new values: the same object where the shape is the same."""
-    if parameter.shape == values.shape:
-        parameter.copy_(placed_as(parameter, values))
-        return parameter
-    fresh = parameter.new_empty(values.shape).copy_(values)
-    return nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-
-
-_told: weakref.ref[OrderedDict] | None = None  # the last state dict that was warned of
-
-
-def _warn_of_base_weights(destination: Any) -> None:
-    """Once for each state dict."""
-    global _told
-    if _told is None or destination is not _told():
-        if isinstance(destination, OrderedDict):
-            _told = weakref.ref(destination)
-        warnings.warn(
-            "the state dict of a model with merged LoRALinear layers holds their base weights, and "
-            "lora_a and lora_b beside them: a plain model that loads it is the base model. "
-            "peft_kernels.unload(model, merge=True) first, to save the merged weights; "
-            "peft_kernels.save_adapter(model, folder), to save the adapter",
-            UserWarning,
-            stacklevel=2,
+            f"{super().extra_repr()}, r={self.r}, scale={self.scale}, dropout={self.dropout}"
+            f"{', use_dora' if self.use_dora else ''}{state}"
         )

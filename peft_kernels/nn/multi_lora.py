@@ -13,7 +13,8 @@ from peft_kernels.calls.router import Router, unrouted, unrouted_routing
 from peft_kernels.calls.rows import Place
 from peft_kernels.modules.bases import check_base, is_conv1d
 from peft_kernels.modules.replaced import Origin, take_over
-from peft_kernels.nn.lora import adapter_dtype_for, check_weight
+from peft_kernels.nn.lora import check_weight
+from peft_kernels.nn.lora_settings import adapter_dtype_for
 from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
 
 

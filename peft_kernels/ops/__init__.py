@@ -3,6 +3,7 @@
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank, Routing, Trained, route
 from peft_kernels.ops.adapter import adapter
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
+from peft_kernels.ops.dora_linear import dora_linear, dora_norm, dora_squares
 from peft_kernels.ops.lora_linear import lora_linear
 from peft_kernels.ops.multi_lora_linear import multi_lora_add_, multi_lora_linear
 from peft_kernels.ops.prefix_attention import prefix_attention
@@ -18,6 +19,9 @@ __all__ = [
     "absorb",
     "adapter",
     "adapter_fusion",
+    "dora_linear",
+    "dora_norm",
+    "dora_squares",
     "lora_linear",
     "multi_lora_add_",
     "multi_lora_linear",

@@ -59,21 +59,23 @@ def _factor(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     return dropout_factor(seed, dropout_p, m, k, acc_dtype(x)).to(x.device)
 
 
-def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """dropout(x), in the dtype of sums."""
     wide = x.to(acc_dtype(x))
     if seed is None:
         return wide
     return wide * _factor(x, dropout_p, seed)
 
 
-def _scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
+def scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
+    """The factor of the low-rank part, as the reference multiplies with it."""
     return scale if scale_t is None else scale_t.to(x.device, acc_dtype(x))
 
 
 def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
     acc = acc_dtype(x)
-    s = _dropped(x, dropout_p, seed) @ lora_a.to(acc).T
-    delta = _scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
+    s = dropped(x, dropout_p, seed) @ lora_a.to(acc).T
+    delta = scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
     return (F.linear(x, weight, bias) + delta).to(x.dtype), s
 
 
@@ -81,7 +83,7 @@ def lora_linear_bwd_ref(
     dy, x, weight, lora_a, lora_b, s, scale, scale_t, dropout_p, seed, needs_x, needs_a, needs_b
 ):
     acc = acc_dtype(x)
-    scale = _scale_of(scale, scale_t, x)
+    scale = scale_of(scale, scale_t, x)
     wide_dy = dy.to(acc)
     ds = scale * (wide_dy @ lora_b.to(acc))
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
@@ -91,7 +93,7 @@ def lora_linear_bwd_ref(
             low_rank *= _factor(x, dropout_p, seed)
         dx = (dy @ weight + low_rank).to(x.dtype)
     if needs_a:
-        da = (ds.T @ _dropped(x, dropout_p, seed)).to(lora_a.dtype)
+        da = (ds.T @ dropped(x, dropout_p, seed)).to(lora_a.dtype)
     if needs_b:
         db = (scale * (wide_dy.T @ s)).to(lora_b.dtype)
     return dx, da, db
@@ -231,7 +233,7 @@ def lora_linear(
         TypeError: dtypes that can't be mixed, DTensors beside plain tensors.
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, bias, lora_a, lora_b, scale, dropout_p)
+    check_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p)
     if are_sharded(x, weight):
         return lora_linear_sharded(
             lora_linear, x, weight, lora_a, lora_b,
@@ -241,7 +243,7 @@ def lora_linear(
     scale_t = None
     if isinstance(scale, Tensor):
         if scale.requires_grad:
-            _check_gradient_of_scale()
+            check_gradient_of_scale()
         scale, scale_t = 1.0, scale
     return _served(
         x, weight, bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed
@@ -290,7 +292,8 @@ def _served(x: Tensor, *rest) -> Tensor:
 
 
 # The checks run on every call, so a message is only put together when it is raised.
-def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
+def check_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
+    """Raises a ValueError or TypeError unless these are arguments of :func:`lora_linear`."""
     x_shape, w_shape, a_shape, b_shape = x.shape, weight.shape, lora_a.shape, lora_b.shape
     if not (len(w_shape) == len(a_shape) == len(b_shape) == 2):
         _refuse_dimensions(weight=weight, lora_a=lora_a, lora_b=lora_b)
@@ -328,7 +331,8 @@ def _check_types(x, base, lora_a, lora_b) -> None:
     check_devices("x", x, (*base, ("lora_a", lora_a), ("lora_b", lora_b)))
 
 
-def _check_gradient_of_scale() -> None:
+def check_gradient_of_scale() -> None:
+    """Raises a ValueError where the gradient that scale requires would be none."""
     if torch.is_grad_enabled() and not wants_composition():
         raise ValueError(
             "scale must not require a gradient, for it gets none: give scale.detach(), or multiply "

@@ -33,7 +33,7 @@ from peft_kernels.models.swap import named, replace_modules, required_targets
 from peft_kernels.modules.bases import check_bases
 from peft_kernels.modules.names import unwrapped
 from peft_kernels.modules.replaced import fault_of_instance
-from peft_kernels.nn.lora import init_adapter_
+from peft_kernels.nn.lora_settings import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.ops.multi_lora_linear import PAGE
 from peft_kernels.pool.pages import PoolFullError
@@ -261,7 +261,7 @@ class AdapterPool:
         version, matrices = self._read(name, source, config)
         version.pinned, version.trainable = pinned, trainable
         version.seed = _checked_seed(seed, version.seed)
-        self._store.add(version, matrices.__getitem__)
+        self._store.add(version, lambda layer: matrices[layer][:2])
         if trainable:
             _warn_of_processes()
 
@@ -280,7 +280,7 @@ class AdapterPool:
         As :meth:`load`, and ValueError: there is no adapter of this name.
         """
         version, matrices = self._read(name, source, config)
-        self._store.add(version, matrices.__getitem__, replaces=True)
+        self._store.add(version, lambda layer: matrices[layer][:2], replaces=True)
 
     def create(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_kernels.formats import peft_lora
 from peft_kernels.models.swap import checked_names, matches, pattern_value, require_matches
-from peft_kernels.nn.lora import check_settings, scaling
+from peft_kernels.nn.lora_settings import check_settings, scaling
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.pool.pages import Placement
 
@@ -55,6 +55,11 @@ def read_version(
         raise ValueError(
             f"{name!r} has modules that trained whole, {', '.join(modules)}, and the layers of "
             "a pool alone are routed: load it with load_adapter(), or without them"
+        )
+    if config["use_dora"]:
+        raise ValueError(
+            f"{name!r} was trained with use_dora, and a pool has no magnitudes: load it with "
+            "load_adapter(), for all rows of a batch"
         )
     unknown = sorted(adapters.keys() - layers)
     if unknown or not adapters:

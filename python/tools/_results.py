@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # An op that was added and not measured yet has no record.
 OPS = (
     "lora_linear",
+    "dora_linear",
     "multi_lora_linear",
     "adapter",
     "adapter_fusion",

@@ -11,9 +11,17 @@ import peft_kernels
 from peft_kernels import _library, ops
 from peft_kernels.ops._lora_banks import PLANS
 
-NAMES = "lora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup"
-lora, multi, bottleneck, fusion, attention, lookup = (
-    importlib.import_module(f"peft_kernels.ops.{name}") for name in NAMES.split()
+lora, dora, multi, bottleneck, fusion, attention, lookup = (
+    importlib.import_module(f"peft_kernels.ops.{name}")
+    for name in (
+        "lora_linear",
+        "dora_linear",
+        "multi_lora_linear",
+        "adapter",
+        "adapter_fusion",
+        "prefix_attention",
+        "prompt_lookup",
+    )
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +37,11 @@ CASES = {
         lambda **a: ops.lora_linear(**a, scale=1.5, dropout_p=0.2, seed=7),
         lambda dtype: lora.example_inputs(33, 48, 40, 5, dtype=dtype),
         ("x", "weight", "lora_a", "lora_b", "bias"),
+    ),
+    "dora_linear": Case(
+        lambda **a: ops.dora_linear(**a, scale=1.5, dropout_p=0.2, seed=7),
+        lambda dtype: dora.example_inputs(33, 48, 40, 5, dtype=dtype),
+        ("x", "weight", "lora_a", "lora_b", "magnitude", "bias"),
     ),
     "multi_lora_linear": Case(
         ops.multi_lora_linear,

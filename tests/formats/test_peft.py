@@ -157,7 +157,7 @@ def test_pattern_keys_match_one_module_alone(tmp_path):
 
 
 def test_every_key_of_their_config_is_known(tmp_path):
-    """A config of defaults is supported; with dora on it is refused."""
+    """A config of defaults is supported; one that the tensors aren't of is refused."""
     theirs(make_bert, "plain").save_pretrained(tmp_path)
     load_adapter(base(make_bert), tmp_path)
     path = tmp_path / "adapter_config.json"

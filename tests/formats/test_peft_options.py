@@ -25,7 +25,6 @@ READ = {
 REFUSED = {
     "bias must be 'none'; got 'all'": {"bias": "all"},
     "bias must be 'none'; got 'lora_only'": {"bias": "lora_only"},
-    "use_dora isn't supported": {"use_dora": True},
     "lora_bias isn't supported": {"lora_bias": True, "target_modules": ["q_proj"]},
     "layer_replication isn't supported": {"layer_replication": [(0, 2), (1, 2)]},
     "alora_invocation_tokens isn't supported": {

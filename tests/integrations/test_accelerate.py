@@ -26,7 +26,7 @@ OTHER = {
     make_llama: ["q_proj", "up_proj"],
 }
 IDS = torch.randint(0, 32, (4, 6), generator=torch.Generator().manual_seed(0))
-KERNEL, ROWS = "lora_linear", "multi_lora_linear"
+KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
 
 models = pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)
 pytestmark = [
@@ -158,13 +158,22 @@ class TestEveryModel:
             assert_as_peft(model, {"disabled"})
         assert_as_peft(model, {KERNEL})
 
-    def test_dora_is_pefts(self, make):
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_dora(self, make, dropout):
+        options = {"use_dora": True, "lora_dropout": dropout}
         targets = [name for name in TARGETS[make] if name != "lm_head"]
-        base = make_base(make)
-        model = peft.get_peft_model(base, config(targets, use_dora=True)).train(False)
-        report = peft_kernels.accelerate(model)
-        assert {layer.reason for layer in report.layers} == {"DoraLinearVariant"}
-        assert_as_peft(model, {"DoraLinearVariant"})
+        model = peft.get_peft_model(make_base(make), config(targets, **options))
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                nn.init.uniform_(parameter, 0.5, 2.0)
+        for mode in (True, False):
+            assert_as_peft(model.train(mode), {DORA})
+        model.merge_adapter()
+        assert_as_peft(model, {"merged"})
+        model.unmerge_adapter()
+        second(model, make)
+        model.base_model.set_adapter(["default", "other"])
+        assert_as_peft(model, {"DoRA beside other adapters", DORA, KERNEL})
 
     def test_adapters_come_and_go(self, make):
         model = make_model(make)

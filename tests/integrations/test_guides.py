@@ -48,7 +48,8 @@ def with_adapters() -> nn.Module:
 
 
 def a_model() -> Names:
-    return {"model": bert(), "base": bert(), "batch": BATCH, "labels": LABELS}
+    models = {name: bert() for name in ("model", "other", "base")}
+    return {**models, "batch": BATCH, "labels": LABELS}
 
 
 def for_adapters() -> Names:

@@ -310,7 +310,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_forward_is_computed_again_with_what_was_off(reentrant):
-    model = swapped("llama").train()
+    model = swapped("llama").double().train()
     model.get_input_embeddings().weight.requires_grad_()
     loss = model(IDS).logits.sum()
     loss.backward()

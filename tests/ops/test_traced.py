@@ -246,6 +246,7 @@ def test_a_functional_gradient_of_a_bank_as_a_graph_is_refused():
 # aot_function wants every tensor as an argument, so these close over none.
 CLOSED = {
     "lora_linear": lambda *tensors: ops.lora_linear(*tensors, dropout_p=0.5, seed=7),
+    "dora_linear": lambda *tensors: ops.dora_linear(*tensors, dropout_p=0.5, seed=7),
     "adapter": make("adapter", F32).op,
     "adapter_fusion": make("adapter_fusion", F32).op,
     "prefix_attention": ops.prefix_attention,

@@ -54,6 +54,23 @@ def lora_linear(dtype: torch.dtype) -> Case:
     return Case(op, plain, tuple(normal(*shape, dtype=dtype) for shape in shapes))
 
 
+def dora_linear(dtype: torch.dtype) -> Case:
+    bias, m, n, k, r = normal(6, dtype=dtype), 4, 6, 5, 3
+    factor = dropout_factor(torch.tensor(SEED), 0.3, m, k, dtype)
+    norm = normal(n, dtype=dtype).abs() + 0.5
+
+    def op(x, weight, a, b, magnitude):
+        options = {"bias": bias, "scale": 2.0, "norm": norm, "dropout_p": 0.3, "seed": SEED}
+        return ops.dora_linear(x, weight, a, b, magnitude, **options)
+
+    def plain(x, weight, a, b, magnitude):
+        z = F.linear(x, weight) + 2.0 * F.linear(F.linear(x * factor, a), b)
+        return magnitude / norm * z + bias
+
+    shapes = (m, k), (n, k), (r, k), (n, r), (n,)
+    return Case(op, plain, tuple(normal(*shape, dtype=dtype) for shape in shapes))
+
+
 def multi_lora_linear(dtype: torch.dtype) -> Case:
     """Two banks; of the adapters of the first bank, 0 and 2 train."""
     k, widths, ranks = 5, (3, 4), (2, 9, 3, 0)
@@ -328,6 +345,7 @@ def test_dual_numbers_outside_of_torch_func():
 
 DROPPING = {
     "lora_linear": lambda x, inputs: ops.lora_linear(x, *inputs[1:], dropout_p=0.5),
+    "dora_linear": lambda x, inputs: ops.dora_linear(x, *inputs[1:], dropout_p=0.5),
     "adapter": lambda x, inputs: ops.adapter(x, *inputs[1:5], dropout_p=0.5),
 }
 

@@ -13,6 +13,7 @@ from peft_kernels.tools.bench.run import find_suite
 
 SHAPES = {
     "lora_linear": (5, 7, 9),
+    "dora_linear": (5, 7, 9),
     "multi_lora_linear": (3, 4, 5),
     "adapter": (4, 64, 8),
     "adapter_fusion": (4, 64, 8),

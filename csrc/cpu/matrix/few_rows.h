@@ -27,6 +27,7 @@ struct Sweep {
   Matrix h;                      // [r, c]
   int64_t r;
   const Matrix* bias;      // [1, c], or null
+  const float* gain;       // [c], the factors of all but the bias; null for 1
   const Dropout* dropout;  // on Z H; null for none
   Matrix out;              // [m, c]
   bool has_base;           // out holds X G already: only the rest is added to it
@@ -52,6 +53,13 @@ inline float bias_at(const Sweep& s, int64_t j) {
 inline void add_bias(const Sweep& s, int64_t j, int64_t count, float* values) {
   if (!s.bias) return;
   for (int64_t i = 0; i < count; i++) values[i] += bias_at(s, j + i);
+}
+
+// Whole sums, from column j on: values = gain * values + bias.
+inline void end_sums(const Sweep& s, int64_t j, int64_t count, float* values) {
+  if (s.gain)
+    for (int64_t i = 0; i < count; i++) values[i] *= s.gain[j + i];
+  add_bias(s, j, count, values);
 }
 
 // dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g.
@@ -86,7 +94,7 @@ template <int R, int C>
 PK_INLINE void few_dot_block(const Sweep& s, const float* x, int64_t row, int64_t col) {
   float dots[4][4];
   for (int j = 0; j < C; j++)
-    for (int i = 0; i < R; i++) dots[i][j] = bias_at(s, col + j);
+    for (int i = 0; i < R; i++) dots[i][j] = s.gain ? 0 : bias_at(s, col + j);
   const int64_t d = s.x.cols;
   with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
     dot_block<R, C>(d, x + row * d, d, g, s.g.col_stride, dots);
@@ -95,7 +103,10 @@ PK_INLINE void few_dot_block(const Sweep& s, const float* x, int64_t row, int64_
     with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
       dot_block<R, C>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, dots);
     });
-  for (int i = 0; i < R; i++) store_row(s.out, row + i, col, dots[i], C);
+  for (int i = 0; i < R; i++) {
+    if (s.gain) end_sums(s, col, C, dots[i]);
+    store_row(s.out, row + i, col, dots[i], C);
+  }
 }
 
 template <int C>
@@ -157,7 +168,8 @@ inline void sweep_few_dot(const Sweep& s, const Parallel& parallel) {
   few_dot(s, x, parallel);
 }
 
-// sums[i][0, cols) = F * (Z H) + bias for one block of columns, in rows of width floats.
+// sums[i][0, cols) = F * (Z H) for one block of columns, and bias without a gain, in rows of width
+// floats.
 inline void few_axpy_start(const Sweep& s, int64_t col, int64_t cols, int64_t width, float* panel,
                            float* sums) {
   const int64_t m = s.x.rows;
@@ -178,7 +190,7 @@ inline void few_axpy_start(const Sweep& s, int64_t col, int64_t cols, int64_t wi
       dropout_factors(*s.dropout, i, col, cols, factors);
       for (int64_t j = 0; j < cols; j++) row[j] *= factors[j];
     }
-    add_bias(s, col, cols, row);
+    if (!s.gain) add_bias(s, col, cols, row);
   }
 }
 
@@ -234,7 +246,10 @@ inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
               sums[i * width + j] += x[i * d + p] * widen(g[p * row + j]);
       });
       end_run(m * width, sums, totals);
-      for (int64_t i = 0; i < m; i++) store_row(s.out, i, col, totals + i * width, cols);
+      for (int64_t i = 0; i < m; i++) {
+        if (s.gain) end_sums(s, col, cols, totals + i * width);
+        store_row(s.out, i, col, totals + i * width, cols);
+      }
     }
   });
 }

@@ -1,4 +1,4 @@
-// The rest of a product whose base X G lies in out already: out += F * (Z H) + bias.
+// The rest of a product whose base X G lies in out already: out = gain * (out + F * (Z H)) + bias.
 #pragma once
 #include "few_rows.h"
 
@@ -23,6 +23,16 @@ PK_INLINE void add_to_row(const float* values, int64_t count, T* to) {
   narrow_row(sums, to, count);
 }
 
+// to[j] = gain[j] * (to[j] + values[j]) + bias[j].
+template <class T>
+PK_INLINE void add_to_row(const float* values, const float* gain, const float* bias, int64_t count,
+                          T* to) {
+  alignas(64) float sums[LANES];
+  widen_row(to, sums, count);
+  for (int64_t j = 0; j < count; j++) sums[j] = gain[j] * (sums[j] + values[j]) + bias[j];
+  narrow_row(sums, to, count);
+}
+
 // R rows of one panel, columns [col, col + count); bias is those columns', and so are the factors,
 // a strip apart from row to row.
 template <int R>
@@ -34,8 +44,10 @@ PK_INLINE void add_low_rank_tile(const Sweep& s, int64_t row, int64_t col, int64
   for (int i = 0; i < R; i++) {
     if (s.dropout)
       for (int v = 0; v < VECS; v++) tile[i][v] *= load(factors + i * STRIP + v * V);
-    for (int v = 0; v < VECS; v++) store(values + v * V, tile[i][v] + load(bias + v * V));
+    for (int v = 0; v < VECS; v++)
+      store(values + v * V, s.gain ? tile[i][v] : tile[i][v] + load(bias + v * V));
     with_type(s.out.dtype, s.out.at(row + i, col), [&](auto* to) {
+      if (s.gain) return add_to_row(values, s.gain + col, bias, count, to);
       if (count == LANES) return add_to_row(values, LANES, to);  // a count the compiler knows
       add_to_row(values, count, to);
     });

@@ -1,8 +1,8 @@
 // The activation-sized product, base and low-rank part accumulated in the same registers:
 //
-//     out[m, c] = X G + F * (Z H) + bias      X [m, d], G [d, c], Z [m, r], H [r, c]
+//     out[m, c] = gain * (X G + F * (Z H)) + bias      X [m, d], G [d, c], Z [m, r], H [r, c]
 //
-// F holds the dropout factors (or is 1). The forward is X = x, G = W^T, Z = scale S, H = B^T; the
+// F holds the dropout factors (or is 1), gain one factor a column (or is 1). The forward is X = x, G = W^T, Z = scale S, H = B^T; the
 // backward to x is X = dy, G = W, Z = dS, H = A. Each element of out is stored once. G's layout
 // chooses the form: with d contiguous the vector lanes are rows of X, with c contiguous they are
 // columns of G, so a weight is never transposed; with few rows nothing is packed at all.
@@ -92,9 +92,13 @@ inline void sweep_packed(const Sweep& s, int64_t row, int64_t rows, int64_t col,
         const float* x = panels + i / LANES * panel;
         Vec tile[ROWS][VECS];
         for (int a = 0; a < R; a++)
-          for (int v = 0; v < VECS; v++) tile[a][v] = splat(bias_at(s, j + a));
+          for (int v = 0; v < VECS; v++) tile[a][v] = splat(s.gain ? 0 : bias_at(s, j + a));
         accumulate<R>(d, g, x, LANES, tile);
         accumulate<R>(s.r, h, x + d * LANES, LANES, tile);
+        if (s.gain)
+          for (int a = 0; a < R; a++)
+            for (int v = 0; v < VECS; v++)
+              tile[a][v] = tile[a][v] * splat(s.gain[j + a]) + splat(bias_at(s, j + a));
         store_transposed<R>(s.out, row + i, j, std::min<int64_t>(LANES, rows - i), tile);
       }
     });
@@ -159,7 +163,7 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
         accumulate<R>(d, rows, g_panels + j * d, LANES, tile);
         for (int a = 0; a < R; a++) {
           for (int v = 0; v < VECS; v++) store(values + v * V, tile[a][v]);
-          add_bias(s, col + j, lanes, values);
+          end_sums(s, col + j, lanes, values);
           store_row(s.out, row + i + a, col + j, values, lanes);
         }
       }

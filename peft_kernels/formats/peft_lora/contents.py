@@ -24,7 +24,7 @@ from peft_kernels.models.swap import (
     find_targets,
     pattern_value,
 )
-from peft_kernels.nn.lora import check_settings, scaling
+from peft_kernels.nn.lora_settings import check_settings, scaling
 
 KEY_PREFIX = "base_model.model."
 
@@ -40,6 +40,7 @@ INTERPRETED_KEYS = {
     "rank_pattern",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 }
 # Keys without a bearing on what the trained adapter computes; the layer tells fan_in_fan_out.
@@ -58,11 +59,16 @@ IRRELEVANT_KEYS = {
 INNOCENT_INITS = (True, False, "gaussian", "orthogonal")
 
 
+# PEFT's keys of what an Adapter holds, in its order.
+KEYS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+
+
 class Adapter(NamedTuple):
-    """The trained matrices of one layer: A [r, k], B [n, r]."""
+    """What was trained of one layer: A [r, k], B [n, r], and with DoRA the magnitude [n]."""
 
     lora_a: Tensor
     lora_b: Tensor
+    magnitude: Tensor | None = None
 
 
 class Contents(NamedTuple):
@@ -108,7 +114,15 @@ def _contents(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Contents
         if not key.startswith(KEY_PREFIX):
             raise ValueError(f"keys must begin with {KEY_PREFIX}; got {key}")
     modules = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in beside.items()}
-    return Contents(config, _adapters_in(lora), plain_keys(modules))
+    adapters = _adapters_in(lora)
+    for name, adapter in adapters.items():
+        if (adapter.magnitude is not None) is not bool(config["use_dora"]):
+            raise ValueError(
+                f"{name} must have a lora_magnitude_vector just where use_dora is true; it has "
+                f"{'none' if adapter.magnitude is None else 'one'}, and use_dora is "
+                f"{config['use_dora']!r}"
+            )
+    return Contents(config, adapters, plain_keys(modules))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -123,6 +137,7 @@ def _checked_config(config: Mapping[str, Any], where: Path | str) -> dict[str, A
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "use_rslora": False,
+        "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -167,18 +182,22 @@ def _adapters_in(tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:
     for key, tensor in tensors.items():
         if ".lora_embedding_" in key:
             raise ValueError(f"adapters of embeddings aren't supported; the file has {key}")
-        match = re.fullmatch(re.escape(KEY_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(
+            re.escape(KEY_PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, KEYS))})", key
+        )
         if match is None:
             raise ValueError(
-                f"keys must be {KEY_PREFIX}<name>.lora_A.weight or .lora_B.weight; got {key}"
+                f"keys must be {KEY_PREFIX}<name>.lora_A.weight, .lora_B.weight or "
+                f".lora_magnitude_vector; got {key}"
             )
         found.setdefault(match[1], {})[match[2]] = tensor
-    for name, pair in found.items():
-        if len(pair) != 2:
+    for name, own in found.items():
+        if not set(KEYS[:2]) <= set(own):
             raise ValueError(
-                f"{name} must have lora_A and lora_B; it has lora_{''.join(pair)} only"
+                f"{name} must have lora_A and lora_B; it has {' and '.join(sorted(own))} only"
             )
-    return {name: Adapter(pair["A"], pair["B"]) for name, pair in found.items()}
+    a, b, magnitude = KEYS
+    return {name: Adapter(own[a], own[b], own.get(magnitude)) for name, own in found.items()}
 
 
 def targets_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -193,7 +212,10 @@ def check_adapter(name: str, adapter: Adapter, config: Mapping[str, Any], n: int
     r = pattern_value(config["rank_pattern"], name, config["r"])
     alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
     check_settings(r, alpha, config["lora_dropout"], "gaussian")
-    for key, tensor, shape in (("A", adapter.lora_a, (r, k)), ("B", adapter.lora_b, (n, r))):
+    shapes = (("A", adapter.lora_a, (r, k)), ("B", adapter.lora_b, (n, r)))
+    for key, tensor, shape in (*shapes, ("magnitude_vector", adapter.magnitude, (n,))):
+        if tensor is None:
+            continue
         if tensor.shape != shape:
             raise ValueError(f"{name}.lora_{key} must be {list(shape)}; got {list(tensor.shape)}")
         if not tensor.is_floating_point():

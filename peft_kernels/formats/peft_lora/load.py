@@ -98,13 +98,15 @@ def _load(model: nn.Module, contents: Contents) -> None:
             alpha=config["lora_alpha"],
             dropout=config["lora_dropout"],
             use_rslora=config["use_rslora"],
+            use_dora=config["use_dora"],
             rank_pattern=config["rank_pattern"],
             alpha_pattern=config["alpha_pattern"],
             silently=[t for t in targets.values() if isinstance(t, nn.Parameter)],
         )
         layers = lora_layers_in(plain)
-    for name, (lora_a, lora_b) in adapters.items():
-        layers[name].switch(lora_a, lora_b, scale=scale_of(config, name))
+    for name, (lora_a, lora_b, magnitude) in adapters.items():
+        scale = scale_of(config, name)
+        layers[name].switch(lora_a, lora_b, magnitude=magnitude, scale=scale)
     fill(plain, targets, modules, names)
     task_type = config.get("task_type")
     remember(plain, task_type=task_type if task_type in TASK_TYPES else None, modules=names or None)
@@ -132,6 +134,11 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
     if isinstance(layer, LoRALinear):
         check_memory(layer.lora_a, f"{name}.lora_a")
         with named(name):
-            check_stored(layer, own=["lora_a", "lora_b"])
+            check_stored(layer, own=layer.adapter_names)
+        if layer.use_dora is not bool(config["use_dora"]):
+            raise ValueError(
+                f"{name} has use_dora={layer.use_dora}, and the adapter was trained with "
+                f"use_dora={config['use_dora']!r}: load it into a model without LoRALinear layers"
+            )
     if isinstance(layer, LoRALinear) and layer.merged:
         raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")

@@ -20,7 +20,7 @@ from peft_kernels.formats.folder import (
     safetensors_of,
     write_files,
 )
-from peft_kernels.formats.peft_lora.contents import KEY_PREFIX, Adapter
+from peft_kernels.formats.peft_lora.contents import KEY_PREFIX, KEYS, Adapter
 from peft_kernels.integrations.peft.beside import check_without_peft
 from peft_kernels.models.in_place import check_in_place
 from peft_kernels.models.modules_to_save import (
@@ -36,7 +36,8 @@ from peft_kernels.models.swap import (
 from peft_kernels.modules.bases import check_memory, is_sharded
 from peft_kernels.modules.names import gathered, plain_modules, unwrapped
 from peft_kernels.modules.replaced import check_stored
-from peft_kernels.nn.lora import LoRALinear, alpha_of
+from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.nn.lora_settings import alpha_of
 
 
 class AdaptedLayer(NamedTuple):
@@ -114,12 +115,12 @@ def _save(
     check_without_peft(model, layers)
     for name, layer in layers.items():
         with named(name):
-            check_stored(layer, own=["lora_a", "lora_b"])
+            check_stored(layer, own=layer.adapter_names)
             check_memory(layer.lora_b, "lora_b")
     _warn_of_untrained(layers)
     adapted = {
         name: AdaptedLayer(
-            Adapter(layer.lora_a.detach(), layer.lora_b.detach()),
+            Adapter(*(getattr(layer, own).detach() for own in layer.adapter_names)),
             float(layer.scale),
             layer.use_rslora,
             layer.dropout,
@@ -174,8 +175,9 @@ def write_adapter(
 def _tensors_of(layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
-        for key, tensor in zip(("lora_A", "lora_B"), layer.adapter, strict=True):
-            tensors[f"{KEY_PREFIX}{name}.{key}.weight"] = tensor
+        for key, tensor in zip(KEYS, layer.adapter, strict=True):
+            if tensor is not None:
+                tensors[f"{KEY_PREFIX}{name}.{key}"] = tensor
     return tensors
 
 
@@ -183,26 +185,33 @@ def _config_of(
     model: nn.Module, layers: Mapping[str, AdaptedLayer], task_type: str | None
 ) -> dict[str, Any]:
     use_rslora = all(layer.use_rslora for layer in layers.values())
+    magnitudes = {layer.adapter.magnitude is not None for layer in layers.values()}
+    if len(magnitudes) > 1:
+        raise ValueError("use_dora must be on in all of the model's LoRALinear layers or in none")
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: alpha_of(layer.scale, layer.r, use_rslora) for name, layer in layers.items()}
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     base = getattr(model, "config", None)
-    return {
-        "alpha_pattern": {_exact(n): value for n, value in alphas.items() if value != alpha},
-        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
-        "bias": "none",
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": _most_common(layer.dropout for layer in layers.values()),
-        "peft_type": "LORA",
-        "r": r,
-        "rank_pattern": {_exact(n): value for n, value in ranks.items() if value != r},
-        "target_modules": _target_modules(model, layers),
-        "task_type": task_type,
-        "use_rslora": use_rslora,
-    } | _auto_mapping(model, task_type)
+    return (
+        {
+            "alpha_pattern": {_exact(n): value for n, value in alphas.items() if value != alpha},
+            "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+            "bias": "none",
+            "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": alpha,
+            "lora_dropout": _most_common(layer.dropout for layer in layers.values()),
+            "peft_type": "LORA",
+            "r": r,
+            "rank_pattern": {_exact(n): value for n, value in ranks.items() if value != r},
+            "target_modules": _target_modules(model, layers),
+            "task_type": task_type,
+            "use_rslora": use_rslora,
+        }
+        | ({"use_dora": True} if magnitudes == {True} else {})
+        | _auto_mapping(model, task_type)
+    )
 
 
 def _auto_mapping(model: nn.Module, task_type: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
+from peft_kernels.integrations.peft.dora import NORMS, dora
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.lora_model import LoraModel
 from peft_kernels.integrations.peft.plain import read_plain
@@ -33,7 +34,7 @@ from peft_kernels.ops import lora_linear
 from peft_kernels.ops.lora_linear import lora_linear_plain
 
 LIBRARY = "PEFT"
-KERNEL, ROWS = "lora_linear", "multi_lora_linear"
+KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
 
 
 class Linear(peft_lora.Linear):
@@ -41,7 +42,8 @@ class Linear(peft_lora.Linear):
 
     ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T B_j^T`` over the active adapters j, in one
     pass. With ``adapter_names`` each row has its own, by
-    :func:`peft_kernels.ops.multi_lora_linear`.
+    :func:`peft_kernels.ops.multi_lora_linear`. An adapter with DoRA takes
+    :func:`peft_kernels.ops.dora_linear`.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,6 +67,9 @@ class Linear(peft_lora.Linear):
             self._check_forward_args(x, adapter_names=names)
             count(self, ROWS)
             return rows_linear(x, base.weight, base.bias, adapters, names)
+        if adapters[0].magnitude is not None:
+            count(self, DORA)
+            return dora(self, x, base, adapters[0])
         count(self, KERNEL)
         first, others = _together(adapters)
         y = lora_linear(
@@ -120,6 +125,7 @@ def restore(module: nn.Module) -> None:
     if type(module) in _OWN:
         module.__class__ = _OWN[type(module)]
         module.__dict__.pop(CALLS, None)
+        module.__dict__.pop(NORMS, None)
 
 
 def calls(layer: nn.Module) -> dict[str, int]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels.integrations.peft.dora import read_magnitude
+
 _BASES = (nn.Linear, Conv1D)
 _MATRICES = (nn.Linear,)
 _DROPOUTS = (nn.Identity, nn.Dropout)
@@ -39,6 +41,7 @@ class Adapter(NamedTuple):
     bias: Tensor | None  # [n], of B
     scale: float | Tensor
     dropout_p: float
+    magnitude: Tensor | None = None  # [n], of DoRA
 
 
 def read(
@@ -98,8 +101,9 @@ def read_adapters(layer: nn.Module, names: Iterable[str]) -> list[Adapter] | str
         a = children["lora_A"]._modules.get(name)
         if a is None:
             continue
-        if name in state["lora_variant"]:
-            return type(state["lora_variant"][name]).__name__
+        magnitude = read_magnitude(layer, name) if name in state["lora_variant"] else None
+        if isinstance(magnitude, str):
+            return magnitude
         b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
         if type(a) is not nn.Linear or not _is_plain(a):
             return f"lora_A: {_what_is_called(a, _MATRICES)}"
@@ -115,11 +119,11 @@ def read_adapters(layer: nn.Module, names: Iterable[str]) -> list[Adapter] | str
         if not is_constant(scale):
             return "scaling: a tensor that isn't a constant"
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        found.append(Adapter(name, a, b, bias, scale, p))
+        found.append(Adapter(name, a, b, bias, scale, p, magnitude))
     return found or "no active adapter"
 
 
-def why_not_in(dtype: torch.dtype, adapters: Iterable[Adapter]) -> str | None:
+def why_not_in(dtype: torch.dtype, adapters: Sequence[Adapter]) -> str | None:
     """Why these can't be computed with, where x and the base's weight are in ``dtype``."""
     for adapter in adapters:
         own = adapter.a.dtype
@@ -128,12 +132,16 @@ def why_not_in(dtype: torch.dtype, adapters: Iterable[Adapter]) -> str | None:
             return f"an adapter in {own} on a base in {dtype}"
         if adapter.dropout_p >= 1.0:
             return "dropout of everything"
+        if adapter.magnitude is not None and (len(adapters) > 1 or adapter.bias is not None):
+            return "DoRA beside other adapters" if len(adapters) > 1 else "DoRA with lora_bias"
     return None
 
 
 def _why_not_by_rows(adapters: list[Adapter]) -> str | None:
     if any(adapter.bias is not None for adapter in adapters):
         return "adapter_names with lora_bias"
+    if adapters[0].magnitude is not None:
+        return "adapter_names with DoRA"
     if len({adapter.a.dtype for adapter in adapters}) > 1:
         return "adapters of several dtypes"
     return None
@@ -150,6 +158,8 @@ def _why_not_in_shards(
         return "DTensors beside whole tensors"
     if names is not None:
         return "adapter_names with DTensors"
+    if adapters[0].magnitude is not None:
+        return "DoRA with DTensors"
     return "several adapters with DTensors" if len(adapters) > 1 else None
 
 

@@ -15,12 +15,15 @@ from torch import nn
 from peft_kernels.modules.names import unwrapped
 from peft_kernels.nn.lora import LoRALinear
 
+_NAMES = {"lora_a": "lora_A", "lora_b": "lora_B", "lora_magnitude": "lora_magnitude_vector"}
+
 
 def peft_view(model: nn.Module) -> nn.Module:
     """The model's parameters under PEFT's names, for what reads names: it can't be called.
 
-    A LoRALinear has ``weight``, ``bias``, ``lora_A.weight`` and ``lora_B.weight``. The Parameters
-    are the model's very own, and modules without a LoRALinear below them are its own too.
+    A LoRALinear has ``weight``, ``bias``, ``lora_A.weight``, ``lora_B.weight`` and, with DoRA,
+    ``lora_magnitude_vector.weight``. The Parameters are the model's very own, and modules without a
+    LoRALinear below them are its own too.
 
     Args:
         model: a model with LoRALinear layers, wrapped or not.
@@ -44,10 +47,10 @@ def _view(module: nn.Module) -> nn.Module:
         return module
     view = nn.Module()
     for name, parameter in module._parameters.items():
-        if isinstance(module, LoRALinear) and name in ("lora_a", "lora_b"):
+        if isinstance(module, LoRALinear) and name in _NAMES and parameter is not None:
             matrix = nn.Module()
             matrix.register_parameter("weight", parameter)
-            view.add_module(f"lora_{name[-1].upper()}", matrix)
+            view.add_module(_NAMES[name], matrix)
         else:
             view.register_parameter(name, parameter)
     for name, child in module._modules.items():

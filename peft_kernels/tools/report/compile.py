@@ -35,6 +35,7 @@ from peft_kernels.triton.adapter import launch as adapter_launchers
 from peft_kernels.triton.adapter_fusion import launch as fusion_launchers
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common import launch as common_launch
+from peft_kernels.triton.dora_linear import launch as dora_launchers
 from peft_kernels.triton.lora_linear import launch as launchers
 from peft_kernels.triton.lora_linear import plans
 from peft_kernels.triton.multi_lora_linear import launch as multi_launchers
@@ -69,7 +70,7 @@ TARGETS = {
 PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")
 # Kernels that multiply no tiles: sums, and few rows against an adapter each.
 ELEMENTWISE_KERNELS = (
-    "sum_partials", "sum_parts", "decode_shrink", "adapter_fold", "adapter_down",
+    "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "adapter_fold", "adapter_down",
     "adapter_fusion_weights", "adapter_fusion_weights_bwd",
     "prefix_attention_combine", "prefix_attention_delta",
 )  # fmt: skip
@@ -108,6 +109,30 @@ class Case:
                 launchers.lora_linear_bwd(
                     dy, x, weight, a, b, s, 1.0, None, p, seed, True, True, True
                 )
+
+
+@dataclass(frozen=True)
+class DoraCase(Case):
+    """The same of `dora_linear`."""
+
+    def label(self) -> str:
+        return f"dora {super().label()}"
+
+    def run(self) -> None:
+        x, weight, bias, dy = _base(self.m, N, self.dtype)
+        a, b, gain = (
+            _empty(self.r, K, dtype=self.adapter_dtype),
+            _empty(N, self.r, dtype=self.adapter_dtype),
+            _empty(N, dtype="float32"),
+        )
+        seed = _empty(dtype="int64") if self.dropout else None
+        options = 1.0, None, 0.1 if self.dropout else 0.0, seed
+        inputs = x, weight, bias, a, b, gain
+        for plan in self.plans:
+            with plans.force(plan):
+                y, s = dora_launchers.dora_linear_fwd(*inputs, *options)
+                needs = True, True, True, True
+                dora_launchers.dora_linear_bwd(dy, *inputs, y, s, *options, *needs)
 
 
 @dataclass(frozen=True)
@@ -273,7 +298,14 @@ FUSION_CASES = (
     FusionCase(64, (16, 16), "float16", "float16", False, "relu"),
     FusionCase(8192, (48,) * 8, "float32", "float32", False, "gelu"),
 )
-CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES
+# the heaviest and the lightest of `dora_linear`, and its float32 products
+DORA_CASES = (
+    DoraCase(8192, 64, "bfloat16", "float32", True, ("i", "library")),
+    DoraCase(8192, 64, "float16", "float16", False, ("i", "ii", "library")),
+    DoraCase(8, 16, "bfloat16", "float32", False, ("i", "ii")),
+    DoraCase(8192, 16, "float32", "float32", True, ("library",)),
+)
+CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + DORA_CASES
 N = K = 4096
 
 
@@ -371,7 +403,7 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
             dtype=case.dtype,
             tile=" ".join(tile),
             multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
-            narrow=stem == "decode_tile"
+            narrow=stem in ("decode_tile", "gain_end")
             or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64)
             or (stem in PRODUCTS_OF_KEYS and bound["BLOCK_N"] < 64),
             signature=signature,

@@ -8,6 +8,8 @@
     grad_a_kernel          dA = dS^T dropout(x)                    split over m
     add_low_rank_kernel    out += factor P Q                       after a library GEMM
 
+With a gain, as ``dora_linear`` has one, y is gain (x W^T + scale S B^T) + bias.
+
 Rounding. Sums are float32. Products of two tensors in x's dtype are exact. S, dS, dA and dB keep
 float32's precision (`wide_dot`); inside y and dx, whose elements are rounded to x's dtype anyway,
 the two small operands are rounded to x's dtype first (`rank_dot`). No kernel uses an atomic, and
@@ -48,6 +50,16 @@ def _low_rank(
         q_mask = (ranks < r)[:, None] & (cols < n)[None, :]
         q_tile = tl.load(pointers(q, ranks, cols, sq_r, sq_n), mask=q_mask, other=0.0)
         acc = rank_dot(p_tile * factor, q_tile, acc, dtype, PRECISION)
+    return acc
+
+
+@triton.jit
+def _ended(acc, gain, bias, cols, n, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """gain acc + bias, of a tile's columns; gain [n] is float32."""
+    if HAS_GAIN:
+        acc *= tl.load(gain + cols, mask=cols < n, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -101,13 +113,14 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def tile_kernel(
-    a, w, bias, p, q, out, factor, seed, threshold, m, n, depth, r,
+    a, w, bias, gain, p, q, out, factor, seed, threshold, m, n, depth, r,
     sa_m, sa_k, sw_k, sw_n, sq_r, sq_n,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, FACTOR_ON_DEVICE: tl.constexpr,
-    SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
+    FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out = a w + mask o (factor P Q) + bias, one store; a [m, depth], w [depth, n].
+    """out = gain (a w + mask o (factor P Q)) + bias, one store; a [m, depth], w [depth, n].
 
     y:  a = x,  w = W^T, P = S,  Q = B^T, factor = scale, no mask
     dx: a = dy, w = W,   P = dS, Q = A,   factor = 1 / (1 - p), the mask of dropout
@@ -140,23 +153,22 @@ def tile_kernel(
         a_ptrs += step(BLOCK_K, sa_k)
         w_ptrs += step(BLOCK_K, sw_k)
 
-    # 3. bias, and the only rounding and store
-    if HAS_BIAS:
-        acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    # 3. gain and bias, and the only rounding and store
+    acc = _ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def in_loop_kernel(
-    x, w, bias, a, b, y, s, scale, seed, threshold, inv_keep, m, n, k, r,
+    x, w, bias, gain, a, b, y, s, scale, seed, threshold, inv_keep, m, n, k, r,
     sx_m, sx_k, sw_k, sw_n, sa_r, sa_k, sb_n, sb_r,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
-    SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T + scale S B^T + bias and S = dropout(x) A^T in one loop over k; r <= BLOCK_R.
+    """y = gain (x W^T + scale S B^T) + bias, S = dropout(x) A^T, one loop over k; r <= BLOCK_R.
 
     x is read for the base and serves S as well. Every program of a row of tiles computes the same
     S; the one of the first columns stores it.
@@ -199,12 +211,11 @@ def in_loop_kernel(
         s_mask = (rows < m)[:, None] & (ranks < r)[None, :]
         tl.store(pointers(s, rows, ranks, r, 1), s_acc, mask=s_mask)
 
-    # 3. + scale S B^T + bias, and the only rounding and store of y
+    # 3. + scale S B^T, gain and bias, and the only rounding and store of y
     b_mask = (ranks < r)[:, None] & (cols < n)[None, :]
     b_tile = tl.load(pointers(b, ranks, cols, sb_r, sb_n), mask=b_mask, other=0.0)
     acc = rank_dot(s_acc * float_scalar(scale, SCALE_ON_DEVICE), b_tile, acc, dtype, PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+    acc = _ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(y, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
@@ -318,12 +329,16 @@ def grad_a_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def add_low_rank_kernel(
-    p, q, out, factor, seed, threshold, m, n, r, sq_r, sq_n,
-    DROPOUT: tl.constexpr, FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
-    PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    bias, gain, p, q, out, factor, seed, threshold, m, n, r, sq_r, sq_n,
+    HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
+    FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out += mask o (factor P Q) in place; out [m, n], contiguous, holds the GEMM's result."""
+    """out = gain (out + mask o (factor P Q)) + bias; out [m, n], contiguous, holds a GEMM's result.
+
+    Without a gain the library adds the bias.
+    """
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
     )
@@ -344,4 +359,5 @@ def add_low_rank_kernel(
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     out_ptrs = pointers(out, rows, cols, n, 1)
     acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    acc = _ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     tl.store(out_ptrs, rounded(acc, dtype), mask=mask)

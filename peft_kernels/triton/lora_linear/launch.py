@@ -41,19 +41,36 @@ def lora_linear_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y ``[m, n]`` in x's dtype and S ``[m, r]`` in float32."""
+    return with_gain(x, weight, bias, None, lora_a, lora_b, scale, scale_t, dropout_p, seed)
+
+
+def with_gain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    scale_t: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same with ``y = gain (x W^T + scale S B^T) + bias``; gain ``[n]`` in float32."""
     factor = scale if scale_t is None else scale_t
     call = _Call("fwd", x, weight, lora_a, dropout_p, seed)
     plan = plans.choose(x.device, call.problem)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         if plan == "ii":
-            return _in_loop(call, x, weight, bias, lora_a, lora_b, factor)
+            return _in_loop(call, x, weight, bias, gain, lora_a, lora_b, factor)
         s = _shrink(call, x, lora_a)
         if plan == "library":
-            y = F.linear(x, weight, bias)
-            return _add_low_rank(call, s, lora_b.T, y, factor, masked=False), s
+            early, late = (bias, None) if gain is None else (None, bias)
+            y = F.linear(x, weight, early)
+            return _add_low_rank(call, s, lora_b.T, y, factor, False, late, gain), s
         y = x.new_empty(call.m, call.n)
-        return _tile(call, x, weight.T, bias, s, lora_b.T, y, factor, masked=False), s
+        return _tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
 
 
 # ---- backward ----------------------------------------------------------------------------------
@@ -86,7 +103,7 @@ def lora_linear_bwd(
                 dx = _add_low_rank(call, ds, lora_a, torch.mm(dy, weight), factor, masked=True)
             else:
                 dx = x.new_empty(call.m, call.k)
-                dx = _tile(call, dy, weight, None, ds, lora_a, dx, factor, masked=True)
+                dx = _tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
         if needs_a:
             da = _grad_a(call, x, ds, lora_a)
     return dx, da, db
@@ -169,6 +186,7 @@ def _in_loop(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    gain: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: Tensor | float,
@@ -181,10 +199,12 @@ def _in_loop(
     launch(
         kernels.in_loop_kernel,
         (triton.cdiv(call.m, tile.m) * triton.cdiv(call.n, tile.n),),
-        x, weight, bias, lora_a, lora_b, y, s, factor, call.seed, call.threshold, call.inv_keep,
+        x, weight, bias, gain, lora_a, lora_b, y, s, factor,
+        call.seed, call.threshold, call.inv_keep,
         call.m, call.n, call.k, call.r,
         *x.stride(), weight.stride(1), weight.stride(0), *lora_a.stride(), *lora_b.stride(),
-        HAS_BIAS=bias is not None, DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
+        HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
+        DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), PRECISION=call.precision,
         GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
@@ -197,13 +217,14 @@ def _tile(
     a: Tensor,
     w: Tensor,
     bias: Tensor | None,
+    gain: Tensor | None,
     p: Tensor,
     q: Tensor,
     out: Tensor,
     factor: Tensor | float,
     masked: bool,
 ) -> Tensor:
-    """out = a w + mask o (factor P Q) + bias."""
+    """out = gain (a w + mask o (factor P Q)) + bias."""
     dropout = masked and call.dropout
     tile = call.tile("tile_masked" if dropout else "tile")
     m, n = out.shape
@@ -211,9 +232,10 @@ def _tile(
     launch(
         kernels.tile_kernel,
         (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
-        a, w, bias, p, q, out, value, call.seed, call.threshold, m, n, a.shape[1], call.r,
+        a, w, bias, gain, p, q, out, value, call.seed, call.threshold, m, n, a.shape[1], call.r,
         *a.stride(), *w.stride(), *q.stride(),
-        HAS_BIAS=bias is not None, DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
+        HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
+        DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
@@ -222,16 +244,24 @@ def _tile(
 
 
 def _add_low_rank(
-    call: _Call, p: Tensor, q: Tensor, out: Tensor, factor: Tensor | float, masked: bool
+    call: _Call,
+    p: Tensor,
+    q: Tensor,
+    out: Tensor,
+    factor: Tensor | float,
+    masked: bool,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
-    """out += mask o (factor P Q), in place."""
+    """out = gain (out + mask o (factor P Q)) + bias, in place."""
     tile = call.tile("add_low_rank")
     m, n = out.shape
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.add_low_rank_kernel,
         (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
-        p, q, out, value, call.seed, call.threshold, m, n, call.r, *q.stride(),
+        bias, gain, p, q, out, value, call.seed, call.threshold, m, n, call.r, *q.stride(),
+        HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
         DROPOUT=masked and call.dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n,
