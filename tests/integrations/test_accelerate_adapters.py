@@ -352,6 +352,35 @@ def test_prefixes_in_compositions(setup):
     assert_as_theirs(model, {"encoded once"})
 
 
+@pytest.mark.parametrize("make", [make_gpt2, make_llama, make_bert])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("setup", [Stack("a"), BatchSplit("a", "b", batch_sizes=[1, 3])], ids=str)
+def test_prefixes_under_sdpa(make, padded, setup):
+    """adapters leaves the prefix out there, or hides text behind it; in eager it is right."""
+    model = with_adapters(make, torch.float32, a=prefix(), b=prefix())
+    model.set_active_adapters(setup)
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 1 - padded
+    inputs = {"attention_mask": mask} if padded else {}
+
+    def results(implementation):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return model(IDS, **inputs)[0][mask.bool()]
+
+    right, theirs = results("eager"), results("sdpa")
+    report = peft_kernels.accelerate(model, strict=False)
+    torch.testing.assert_close(results("sdpa"), right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results("eager"), right, rtol=1e-4, atol=1e-4)
+    assert {layer.reason for layer in report.layers} == {None, "prefix_tuning.PrefixTuningLayer"}
+    peft_kernels.accelerate(model)
+    torch.testing.assert_close(results("sdpa"), theirs, rtol=1e-5, atol=1e-5)
+    peft_kernels.accelerate(model, strict=False)
+    assert_as_theirs(model, {"encoded once"}, rtol=1e-4, atol=1e-4)
+    if make is not make_bert:  # whose masks are additive
+        assert not torch.allclose(theirs, right, atol=1e-2)
+
+
 def test_a_prefix_with_dropout_is_theirs_in_training():
     model = with_adapters(make_bert, a=prefix(dropout=0.3))
     for module in model.modules():

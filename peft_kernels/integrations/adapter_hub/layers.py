@@ -38,6 +38,7 @@ def kind_of(layer: nn.Module) -> str:
 
 def serve(module: nn.Module, strict: bool = True) -> None:
     """Puts kernels under a module, if there are any for its class."""
+    prefix.set_strict(module, strict)
     if is_new(module):
         module.__class__ = _served_class(type(module))
 
@@ -47,7 +48,7 @@ def restore(module: nn.Module) -> None:
     own = _own_class(type(module))
     if own is not type(module):
         module.__class__ = own
-        for name in (CALLS, KEPT, KEPT_PREFIX):
+        for name in (CALLS, KEPT, KEPT_PREFIX, prefix.CAUSAL):
             module.__dict__.pop(name, None)
 
 
@@ -70,7 +71,7 @@ def why_not(layer: Any) -> str | None:
 
     Where none is active it is about all.
     """
-    if _own_class(type(layer)) is type(layer):
+    if _own_class(type(layer)) is type(layer) or isinstance(layer, prefix.PrefixTuningLayer):
         return kind_of(layer)
     if isinstance(layer, prefix.PrefixTuning):
         return prefix.why_not(layer)
