@@ -60,19 +60,24 @@ def add_adapter(y: Tensor, x: Tensor, adapter: Adapter) -> None:
 @torch.no_grad()
 def _bank(adapters: Sequence[Adapter], device: torch.device) -> LoRABank:
     """The adapters in pages one after the other."""
-    counts = [-(-adapter.a.shape[0] // PAGE) for adapter in adapters]
-    table = torch.zeros(len(adapters), max(counts), dtype=torch.int32)
-    first = 0
-    for slot, count in enumerate(counts):
-        table[slot, :count] = torch.arange(first, first + count)
-        first += count
-    ranks = torch.tensor([adapter.a.shape[0] for adapter in adapters], dtype=torch.int32)
-    scales = torch.stack(
-        [torch.as_tensor(adapter.scale).to(device, torch.float32) for adapter in adapters]
-    )
+    sizes = [adapter.a.shape[0] for adapter in adapters]
+    pages, first = [], 0
+    for size in sizes:
+        pages.append(range(first, first - (-size // PAGE)))
+        first = pages[-1].stop
+    most = max(map(len, pages))
+    table = torch.tensor([[*own, *(0,) * (most - len(own))] for own in pages], dtype=torch.int32)
+    ranks = torch.tensor(sizes, dtype=torch.int32)
     a = torch.cat([_whole_pages(adapter.a) for adapter in adapters])
     b = torch.cat([_whole_pages(adapter.b.T) for adapter in adapters])
-    return LoRABank(a, b, table.to(device), ranks.to(device), scales)
+    return LoRABank(a, b, table.to(device), ranks.to(device), _scales(adapters, device))
+
+
+def _scales(adapters: Sequence[Adapter], device: torch.device) -> Tensor:
+    scales = [adapter.scale for adapter in adapters]
+    if any(isinstance(scale, Tensor) for scale in scales):
+        return torch.stack([torch.as_tensor(s).to(device, torch.float32) for s in scales])
+    return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def _whole_pages(rows: Tensor) -> Tensor:
