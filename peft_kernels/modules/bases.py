@@ -240,6 +240,12 @@ def check_memory(tensor: Tensor, name: str) -> None:
     """Raises a RuntimeError unless this tensor has values, and those written into it stay there."""
     if has_no_memory(tensor):
         raise RuntimeError(f"{name} is {_NO_MEMORY}")
+    if is_placeholder(tensor):
+        raise RuntimeError(
+            f"{name} is a placeholder of DeepSpeed's ZeRO-3, whose values are spread over the "
+            "processes: gather them around the call, in all processes, with "
+            "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+        )
 
 
 def is_sharded(tensor: Tensor) -> bool:

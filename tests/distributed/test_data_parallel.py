@@ -6,8 +6,8 @@ import parallel_models
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_models import STEPS, average_, llama, lora, of_peft, steps, trained
-from processes import Cases
+from parallel_models import STEPS, average_, llama, lora, of_peft, steps, text, trained
+from processes import Cases, Wire
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -107,6 +107,18 @@ def shards_that_are_cast_for_the_forward():
         average_(losses)
         assert all(p.dtype is torch.float32 for p in parameters.values())
         torch.testing.assert_close(losses, in_one, rtol=1e-2, atol=0)
+
+
+@CASES.add
+def only_the_gradients_of_adapters_are_sent():
+    model = sharded(lora())
+    loss = model(input_ids=text(), labels=text()).loss
+    with Wire() as wire:
+        loss.backward()
+    kinds = {name for name, _ in wire.sent}
+    assert kinds == {"allgather_base", "reduce_scatter_base"}, kinds
+    sent = sum(count for name, count in wire.sent if name == "reduce_scatter_base")
+    assert sent == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @CASES.add

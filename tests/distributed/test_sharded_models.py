@@ -182,3 +182,25 @@ def a_pool_in_a_parallel_model():
 @CASES.tests
 def test_sharded_models(run, case):
     run(case)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, folder: save_adapter(model, folder / "new"),
+        lambda model, folder: load_adapter(model, folder / "old"),
+        lambda model, folder: merge(model),
+    ],
+    ids=["save", "load", "merge"],
+)
+def test_placeholders_of_zero_3_are_refused(call, tmp_path):
+    save_adapter(lora(), tmp_path / "old")
+    model = lora()
+    matrix = model.model.layers[1].self_attn.q_proj.lora_b
+    whole = matrix.data
+    matrix.data, matrix.ds_id = torch.empty(0), 3
+    with pytest.raises(RuntimeError, match=r"q_proj.*lora_b is a placeholder .*GatheredParameters"):
+        call(model, tmp_path)
+    assert not (tmp_path / "new").exists()
+    matrix.data = whole  # gathered
+    call(model, tmp_path)

@@ -121,7 +121,8 @@ PAGES: dict[str, Callable[[], Names]] = {
 def test_every_page_with_python_is_run():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     found = {str(page.relative_to(ROOT)) for page in pages if BLOCK.search(page.read_text())}
-    assert found - {"docs/add-an-op.md"} == set(PAGES)  # that one: test_docs_op.py
+    elsewhere = {"docs/add-an-op.md", "docs/guides/more-than-one-machine.md"}
+    assert found - elsewhere == set(PAGES)  # those: test_docs_op.py, distributed/test_guide.py
 
 
 @pytest.mark.parametrize("page", PAGES)

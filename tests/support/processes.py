@@ -26,7 +26,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # Imports take longer than tests do: a server has them once, which processes are forked from. It
 # finds what is installed alone.
@@ -132,6 +131,6 @@ class Wire(TorchDispatchMode):
         if func.namespace in ("_c10d_functional", "c10d"):
             name = func.overloadpacket.__name__.strip("_")
             if name not in ("wait_tensor", "wrap_tensor_autograd"):
-                tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-                self.sent.append((name, sum(t.numel() for t in tensors)))
+                given = args[1 if name.endswith("_base") else 0]  # those have the output first
+                self.sent.append((name, given.numel()))
         return func(*args, **(kwargs or {}))

@@ -133,6 +133,7 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
     check_adapter(name, adapter, config, n, k)
     if isinstance(layer, LoRALinear):
         check_memory(layer.lora_a, f"{name}.lora_a")
+        check_memory(layer.lora_b, f"{name}.lora_b")
         with named(name):
             check_stored(layer, own=layer.adapter_names)
         if layer.use_dora is not bool(config["use_dora"]):
