@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from adapters.composition import AdapterCompositionBlock, Fuse, Stack
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
@@ -60,9 +61,14 @@ class Served(BottleneckLayer):
             state = super().compose_single(adapter_setup, state, lvl=lvl)
             return state if self._fuses(adapter_setup) else state._replace(bottleneck_up=None)
         count(self, KERNEL)
+        gate = _gate(adapter, x)
+        context = ForwardContext.get_context()
+        if gate is not None and context is not None and context.output_adapter_gating_scores:
+            self._store_gating_score(adapter_setup, gate)
         up = None
-        if self._fuses(adapter_setup):  # which attends to what is before the residual
-            y, up = _with_up(adapter, found, x, residual)
+        if gate is not None or self._fuses(adapter_setup):  # which attends to the update alone
+            y, up = _with_up(adapter, found, x, residual, gate)
+            up = up if self._fuses(adapter_setup) else None
         else:
             y = _alone(adapter, found, x, residual)
         return state._replace(hidden_states=y, bottleneck_up=up, last=adapter_setup)
@@ -159,7 +165,12 @@ def _whole(adapter: Any, f: Tensor, i: Tensor | None, norm: nn.Module | None) ->
         norm: the sublayer's LayerNorm.
     """
     found = read(adapter, f)
-    if isinstance(found, str) or found.norm_after is not None or is_autocast(f):
+    if (
+        isinstance(found, str)
+        or found.norm_after is not None
+        or is_autocast(f)
+        or adapter.use_gating
+    ):
         return None
     if (norm is not None and not fuses(norm)) or (i is not None and not _is_alike(f, i)):
         return None
@@ -201,22 +212,36 @@ def _alone(adapter: Any, found: Bottleneck, x: Tensor, residual: Tensor) -> Tens
     if type(adapter) is ParallelAdapter:  # the layer adds the residual
         return _op(x, found, None, found.norm_before, found.norm_after)
     inside = found.norm_after is None or adapter.adapter_residual_before_ln
-    inside = inside and _is_alike(x, residual) and not is_autocast(x)
+    if not _is_alike(x, residual) or is_autocast(x):
+        if found.norm_after is not None:
+            return _with_up(adapter, found, x, residual, None)[0]
+        inside = False
     y = _op(x, found, residual if inside else None, found.norm_before, found.norm_after)
     return y if inside else y + residual
 
 
-def _with_up(adapter: Any, found: Bottleneck, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and the update before dropout, norm and residual."""
+def _with_up(
+    adapter: Any, found: Bottleneck, x: Tensor, residual: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, times a gate, and the update before dropout, gate, norm and residual."""
     y = up = _op(x, found._replace(dropout_p=0.0), None, found.norm_before, None)
     if found.dropout_p:
         y = adapter.dropout(y)
+    if gate is not None:
+        y = y * gate
     added = type(adapter) is not ParallelAdapter
     if found.norm_after is None:
         return (y + residual if added else y), up
     inside = added and adapter.adapter_residual_before_ln
     y = found.norm_after(y + residual if inside else y)
     return (y + residual if added and not inside else y), up
+
+
+def _gate(adapter: Any, x: Tensor) -> Tensor | None:
+    """``[B, 1, 1]``: what the update of each row is multiplied with."""
+    if not adapter.use_gating:
+        return None
+    return torch.sigmoid(adapter.gate(x)).mean(1).unsqueeze(-1)
 
 
 def _op(

@@ -54,6 +54,8 @@ def read_fusion(fusion: Any, children: list[Any], x: Tensor) -> Fusion | str:
         adapter = read(child, x)
         if isinstance(adapter, str):
             return adapter
+        if child.use_gating:
+            return "fusion: gating"
         if adapter.norm_before is not None:
             return "fusion: the adapter's LayerNorm"
         found.append(adapter)

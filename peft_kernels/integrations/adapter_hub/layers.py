@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_kernels._library import backend_of
 from peft_kernels.integrations.adapter_hub import bottleneck, lora, prefix
-from peft_kernels.integrations.adapter_hub.bottleneck_state import read_parts
+from peft_kernels.integrations.adapter_hub.bottleneck_state import why_not as why_not_bottleneck
 from peft_kernels.integrations.adapter_hub.fusion import KEPT
 from peft_kernels.integrations.encoded_once import KEPT as KEPT_PREFIX
 from peft_kernels.integrations.served import CALLS
@@ -79,7 +79,7 @@ def why_not(layer: Any) -> str | None:
     if is_lora and "forward" in layer.__dict__:
         return "another forward"
     for name, adapter in _adapters_of(layer):
-        found = lora.read_adapter(adapter, name) if is_lora else read_parts(adapter)
+        found = lora.read_adapter(adapter, name) if is_lora else why_not_bottleneck(adapter)
         if isinstance(found, str):
             return found
     return None
