@@ -158,6 +158,30 @@ def test_prefixes_of_other_calls(make, method):
 
 
 @PREFIXES
+def test_the_base_attends_as_it_is_told_to(method):
+    """The kernel is for the forward that has a prefix, and copies and pickles know."""
+    model = prompted(make_llama, method)
+    base = model.get_base_model()
+    seen = []
+    base.model.layers[0].self_attn.register_forward_hook(
+        lambda module, *_: seen.append(module.config._attn_implementation)
+    )
+    peft_kernels.accelerate(model)
+    with torch.no_grad():
+        model(IDS), base(IDS)
+        base.set_attn_implementation("eager")
+        base(IDS), model(IDS)
+    assert seen == ["peft_kernels_prefix", "sdpa", "eager", "peft_kernels_prefix"]
+    config = base.model.layers[0].self_attn.config
+    for other in (copy.deepcopy(base.model.layers[0].self_attn).config, pickle.loads(
+        pickle.dumps(config)
+    )):  # fmt: skip
+        assert other._attn_implementation == "eager" and type(other) is type(config)
+    peft_kernels.restore(model)
+    assert type(base.model.layers[0].self_attn.config) is transformers.LlamaConfig
+
+
+@PREFIXES
 def test_a_returned_cache_goes_on(method):
     """It has the prefix, once it is read."""
     model = prompted(make_llama, method)

@@ -3,7 +3,7 @@
 PEFT puts the prefix into the cache of each row, and each attention concatenates it with the text's
 keys. Here the model's attention modules take it beside their text, by one copy for all rows, and
 the cache that a forward returns begins with it, as PEFT's does. With ``use_cache=False`` there is
-none. In ``generate`` it is in the cache from the start.
+none. In ``generate``, where the prefix is in the cache from the start, all is PEFT's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def prepare(model: Any) -> None:
     base = model.get_base_model()
     found = model.__dict__[PLACES] = _places_of(base)
     if isinstance(found, dict):
-        prefix, places = _room()[0], _room()[1].attention_places(base)
-        prefix.use_prefix_attention(base, places)
+        prefix, places, _, state = _room()
+        prefix.use_prefix_attention(base, places.attention_places(base), state.has_state)
 
 
 def give_back(model: Any) -> None:

@@ -20,7 +20,7 @@ computed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -268,13 +268,17 @@ def _of_length(tokens: Any, prefix: PrefixTuning, device: torch.device) -> Tenso
 # ---- preparing a model ---------------------------------------------------------------------------
 
 
-def use_prefix_attention(model: nn.Module, places: Sequence[Place]) -> None:
+def use_prefix_attention(
+    model: nn.Module, places: Sequence[Place], when: Callable[[], bool] | None = None
+) -> None:
     """Has attention modules that can be told by a config call :func:`_attention.attend`.
+
+    With ``when`` they do while that says so, as of :func:`..attention.pinned.pin`.
 
     BigBird-Pegasus' decoder has a causal mask in eager attention and ``is_causal`` False, by which
     alone a causal mask is known that isn't made.
     """
-    pin(model, [place.module for place in places if calls_the_interface(place.module)])
+    pin(model, [place.module for place in places if calls_the_interface(place.module)], when)
     for place in places:
         if place.site == "self" and getattr(place.module, "is_decoder", False) is True:
             place.module.__dict__[IS_CAUSAL] = True

@@ -10,7 +10,7 @@ turn the prefix off, and what was asked for last is in force when the prefix is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -24,8 +24,9 @@ IS_CAUSAL = "_peft_kernels_is_causal"  # of a decoder's attention that says of i
 class _View:
     """What the classes of views have in common; ``_viewed`` is the config."""
 
-    __slots__ = ("_viewed",)
+    __slots__ = ("_viewed", "_when")
     _viewed: Any
+    _when: Callable[[], bool] | None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A model built from a view would write what it read there to the config.
@@ -33,19 +34,26 @@ class _View:
             super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple:
-        return _view_of, (self._viewed,)
+        return _view_of, (self._viewed, self._when)
 
     def __copy__(self) -> Any:
         return copy.copy(self._viewed)
 
 
-def pin(model: nn.Module, readers: Iterable[nn.Module]) -> None:
-    """Has all of the model's modules that hold one of the readers' configs hold a view of it."""
+def pin(
+    model: nn.Module, readers: Iterable[nn.Module], when: Callable[[], bool] | None = None
+) -> None:
+    """Has all of the model's modules that hold one of the readers' configs hold a view of it.
+
+    Args:
+        when: whether the view's implementation is :data:`NAME` right now, and not its config's;
+            always by default. A function of a module, for pickle.
+    """
     views: dict[int, Any] = {}
     for reader in readers:
         config = reader.__dict__.get("config")
         if hasattr(type(config), _IMPLEMENTATION) and not isinstance(config, _View):
-            views[id(config)] = _view_of(config)
+            views[id(config)] = _view_of(config, when)
     for module in model.modules():
         view = views.get(id(module.__dict__.get("config")))
         if view is not None:
@@ -68,16 +76,22 @@ def asked_implementation(module: nn.Module) -> str | None:
     return getattr(config, _IMPLEMENTATION, None)
 
 
-def _view_of(config: Any) -> Any:
-    view: Any = object.__new__(_class_of(config.__class__))
+def _view_of(config: Any, when: Callable[[], bool] | None = None) -> Any:
+    view: Any = object.__new__(_class_of(config.__class__, when))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
+    object.__setattr__(view, "_when", when)
     return view
 
 
 @cache
-def _class_of(kind: Any) -> Any:
+def _class_of(kind: Any, when: Callable[[], bool] | None) -> Any:
     """The class of views of a config's class. Auto classes know a config by its class' name."""
-    implementation = property(lambda view: NAME, kind._attn_implementation.fset)
+    own = kind._attn_implementation
+
+    def read(view: Any) -> Any:
+        return NAME if when is None or when() else own.fget(view)
+
+    implementation = property(read, own.fset)
     names = {"__slots__": (), "__module__": kind.__module__, _IMPLEMENTATION: implementation}
     return type(kind.__name__, (_View, kind), names)

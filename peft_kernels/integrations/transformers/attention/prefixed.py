@@ -96,6 +96,11 @@ def current_state() -> State | None:
     return _STATE.get()
 
 
+def has_state() -> bool:
+    """Whether a forward with a prefix, or a recorded one, is running."""
+    return _STATE.get() is not None
+
+
 def set_state(state: State | None) -> None:
     """Sets the state of the running call, with which it ends; :func:`using` is for a block."""
     _STATE.push(state)
