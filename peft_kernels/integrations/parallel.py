@@ -1,6 +1,6 @@
 """Tensor parallelism for layers with LoRA: torch's styles, with the adapter laid beside its base.
 
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}  # or plan_of(model)
     torch.distributed.tensor.parallel.parallelize_module(model, mesh, plan)
 
 This module imports ``torch.distributed.tensor``; the package itself doesn't.
@@ -8,6 +8,8 @@ This module imports ``torch.distributed.tensor``; the package itself doesn't.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -16,12 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor import distribute_tensor as distribute
 from torch.distributed.tensor import parallel as torch_parallel
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from peft_kernels.modules.bases import CONV1D, names_of
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 
-__all__ = ["ColwiseParallel", "RowwiseParallel"]
+__all__ = ["ColwiseParallel", "RowwiseParallel", "plan_of"]
 
 _PEFT_LAYER = "peft.tuners.lora.layer.Linear"
 
@@ -130,3 +133,63 @@ class RowwiseParallel(_Style, torch_parallel.RowwiseParallel):
 
     _placements = Shard(1), Shard(1), Replicate(), Replicate()
     _input_placements = (Shard(-1),)
+
+
+# What transformers calls them, 4.57 and 5.
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "rowwise": RowwiseParallel,
+    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+}
+_WHOLE = "replicated_with_grad_allreduce"  # a module of each process's own heads: q_norm, k_norm
+
+
+def plan_of(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The ``tp_plan`` of a model of transformers' for ``parallelize_module``.
+
+    transformers shards a model while it loads it (``tp_plan="auto"``), and from version 5 on gives
+    its layers another forward, into which no adapter goes. Load the whole model instead, put LoRA
+    in, and ``parallelize_module(model, mesh, plan_of(model))``.
+
+    Args:
+        model: such a model, or one that has it inside, as a PeftModel has.
+
+    Returns:
+        Styles by the names of modules of ``model``, with ``*`` for numbers.
+
+    Raises:
+        ValueError: there is no plan, or it has a style that isn't known here, such as those of
+            fused projections and experts; it names it.
+    """
+    found = ((n, m) for n, m in model.named_modules() if getattr(type(m), "tp_plan", None))
+    host_name, host = next(found, ("", None))
+    modules = dict(() if host is None else host.named_modules())
+    # A plan also has its keys as of the model without a head, which select nothing then.
+    plan: dict[str, str] = {
+        key: style
+        for key, style in getattr(host, "tp_plan", {}).items()
+        if any(fnmatch(name, key) for name in modules)
+    }
+    if not plan:
+        raise ValueError(
+            "model must be one of transformers' that has a tp_plan, or have one inside; "
+            f"{type(model).__name__} has none: write a plan, of styles by names of modules"
+        )
+    for key, style in plan.items():
+        if style not in _STYLES and not (style == _WHOLE and not _trains(modules, key)):
+            raise ValueError(
+                f"the model's tp_plan has {style!r} for {key}, for which there is no style here: "
+                f"known are {', '.join(_STYLES)}"
+            )
+    prefix = f"{host_name}." if host_name else ""
+    return {prefix + key: _STYLES[style]() for key, style in plan.items() if style in _STYLES}
+
+
+def _trains(modules: dict[str, nn.Module], pattern: str) -> bool:
+    matched = (module for name, module in modules.items() if fnmatch(name, pattern))
+    return any(parameter.requires_grad for module in matched for parameter in module.parameters())

@@ -6,7 +6,18 @@ import parallel_models
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_models import STEPS, average_, llama, lora, of_peft, steps, text, trained
+from parallel_models import (
+    STEPS,
+    average_,
+    dora,
+    dora_of_peft,
+    llama,
+    lora,
+    of_peft,
+    steps,
+    text,
+    trained,
+)
 from processes import Cases, Wire
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +56,7 @@ def prompt() -> nn.Module:
     return model
 
 
-METHODS = (lora, of_peft, bottleneck, prefix, prompt)
+METHODS = (lora, dora, of_peft, dora_of_peft, bottleneck, prefix, prompt)
 
 
 def in_bfloat16(make) -> nn.Module:

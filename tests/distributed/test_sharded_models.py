@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 import torch
-from parallel_models import PLAN, llama, logits, lora, parallel, sharded, trained, whole
+import transformers
+from parallel_models import PLAN, llama, logits, lora, of_peft, parallel, sharded, trained, whole
 from processes import Cases, everywhere
 from tiny_models import make_gpt2
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +25,7 @@ from peft_kernels import (
     unload,
     unmerge,
 )
-from peft_kernels.integrations.parallel import ColwiseParallel, RowwiseParallel
+from peft_kernels.integrations.parallel import ColwiseParallel, RowwiseParallel, plan_of
 from peft_kernels.integrations.transformers import insert_adapters
 
 CASES = Cases(2)
@@ -78,6 +82,50 @@ def adapters_that_come_into_a_parallel_model():
     plain.load_state_dict(of_the_first, strict=False)
     expected = trained(randomised(plain))
     torch.testing.assert_close(trained(randomised(model)), expected, rtol=1e-6, atol=1e-6)
+
+
+@CASES.add
+def the_plan_of_a_model_of_transformers():
+    for make in (lora, of_peft):
+        model = make()
+        plan = plan_of(model)
+        parallelize_module(model, mesh(), plan)
+        assert [p.requires_grad for p in model.parameters()] == [
+            p.requires_grad for p in make().parameters()
+        ]
+        assert sum(isinstance(p, DTensor) for p in model.parameters()) >= 14 * 3
+        torch.testing.assert_close(trained(model), trained(make()), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="Linear has none: write a plan"):
+        plan_of(torch.nn.Linear(2, 2))
+    model = llama().requires_grad_(True)
+    model._tp_plan = model.tp_plan | {"model.layers.*.mlp": "packed_colwise"}
+    with pytest.raises(ValueError, match=r"'packed_colwise' for model\.layers\.\*\.mlp"):
+        plan_of(model)
+    model._tp_plan = {"model.norm": "replicated_with_grad_allreduce"}
+    with pytest.raises(ValueError, match=r"'replicated_with_grad_allreduce' for model\.norm"):
+        plan_of(model)
+    assert plan_of(lora()).keys() - {"lm_head", "model.embed_tokens"} == PLAN.keys()
+
+
+@CASES.add
+def a_model_that_transformers_has_sharded():
+    folder = CASES.folder / "llama"
+    if torch.distributed.get_rank() == 0:
+        llama().save_pretrained(folder)
+    torch.distributed.barrier()
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(torch.distributed.get_rank()))
+    with mock.patch.dict(os.environ, ranks | {"WORLD_SIZE": str(CASES.processes)}):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    if int(transformers.__version__.split(".")[0]) > 4:
+        with pytest.raises(TypeError, match="this one's was replaced by transformers"):
+            swap_linear(model, TARGETS, 4, alpha=8)
+        return
+    models = llama(), model
+    for model in models:
+        torch.manual_seed(3)
+        swap_linear(model, TARGETS, 4, alpha=8)
+    expected, found = (trained(randomised(model)) for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add

@@ -29,17 +29,25 @@ def llama() -> nn.Module:
     return make_llama().eval()
 
 
-def lora() -> nn.Module:
-    model = swap_linear(llama(), "all-linear", 4, alpha=8)
+def lora(**options) -> nn.Module:
+    model = swap_linear(llama(), "all-linear", 4, alpha=8, **options)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter, std=0.1)
     return model
 
 
-def of_peft() -> nn.Module:
+def dora() -> nn.Module:
+    return lora(use_dora=True)
+
+
+def dora_of_peft() -> nn.Module:
+    return of_peft(use_dora=True)
+
+
+def of_peft(**options) -> nn.Module:
     """PEFT's layers in a model of transformers', on kernels."""
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
     model = peft.get_peft_model(llama(), config)
     peft_kernels.accelerate(model)
     return model
