@@ -98,6 +98,7 @@ def test_its_triton_kernels(root):
     run(root, sys.executable, "-c", COMPARED, "triton", "triton", TRITON_INTERPRET="1")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_its_cpu_kernels(root):
     cpu, torch_at = root / "csrc/cpu", Path(torch.__file__).parent

@@ -160,7 +160,9 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 @pytest.mark.parametrize("preset", ["pfeiffer", "houlsby", "parallel"])
-@pytest.mark.parametrize("make", [make_bert, make_llama], ids=["bert", "llama"])
+@pytest.mark.parametrize(
+    "make", [make_bert, pytest.param(make_llama, marks=pytest.mark.long)], ids=["bert", "llama"]
+)
 def test_adapters_of_wrapped_blocks_have_plain_paths_and_files(tmp_path, make, preset):
     plain = base(make)
     paths = insert_adapters(plain, preset)

@@ -125,6 +125,12 @@ def compiled_in_place(model):
     return model
 
 
+def but_compile_alone_is_long(wrappers):
+    """Each compiles a model or several, for seconds."""
+    long = pytest.mark.long
+    return [w if w == "compile" else pytest.param(w, marks=long) for w in wrappers]
+
+
 BY_POSITION = {
     "compile": lambda model: ByPosition(compiled(model)),
     "several": lambda model: ByPosition(nn.DataParallel(compiled(model))),
@@ -134,7 +140,7 @@ BY_POSITION = {
 
 
 @each_kind
-@pytest.mark.parametrize("wrapper", BY_POSITION)
+@pytest.mark.parametrize("wrapper", but_compile_alone_is_long(BY_POSITION))
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
     add, row_ids, remove = KINDS[kind]
@@ -153,7 +159,7 @@ def test_ids_by_position_in_a_module_around_a_wrapper(kind, wrapper):
 
 
 @each_kind
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.long)])
 def test_a_forward_compiled_in_place_leaves_nothing(kind, when):
     """`module.compile()` has torch call another method of the module than it does without."""
     add, row_ids, remove = KINDS[kind]

@@ -27,6 +27,7 @@ def check_ops(**environment):
     assert set(PASSED.findall(done.stdout)) == set(OPS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_build(isa):
     if isa not in ["baseline", *CAPABLE.get(torch.backends.cpu.get_cpu_capability(), [])]:

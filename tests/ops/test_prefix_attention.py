@@ -246,7 +246,9 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in TENSORS])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
+)
 @pytest.mark.parametrize("suffix", ["", "_ref", "_triton"])
 def test_opcheck(suffix, dtype):
     a = example_inputs(2, 3, 2, 1, 16, 3, keys=5, prefixes=2, dtype=dtype)

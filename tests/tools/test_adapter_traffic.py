@@ -8,6 +8,8 @@ import torch
 from peft_kernels.tools.report.traffic import adapter, adapter_fusion
 from peft_kernels.tools.report.traffic.adapter import LAYOUTS
 
+pytestmark = pytest.mark.long
+
 M, K, R = 80, 140, 20  # two tiles of the H100's a side or more
 BLOCK_M = 64  # of every kernel that sums over rows; the GPU has room for a program for each
 BOTH = LAYOUTS["LayerNorm before and after"]

@@ -129,6 +129,7 @@ def test_shipped_tiles(arch, dtypes):
         check(inputs_of(70, 75, (20, 9), residual=True, dtypes=dtypes), (20, 9))
 
 
+@pytest.mark.long
 def test_a_small_gpu():
     """Few programs, each with several blocks of rows; nothing is split."""
     with patch.object(chips, "SAFE", replace(chips.SAFE, cores=1)):
@@ -161,7 +162,7 @@ def test_no_rows(d):
 # ---- the same bits ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", ["f32", "bf16"])
+@pytest.mark.parametrize("dtypes", ["f32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_strides(dtypes):
     inputs = inputs_of(21, 34, (70, 5), d=30, residual=True, dtypes=dtypes)
     expected = run(inputs, (70, 5), "triton")
@@ -176,6 +177,7 @@ def test_strides(dtypes):
     assert_same_bits(run(views, (70, 5), "triton"), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtypes", ["f32", "bf16/f32"])
 def test_the_order_of_programs_does_not_matter(dtypes):
     """A race, or a sum whose order depends on the schedule, would show; so would chance."""

@@ -153,6 +153,7 @@ def test_shipped_tiles(arch, dtypes):
         check(inputs_of(70, 75, 20, kind="houlsby", dtypes=dtypes), adds_x=True)
 
 
+@pytest.mark.long
 def test_a_small_gpu():
     """Few programs, each with several blocks of rows; nothing is split."""
     with patch.object(chips, "SAFE", replace(chips.SAFE, cores=1)):
@@ -179,7 +180,7 @@ def test_no_rows(kind):
 # ---- the same bits ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", ["f32", "bf16"])
+@pytest.mark.parametrize("dtypes", ["f32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_strides(dtypes):
     inputs = inputs_of(21, 34, 70, kind="before and after", dtypes=dtypes, scale="channel")
     inputs["residual"] = torch.randn(21, 34).to(inputs["x"].dtype)
@@ -194,6 +195,7 @@ def test_strides(dtypes):
     assert_same_bits(run(views, "triton", adds_x=True), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtypes", ["f32", "bf16/f32"])
 def test_the_order_of_programs_does_not_matter(dtypes):
     """A race, or a sum whose order depends on the schedule, would show; so would chance."""

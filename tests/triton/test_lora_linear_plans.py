@@ -123,6 +123,7 @@ def test_shipped_tiles(plan, arch, m):
         Case(m, 140, 150, 20).check(plan)
 
 
+@pytest.mark.long
 @plans
 @pytest.mark.parametrize("m", [40, 150])
 def test_a_small_gpu(plan, m):
@@ -135,7 +136,7 @@ def test_a_small_gpu(plan, m):
 
 
 @plans
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=pytest.mark.long)], ids=str)
 def test_strides(plan, dtype):
     """Transposed weight (Conv1D), x by columns, adapters and dy out of larger tensors."""
     case = Case(37, 45, 50, 17, dtype)
@@ -155,6 +156,7 @@ def test_strides(plan, dtype):
         assert_same_bits(case.triton(plan), expected)
 
 
+@pytest.mark.long
 @plans
 def test_the_order_of_programs_does_not_matter(plan):
     """A race, or a sum whose order depends on the schedule, would show."""

@@ -296,6 +296,7 @@ def test_strides():
     assert_same_bits(run(views, "triton"), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtypes", ["f32", "bf16/f32"])
 def test_the_order_of_programs_does_not_matter(dtypes):
     """A race, or a sum whose order depends on the schedule, would show; so would chance."""
