@@ -25,7 +25,7 @@ NAMES = ["other", "__base__", "default", "other"]
 @kinds
 @pytest.mark.parametrize("options", [
     {}, {"use_rslora": True}, {"r": 2, "rank_pattern": {".*": 5}}, {"alpha_pattern": {".*": 3}},
-    {"lora_dropout": 0.5}, {"bias": "all"}, {"init_lora_weights": True},
+    {"lora_dropout": 0.5}, {"bias": "all"}, {"use_dora": True}, {"init_lora_weights": True},
 ], ids=lambda options: next(iter(options), "plain"))  # fmt: skip
 def test_forward_and_backward(kind, options):
     pair = Pair(kind, **options)

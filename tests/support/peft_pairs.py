@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
-KERNELS = ("lora_linear", "multi_lora_linear")
+KERNELS = ("lora_linear", "multi_lora_linear", "dora_linear")
 BATCH = 4
 
 

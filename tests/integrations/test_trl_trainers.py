@@ -1,13 +1,18 @@
-"""TRL's DPOTrainer and GRPOTrainer over accelerated models, beside PEFT's LoRA as it is."""
+"""TRL's trainers over accelerated models, beside the same with PEFT's LoRA as it is.
+
+A trainer puts the adapter on a base itself, and its reference model is that base; or it is given a
+PeftModel, and takes a copy of the adapter as reference.
+"""
 
 import pytest
 import torch
-from trainer_models import TARGETS, base, losses_of, tokenizer
+from trainer_models import TARGETS, base, losses_of, rows, tokenizer
 
 import peft_kernels
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets")
 
@@ -44,8 +49,7 @@ def reward(completions, **_) -> list[float]:
     return [sum(token < 16 for token in each) / (len(each) or 1) for each in tokens]
 
 
-def trainer_of(method: str, folder, wrapped: bool):
-    """A trainer of a base that it puts an adapter on, or of a PeftModel."""
+def trainer_of(method: str, folder, wrapped: bool, **changed):
     arguments = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -56,11 +60,15 @@ def trainer_of(method: str, folder, wrapped: bool):
         "bf16": False,
         "gradient_checkpointing": False,
         "save_strategy": "no",
+        **changed,
     }
     torch.manual_seed(3)
     model = peft.get_peft_model(base(), config()) if wrapped else base()
     options = {"model": model, "processing_class": tokenizer()}
     options |= {} if wrapped else {"peft_config": config()}
+    if method == "sft":
+        arguments, data = trl.SFTConfig(**arguments), datasets.Dataset.from_list(rows())
+        return trl.SFTTrainer(args=arguments, train_dataset=data, **options)
     if method == "dpo":
         arguments = trl.DPOConfig(**arguments)
         return trl.DPOTrainer(args=arguments, train_dataset=pairs(), **options)
@@ -76,19 +84,30 @@ def seeded_losses_of(trainer) -> list[float]:
     return losses_of(trainer)
 
 
-@pytest.mark.parametrize("wrapped", [True, False], ids=["copied adapter", "disabled adapter"])
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_losses_are_pefts(method, wrapped, tmp_path):
-    """The reference model is the base, or where a PeftModel is given a copy of its adapter."""
-    theirs, ours = (trainer_of(method, tmp_path, wrapped) for _ in range(2))
+@pytest.fixture(autouse=True)
+def precision(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which a run in bf16 leaves changed
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["PeftModel", "peft_config"])
+@pytest.mark.parametrize("changed", [
+    {}, {"bf16": True}, {"gradient_checkpointing": True}
+], ids=lambda changed: next(iter(changed), "plain"))  # fmt: skip
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_losses_are_pefts(method, changed, wrapped, tmp_path):
+    if method == "grpo" and "bf16" in changed:
+        pytest.skip("completions are drawn, and roundings of bf16 decide which")
+    theirs, ours = (trainer_of(method, tmp_path, wrapped, **changed) for _ in range(2))
     report = peft_kernels.accelerate(ours.model)
     assert {layer.backend for layer in report.layers} == {"cpu"}
     expected, losses = (seeded_losses_of(trainer) for trainer in (theirs, ours))
-    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
+    tolerance = 3e-3 if "bf16" in changed else 1e-4  # bf16 has 3 digits
+    torch.testing.assert_close(losses, expected, rtol=0, atol=tolerance)
     assert len(losses) == STEPS and max(losses) - min(losses) > 1e-2
-    ways = {"lora_linear"} if wrapped else {"lora_linear", "disabled"}
-    assert set(report.counts()) == ways
+    has_base_as_reference = method != "sft" and not wrapped
+    assert set(report.counts()) == {"lora_linear", *["disabled"] * has_base_as_reference}
     for (name, own), (_, other) in zip(
         ours.model.named_parameters(), theirs.model.named_parameters(), strict=True
     ):
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(own, other, rtol=0, atol=10 * tolerance, msg=name)
