@@ -145,8 +145,8 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
         strict: whether the model computes what its library computes, as it does by default. If
             False, a causal model of PEFT's with a soft prompt has the prompt directly before the
             text of each row that is padded on the left, where PEFT has it before the padding, and
-            counts positions over real tokens; and a prefix of `adapters`' is attended to under
-            sdpa as it is in eager attention.
+            counts positions over real tokens; its prefix is there under gradient checkpointing;
+            and a prefix of `adapters`' is attended to under sdpa as it is in eager attention.
 
     Returns:
         A :class:`Report`. The logger "peft_kernels" has its :meth:`~Report.summary` at INFO.

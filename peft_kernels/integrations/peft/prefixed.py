@@ -32,7 +32,10 @@ def prepare(model: Any) -> None:
 def give_back(model: Any) -> None:
     """Undoes :func:`prepare`."""
     if isinstance(model.__dict__.pop(PLACES, None), dict):
-        _room()[2].unpin(model.get_base_model())
+        base = model.get_base_model()
+        _room()[2].unpin(base)
+        for module in base.modules():
+            _checkpointing().stop_carrying(module)
 
 
 def why_not(model: Any) -> str | None:
@@ -41,8 +44,12 @@ def why_not(model: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def why_not_of(model: Any, given: dict[str, Any]) -> str | None:
-    """Why this call is PEFT's, or None."""
+def why_not_of(model: Any, given: dict[str, Any], strict: bool) -> str | None:
+    """Why this call is PEFT's, or None.
+
+    Under gradient checkpointing PEFT's prefix is left out by transformers 4.57, and raises an error
+    with 5: what is right is for ``strict=False``.
+    """
     if given.get("past_key_values") is not None or given.get("output_attentions"):
         return "other arguments"
     if given.get("return_dict") is False or given.get("cache_position") is not None:
@@ -50,7 +57,11 @@ def why_not_of(model: Any, given: dict[str, Any]) -> str | None:
     base = model.get_base_model()
     if base.config.output_attentions or not getattr(base.config, "return_dict", True):
         return "other arguments"
-    return "gradient checkpointing" if base.training and base.is_gradient_checkpointing else None
+    return "gradient checkpointing" if strict and _is_checkpointed(base) else None
+
+
+def _is_checkpointed(base: Any) -> bool:
+    return base.training and base.is_gradient_checkpointing
 
 
 def forward(model: Any, given: dict[str, Any]) -> Any:
@@ -73,13 +84,18 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
         text = torch.arange(length, length + ids.shape[1], device=ids.device)
         given["position_ids"] = text[None]
     prefixes = state.Prefixes(pairs)
+    if _is_checkpointed(base):
+        for module in base.modules():
+            _checkpointing().carry(module)
     with state.using(prefixes):
         output = model.base_model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             **given,
         )
-    if not all(map(prefixes.was_asked, modules)):
+    # A layer that runs under reentrant checkpointing asks the leaves.
+    asked = prefixes if prefixes.leaves is None else prefixes.leaves
+    if not all(prefixes.was_asked(module) or asked.was_asked(module) for module in modules):
         return None
     if getattr(output, "past_key_values", None) is not None:
         from peft_kernels.integrations.peft.prefix_cache import put_before
@@ -111,6 +127,12 @@ def _places_of(base: nn.Module) -> dict[int, str] | str:
     if not prefix.shifts_positions(base, found, None):
         return "positions that aren't given"
     return {place.layer: place.path for place in found}
+
+
+def _checkpointing() -> Any:
+    from peft_kernels.integrations.transformers.attention import checkpointing
+
+    return checkpointing
 
 
 def _room() -> tuple[Any, Any, Any, Any]:

@@ -83,7 +83,7 @@ def _forward_with_prefix(
     model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict, given: dict
 ) -> Any:
     given = {key: value for key, value in given.items() if value is not None}
-    reason = prefixed.why_not_of(model, given)
+    reason = prefixed.why_not_of(model, given, strict=not is_free(model))
     if reason is None:
         output = prefixed.forward(model, given)
         if output is not None:
