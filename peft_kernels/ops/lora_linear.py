@@ -261,9 +261,10 @@ def lora_linear_plain(
 ) -> Tensor:
     """:func:`lora_linear` for a module that knows its parameters, in less time a call.
 
-    The caller has seen to it that these are no DTensors, of one floating dtype and two dimensions
-    (the bias of one), that there is no autocast, and that ``dropout_p`` is in [0, 1). Shapes and
-    devices are looked at here; where they don't fit, :func:`lora_linear` raises its error.
+    The caller has seen to it that these are no DTensors, in dtypes that go together, that matrices
+    have two dimensions and the bias one, that there is no autocast, and that ``dropout_p`` is in
+    [0, 1). Shapes and devices are looked at here; where they don't fit, :func:`lora_linear` raises
+    its error.
     """
     (n, k), (r, a_k), (b_n, b_r) = weight.shape, lora_a.shape, lora_b.shape
     x_shape, device = x.shape, x.device

@@ -1,5 +1,7 @@
 """read_plain(): the quick look at a layer of PEFT's says what read() says, or leaves it to that."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,17 @@ def test_it_serves_the_common_call(options, trains, name, monkeypatch):
     assert all(a is b or a == b for a, b in zip(found, (*base, *own), strict=True))
     monkeypatch.setattr(lora_layers, "read", lambda *_: pytest.fail("the slow look was needed"))
     layer(x)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_it_serves_float32_adapters_on_a_base_in_half_precision(half, monkeypatch):
+    layer, x = make_layer(), torch.randn(3, 6).to(half)
+    expected = layer.to(torch.float64)(x.double())
+    layer.float().base_layer.to(half)
+    monkeypatch.setattr(lora_layers, "read", lambda *_: pytest.fail("the slow look was needed"))
+    found = layer(x)
+    assert found.dtype is half
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def hook(module: nn.Module) -> None:
@@ -83,6 +96,11 @@ CHANGES = {
     "scale": lambda layer: layer.scaling.update(default=torch.tensor(2.0)),
     "b bias": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(5))),
     "base dtype": other_dtype("base"),
+    "bias dtype": lambda layer: setattr(
+        layer.base_layer, "bias", nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    ),
+    "narrow adapter": lambda layer: (other_dtype("lora_A")(layer), other_dtype("lora_B")(layer)),
+    "wide base": lambda layer: layer.base_layer.double(),
     "a dtype": other_dtype("lora_A"),
     "b dtype": other_dtype("lora_B"),
     "base shard": shard("base"),
@@ -109,3 +127,24 @@ def test_it_leaves_what_surrounds_a_call_to_read():
         assert plain.read_plain(layer, x) is None
     assert plain.read_plain(layer, x.double()) is None
     assert plain.read_plain(layer, x) is not None
+
+
+def test_a_call_takes_few_functions():
+    """Beside the kernel a call costs what Python's functions cost: those that it goes through."""
+    layer, x, counts = make_layer().eval(), torch.randn(3, 6), []
+
+    def count() -> None:
+        seen = []
+        sys.setprofile(lambda frame, event, _: seen.append(frame) if event == "call" else None)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+        counts.append(len(seen))
+
+    with torch.no_grad():
+        count()
+        peft_kernels.restore(layer)
+        count()
+    ours, theirs = counts
+    assert ours <= 0.6 * theirs, counts

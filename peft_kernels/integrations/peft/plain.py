@@ -16,13 +16,14 @@ from torch.nn.modules.module import _has_any_global_hook
 Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float]
 _LINEAR, _IDENTITY, _DROPOUT, _PARAMETER = nn.Linear, nn.Identity, nn.Dropout, nn.Parameter
 _TENSORS = (Tensor, nn.Parameter)
+_FLOAT, _HALVES = torch.float32, (torch.bfloat16, torch.float16)
 
 
 def read_plain(layer: nn.Module, x: Tensor) -> Arguments | None:
     """What lora_linear_plain needs to serve a call with x, or None where ``read`` must look.
 
-    Plain is one active adapter of one dtype with the base, on an ``nn.Linear``, with nothing put
-    around a part of the layer, and no autocast.
+    Plain is one active adapter, in the base's dtype or float32, on an ``nn.Linear``, with nothing
+    put around a part of the layer, and no autocast.
     """
     state: Any = layer.__dict__
     name = state["_active_adapter"]
@@ -70,8 +71,14 @@ def read_plain(layer: nn.Module, x: Tensor) -> Arguments | None:
         and type(weight) is type(a) is type(b) is _PARAMETER
         and (bias is None or (type(bias) is _PARAMETER and bias.dim() == 1))
         and weight.dim() == a.dim() == b.dim() == 2
-        and x.dtype is weight.dtype is a.dtype is b.dtype
         and 0.0 <= p < 1.0
     ):
-        return weight, bias, a, b, scale, p
+        dtype, own_dtype = x.dtype, a.dtype
+        if (
+            dtype is weight.dtype
+            and (bias is None or dtype is bias.dtype)
+            and own_dtype is b.dtype
+            and (own_dtype is dtype or (own_dtype is _FLOAT and dtype in _HALVES))
+        ):
+            return weight, bias, a, b, scale, p
     return None
