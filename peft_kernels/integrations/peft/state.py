@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.peft.dora import read_magnitude
+from peft_kernels.integrations.served import is_plain, what_is_called
 
 _BASES = (nn.Linear, Conv1D)
 _MATRICES = (nn.Linear,)
@@ -84,8 +85,8 @@ def why_base_alone(layer: nn.Module) -> str | None:
 def read_base(layer: nn.Module) -> Base | str:
     """The weight and the bias of the layer below, or why a kernel can't take them."""
     module: Any = layer._modules["base_layer"]
-    if type(module) not in _BASES or not _is_plain(module) or _has_any_global_hook():
-        return f"base_layer: {_what_is_called(module, _BASES)}"
+    if type(module) not in _BASES or not is_plain(module) or _has_any_global_hook():
+        return f"base_layer: {what_is_called(module, _BASES)}"
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if not _is_whole(weight, 2) or not (bias is None or _is_whole(bias, 1)):
         return "base_layer: a weight that isn't a whole matrix"
@@ -105,12 +106,12 @@ def read_adapters(layer: nn.Module, names: Iterable[str]) -> list[Adapter] | str
         if isinstance(magnitude, str):
             return magnitude
         b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
-        if type(a) is not nn.Linear or not _is_plain(a):
-            return f"lora_A: {_what_is_called(a, _MATRICES)}"
-        if type(b) is not nn.Linear or not _is_plain(b):
-            return f"lora_B: {_what_is_called(b, _MATRICES)}"
-        if type(dropout) not in _DROPOUTS or not _is_plain(dropout):
-            return f"lora_dropout: {_what_is_called(dropout, _DROPOUTS)}"
+        if type(a) is not nn.Linear or not is_plain(a):
+            return f"lora_A: {what_is_called(a, _MATRICES)}"
+        if type(b) is not nn.Linear or not is_plain(b):
+            return f"lora_B: {what_is_called(b, _MATRICES)}"
+        if type(dropout) not in _DROPOUTS or not is_plain(dropout):
+            return f"lora_dropout: {what_is_called(dropout, _DROPOUTS)}"
         bias = b._parameters["bias"]
         a, b = a._parameters.get("weight"), b._parameters.get("weight")
         if not (_is_whole(a, 2) and _is_whole(b, 2)):
@@ -163,18 +164,6 @@ def _why_not_in_shards(
     return "several adapters with DTensors" if len(adapters) > 1 else None
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is the forward of its class, and nothing else."""
-    state = module.__dict__
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
 def _is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
     """Whether this is all of a parameter, or a DTensor: no flat shard, no other library's."""
     if type(weight) not in _WHOLE:
@@ -187,10 +176,3 @@ def _is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
 def is_constant(scale: float | Tensor) -> bool:
     """Whether kernels can take this as the factor of an adapter."""
     return not (isinstance(scale, Tensor) and (scale.dim() != 0 or scale.requires_grad))
-
-
-def _what_is_called(module: nn.Module, kinds: tuple[type, ...]) -> str:
-    """What would be called besides the forward of one of these classes."""
-    if type(module) not in kinds:
-        return type(module).__name__
-    return "another forward" if "forward" in module.__dict__ else "hooks"
