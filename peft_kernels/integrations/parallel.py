@@ -55,6 +55,7 @@ class _Style:
         self._place(layer, "lora_a", mesh, a)
         self._place(layer, "lora_b", mesh, b)
         self._place(layer, "bias", mesh, bias)
+        self._place(layer, "lora_magnitude", mesh, bias)
 
     def _partition_peft(self: Any, name: str, module: Any, mesh: DeviceMesh) -> None:
         if name:  # a part of the layer
@@ -68,6 +69,8 @@ class _Style:
         for one in module.lora_B.values():
             self._place(one, "weight", mesh, b)
             self._place(one, "bias", mesh, bias)
+        for one in module.lora_magnitude_vector.values():
+            self._place(one, "weight", mesh, bias)
 
     def _place(
         self: Any, owner: nn.Module, name: str, mesh: DeviceMesh, placement: Placement

@@ -13,7 +13,7 @@ from peft_kernels.ops._sharded import adapter_placements
 
 
 def lay_beside(weight: Any, parameter: nn.Parameter, which: int) -> nn.Parameter:
-    """A (``which`` 0) or B (1), with the first process's values, laid out for ``weight [n, k]``."""
+    """A (``which`` 0), B or magnitudes (1), the first process's, as goes with ``weight [n, k]``."""
     if not is_sharded(weight):
         return parameter
     from torch.distributed.tensor import distribute_tensor

@@ -183,11 +183,6 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         check_base(linear, may_be_sharded=True)
         check_settings(r, alpha, dropout, init)
         weight, bias = linear.weight, linear.bias
-        if use_dora and is_sharded(weight):
-            raise TypeError(
-                "weight is sharded (a DTensor), and use_dora needs the lengths of its whole rows: "
-                "swap before sharding the model by fully_shard, or do without use_dora"
-            )
         adapter_dtype = adapter_dtype_for(weight.dtype, adapter_dtype)
         nn.Module.__init__(self)
         self.fan_in_fan_out = is_conv1d(linear)
@@ -206,6 +201,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         self.register_parameter("unmerged_weight", None)
         self.lora_a = lay_beside(self._matrix(weight), self.lora_a, 0)
         self.lora_b = lay_beside(self._matrix(weight), self.lora_b, 1)
+        if use_dora:
+            self.lora_magnitude = lay_beside(self._matrix(weight), self.lora_magnitude, 1)
         self.reset_adapter()
         self.train(linear.training)
         self._origin = take_over(linear, self)
@@ -346,7 +343,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             merged = torch.addmm(self._matrix(base).to(wide), b, a, alpha=float(scale))
         if magnitude is not None:
             length = torch.linalg.vector_norm(merged, dim=1)
-            merged *= (magnitude.to(base.device, wide) / length)[:, None]
+            wanted = placed_as(self.lora_magnitude, magnitude).to(base.device, wide)
+            merged *= (wanted / length)[:, None]
         merged = merged.to(base.dtype)
         if safe and not all_finite(merged):
             raise ValueError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.nn._kept import Kept
+from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops.dora_linear import dora_norm, dora_squares
 
 
@@ -25,6 +26,8 @@ class Norms:
 
     def of(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor) -> Tensor:
         """The norms ``[n]``, without a gradient; as of :func:`peft_kernels.ops.dora_norm`."""
+        if are_sharded(weight, lora_a):
+            return dora_norm(weight, lora_a, lora_b, scale)
         squares = self._squares.get(lambda: dora_squares(weight), (weight,))
         made_of, settings = [squares, lora_a, lora_b], [scale]
         if isinstance(scale, Tensor):

@@ -1,5 +1,5 @@
-"""lora_linear of DTensors: every process runs the kernel on what it holds, and what is left to sum
-is said by the placements.
+"""lora_linear and dora_linear of DTensors: every process runs the kernel on what it holds, and what
+is left to sum is said by the placements.
 
 Along each dimension of the weight's mesh, of ``p`` processes, the weight ``[n, k]`` is
 
@@ -8,10 +8,13 @@ Along each dimension of the weight's mesh, of ``p`` processes, the weight ``[n, 
     Shard(1)    by rows of W^T: x and A by k, B and the bias whole. y is a sum, and what goes into
                 it is all of a process's part: ``x W^T + scale (x A^T) B^T``, so that S isn't sent.
                 dB is a sum: ``n r`` elements.
+                DoRA's norm is a root of sums over k: ``n (r + 1) + r r`` elements forward. The
+                gradient of its magnitude is a sum: ``n`` elements.
     Replicate   all whole, but for x, which may be sharded by rows: then dA and dB are sums.
 
-Forward nothing is sent that the bare linear layer doesn't send. What comes in another placement is
-brought into these by DTensor, forward and backward.
+DoRA's magnitudes and norms lie as B's rows do. But for those norms nothing is sent forward that the
+bare linear layer doesn't send. What comes in another placement is brought into these by DTensor,
+forward and backward.
 """
 
 from __future__ import annotations
@@ -74,11 +77,13 @@ def lora_linear_sharded(
     scale: float | Tensor,
     dropout_p: float,
     seed: int | Tensor | None,
+    magnitude: Any = None,
+    norm: Any = None,
 ) -> Tensor:
     """``local`` on each process's shards of these DTensors.
 
     Args:
-        local: :func:`peft_kernels.ops.lora_linear`.
+        local: :func:`peft_kernels.ops.lora_linear`, or with magnitudes and norms ``dora_linear``.
         seed: the same in all processes; drawn where it is None.
 
     Returns:
@@ -90,8 +95,14 @@ def lora_linear_sharded(
     """
     from torch.distributed.tensor import DTensor
 
-    mesh = _mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
+    rows = {"magnitude": magnitude, "norm": norm}
+    mesh = _mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, **rows)
     layout = _layout_of(x, weight)
+    by_rows = {
+        name: _parameter(values, layout.b, layout.dbias)
+        for name, values in rows.items()
+        if values is not None
+    }
     shape = (*x.shape[:-1], weight.shape[0])
     y = local(
         _input(x, layout.x, layout.dx),
@@ -102,11 +113,43 @@ def lora_linear_sharded(
         scale=scale.to_local() if isinstance(scale, DTensor) else scale,
         dropout_p=dropout_p,
         seed=_seed_here(seed, x.device, layout, mesh) if dropout_p > 0.0 else None,
+        **by_rows,
     )
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         y, mesh, layout.y, run_check=False, shape=torch.Size(shape), stride=strides
     )
+
+
+def norm_of_shards(
+    terms: Callable[..., list[Tensor]],
+    norm: Callable[..., Tensor],
+    weight: Any,
+    lora_a: Any,
+    lora_b: Any,
+    scale: float | Tensor,
+) -> Tensor:
+    """The norms of the rows of ``weight + scale lora_b lora_a``, a DTensor that lies as B does.
+
+    Args:
+        terms: of a process's part of weight and A, sums over k.
+        norm: of those sums, B and scale.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = _mesh_of(weight=weight, lora_a=lora_a, lora_b=lora_b)
+    of_a, of_b = adapter_placements(weight)
+    sums = terms(weight.to_local(), lora_a.redistribute(placements=of_a).to_local())
+    by_k = [d for d, p in enumerate(weight.placements) if p == Shard(1) and mesh.size(d) > 1]
+    if by_k:
+        flat = torch.cat([one.flatten() for one in sums])
+        for dimension in by_k:
+            torch.distributed.all_reduce(flat, group=mesh.get_group(dimension))
+        parts = flat.split([one.numel() for one in sums])
+        sums = [part.view_as(one) for part, one in zip(parts, sums, strict=True)]
+    here = norm(*sums, lora_b.redistribute(placements=of_b).to_local(), scale)
+    shape = torch.Size(weight.shape[:1])
+    return DTensor.from_local(here, mesh, of_b, run_check=False, shape=shape, stride=(1,))
 
 
 def _mesh_of(**tensors: Any) -> Any:

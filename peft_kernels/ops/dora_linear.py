@@ -30,7 +30,7 @@ from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dropout import seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
-from peft_kernels.ops._sharded import are_sharded
+from peft_kernels.ops._sharded import are_sharded, lora_linear_sharded, norm_of_shards
 from peft_kernels.ops._transforms import gradients_of, wants_gradient_composition
 from peft_kernels.ops.lora_linear import (
     check_gradient_of_scale,
@@ -212,6 +212,9 @@ def dora_linear(
     The backward saves ``dropout(x) @ lora_a.T`` in float32, and y where magnitude trains: if y is
     changed in place then, autograd raises.
 
+    DTensors are computed with where they are, as in :func:`lora_linear`; magnitude and norm lie as
+    ``lora_b`` does.
+
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
         weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good).
@@ -231,17 +234,18 @@ def dora_linear(
     Raises:
         ValueError: shapes that don't fit, tensors on several devices, ``dropout_p`` outside [0, 1),
             a ``scale`` that requires a gradient.
-        TypeError: dtypes that can't be mixed, DTensors.
+        TypeError: dtypes that can't be mixed, DTensors beside plain tensors.
     """
     stored = weight
-    if are_sharded(x, weight):
-        raise TypeError(
-            "x and weight must be plain tensors; got DTensors, which lora_linear() takes and "
-            "dora_linear() doesn't"
-        )
     x, weight, bias = autocast(x, weight, bias)
     check_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p)
     _check_rows("magnitude", magnitude, weight)
+    if are_sharded(x, weight):
+        norm = dora_norm(stored, lora_a, lora_b, scale) if norm is None else norm
+        return lora_linear_sharded(
+            dora_linear, x, weight, lora_a, lora_b, magnitude=magnitude, norm=norm,
+            bias=bias, scale=scale, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     scale_t = None
     if isinstance(scale, Tensor):
@@ -298,18 +302,25 @@ def dora_norm(
     Returns:
         ``[n]`` in float32, or float64 for a float64 weight, without a gradient.
     """
-    if base_squares is None:
-        base_squares = dora_squares(weight)
-    return _norm(weight, lora_a, lora_b, scale, base_squares)
+    if are_sharded(weight, lora_a):
+        return norm_of_shards(_terms, _norm, weight, lora_a, lora_b, scale)
+    return _norm(*_terms(weight, lora_a, base_squares), lora_b, scale)
 
 
 @_library.outside_autocast
-def _norm(weight, lora_a, lora_b, scale, base_squares) -> Tensor:
+def _terms(weight, lora_a, base_squares=None) -> list[Tensor]:
+    """What is summed over k: ``|W_i|^2``, ``W A^T`` and ``A A^T``."""
     acc = acc_dtype(weight)
-    a, b = lora_a.to(acc), lora_b.to(acc) * scale
+    a = lora_a.to(acc)
+    squares = dora_squares(weight) if base_squares is None else base_squares
     cross = torch.cat([rows.to(acc) @ a.T for rows in weight.split(_block(weight))])
-    squares = base_squares + (b * (2 * cross + b @ (a @ a.T))).sum(1)
-    return squares.clamp_min(0).sqrt()
+    return [squares, cross, a @ a.T]
+
+
+@_library.outside_autocast
+def _norm(squares, cross, gram, lora_b, scale) -> Tensor:
+    b = lora_b.to(squares.dtype) * scale
+    return (squares + (b * (2 * cross + b @ gram)).sum(1)).clamp_min(0).sqrt()
 
 
 @torch.no_grad()

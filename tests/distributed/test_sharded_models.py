@@ -8,7 +8,19 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from parallel_models import PLAN, llama, logits, lora, of_peft, parallel, sharded, trained, whole
+from parallel_models import (
+    PLAN,
+    dora,
+    dora_of_peft,
+    llama,
+    logits,
+    lora,
+    of_peft,
+    parallel,
+    sharded,
+    trained,
+    whole,
+)
 from processes import Cases, everywhere
 from tiny_models import make_gpt2
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import parallel as torch_parallel
 from torch.distributed.tensor.parallel import parallelize_module
 
+import peft_kernels
 from peft_kernels import (
     AdapterPool,
     load_adapter,
@@ -140,9 +153,30 @@ def what_is_drawn_anew_is_the_same_everywhere():
 
 
 @CASES.add
+def dora_in_a_parallel_model():
+    for make in (dora, dora_of_peft):
+        model, expected = make(), trained(make())
+        parallelize_module(model, mesh(), plan_of(model))
+        report = peft_kernels.accelerate(model)
+        torch.testing.assert_close(trained(model), expected, rtol=1e-6, atol=1e-6)
+        assert report.counts().keys() <= {"dora_linear"}
+    first, later = llama(), torch_parallel_llama()
+    for model in (first, later):
+        torch.manual_seed(3)
+        swap_linear(model, TARGETS, 4, alpha=8, use_dora=True)
+    torch.testing.assert_close(adapters_of(later), adapters_of(first), rtol=1e-6, atol=1e-6)
+    parallel(first, mesh())
+    assert all(
+        one.placements == other.placements
+        for one, other in zip(first.parameters(), later.parameters(), strict=True)
+        if isinstance(one, DTensor)
+    )
+
+
+@CASES.add
 def a_parallel_model_is_merged_and_unmerged():
-    for make in (lambda: parallel(lora(), mesh()), lambda: parallel_with_conv1d(mesh())):
-        model = make()
+    conv1d = parallel_with_conv1d(mesh())
+    for model in (parallel(lora(), mesh()), parallel(dora(), mesh()), conv1d):
         before = [p.clone() for p in model.parameters()]
         expected = logits(model)
         merge(model)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_kernels
 from peft_kernels import ops, swap_linear
 from peft_kernels.integrations.parallel import ColwiseParallel, RowwiseParallel
+from peft_kernels.ops._sharded import adapter_placements
 
 CASES = Cases(2)
 run = CASES.fixture()
@@ -190,11 +191,11 @@ def distribute(tensor, placement):
     )
 
 
-def results(inputs: dict, dy) -> dict:
+def results(inputs: dict, dy, op=ops.lora_linear) -> dict:
     """y and all gradients, in whole."""
     for tensor in inputs.values():
         tensor.requires_grad_().grad = None
-    y = ops.lora_linear(**inputs, scale=0.5)
+    y = op(**inputs, scale=0.5)
     y.backward(distribute_tensor(dy, mesh(), [Replicate()]) if isinstance(y, DTensor) else dy)
     for name, tensor in inputs.items():
         assert type(tensor.grad) is type(tensor)
@@ -214,6 +215,38 @@ def every_placement_of_every_argument():
         placements = {"x": x, "weight": weight, "lora_a": a, "lora_b": b, "bias": bias}
         sharded = {name: distribute(inputs[name].detach(), placements[name]) for name in inputs}
         torch.testing.assert_close(results(sharded, dy), expected, rtol=1e-5, atol=1e-5)
+
+
+@CASES.add
+def dora_in_every_placement():
+    inputs = matrices() | {"magnitude": torch.rand(N) + 0.5}
+    dy = torch.randn(M, N)
+    expected = results(dict(inputs), dy, ops.dora_linear)
+    matrix = Replicate(), Shard(0), Shard(1)
+    rows = Replicate(), Shard(0)
+    for x, weight, adapter, magnitude in itertools.product(matrix, matrix, matrix, rows):
+        placements = {"x": x, "weight": weight, "lora_a": adapter, "lora_b": adapter}
+        placements |= {"magnitude": magnitude, "bias": Replicate()}
+        sharded = {name: distribute(inputs[name].detach(), placements[name]) for name in inputs}
+        found = results(sharded, dy, ops.dora_linear)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@CASES.add
+def what_dora_sends():
+    adapter = {
+        n: t.detach() for n, t in matrices().items() if n.startswith("lora") or n == "weight"
+    }
+    expected = ops.dora_norm(*(adapter[n] for n in ("weight", "lora_a", "lora_b")), 0.5)
+    for placement, sent in ((Shard(0), []), (Shard(1), [("allreduce", N * (R + 1) + R * R)])):
+        weight = distribute(adapter["weight"], placement)
+        a_of, b_of = adapter_placements(weight)
+        a, b = distribute(adapter["lora_a"], *a_of), distribute(adapter["lora_b"], *b_of)
+        with Wire() as wire:
+            norm = ops.dora_norm(weight, a, b, 0.5)
+        assert [(name.strip("_"), count) for name, count in wire.sent] == sent
+        assert norm.placements == b.placements
+        torch.testing.assert_close(whole(norm), expected)
 
 
 @CASES.add

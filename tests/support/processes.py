@@ -132,5 +132,6 @@ class Wire(TorchDispatchMode):
             name = func.overloadpacket.__name__.strip("_")
             if name not in ("wait_tensor", "wrap_tensor_autograd"):
                 given = args[1 if name.endswith("_base") else 0]  # those have the output first
-                self.sent.append((name, given.numel()))
+                tensors = given if isinstance(given, list) else [given]
+                self.sent.append((name, sum(tensor.numel() for tensor in tensors)))
         return func(*args, **(kwargs or {}))

@@ -15,6 +15,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from peft_kernels.integrations.peft.whole import is_whole
 from peft_kernels.nn.norms import Norms
 from peft_kernels.ops import dora_linear
 
@@ -34,7 +35,7 @@ def read_magnitude(layer: nn.Module, name: str) -> Tensor | str:
     if any(hooks) or module._backward_hooks or module._backward_pre_hooks:
         return "lora_magnitude_vector: hooks"
     magnitude: Any = module._parameters.get("weight")
-    if type(magnitude) not in (nn.Parameter, Tensor) or magnitude.dim() != 1:
+    if not is_whole(magnitude, 1):
         return "lora_magnitude_vector: a weight that isn't whole"
     return magnitude
 

@@ -7,9 +7,8 @@ is read is read from the dictionaries that modules keep it in, which costs less 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.peft.dora import read_magnitude
+from peft_kernels.integrations.peft.whole import WHOLE, is_whole
 from peft_kernels.integrations.served import is_plain, what_is_called
 
 _BASES = (nn.Linear, Conv1D)
 _MATRICES = (nn.Linear,)
 _DROPOUTS = (nn.Identity, nn.Dropout)
-_WHOLE = (nn.Parameter, Tensor)
-_DTENSOR = "torch.distributed.tensor"
 
 
 class Base(NamedTuple):
@@ -88,7 +86,7 @@ def read_base(layer: nn.Module) -> Base | str:
     if type(module) not in _BASES or not is_plain(module) or _has_any_global_hook():
         return f"base_layer: {what_is_called(module, _BASES)}"
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if not _is_whole(weight, 2) or not (bias is None or _is_whole(bias, 1)):
+    if not is_whole(weight, 2) or not (bias is None or is_whole(bias, 1)):
         return "base_layer: a weight that isn't a whole matrix"
     return Base(weight if type(module) is nn.Linear else weight.T, bias)
 
@@ -114,7 +112,7 @@ def read_adapters(layer: nn.Module, names: Iterable[str]) -> list[Adapter] | str
             return f"lora_dropout: {what_is_called(dropout, _DROPOUTS)}"
         bias = b._parameters["bias"]
         a, b = a._parameters.get("weight"), b._parameters.get("weight")
-        if not (_is_whole(a, 2) and _is_whole(b, 2)):
+        if not (is_whole(a, 2) and is_whole(b, 2)):
             return "lora_A, lora_B: weights that aren't whole matrices"
         scale = state["scaling"][name]
         if not is_constant(scale):
@@ -152,25 +150,16 @@ def _why_not_in_shards(
     x: Tensor, base: Base, adapters: list[Adapter], names: Sequence[str] | None
 ) -> str | None:
     """Why DTensors can't be computed with, if any of these are."""
-    if type(base.weight) in _WHOLE and type(adapters[0].a) in _WHOLE:
+    if type(base.weight) in WHOLE and type(adapters[0].a) in WHOLE:
         return None
     tensors = [x, base.weight, *(t for adapter in adapters for t in (adapter.a, adapter.b))]
-    if any(type(tensor) in _WHOLE for tensor in tensors):
+    if any(type(tensor) in WHOLE for tensor in tensors):
         return "DTensors beside whole tensors"
     if names is not None:
         return "adapter_names with DTensors"
-    if adapters[0].magnitude is not None:
-        return "DoRA with DTensors"
+    if adapters[0].magnitude is not None and adapters[0].dropout_p:
+        return "DoRA's dropout with DTensors"  # PEFT's module draws it, as each process would
     return "several adapters with DTensors" if len(adapters) > 1 else None
-
-
-def _is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
-    """Whether this is all of a parameter, or a DTensor: no flat shard, no other library's."""
-    if type(weight) not in _WHOLE:
-        library: Any = sys.modules.get(_DTENSOR)
-        if library is None or type(weight) is not library.DTensor:
-            return False
-    return weight.dim() == dimensions
 
 
 def is_constant(scale: float | Tensor) -> bool:
