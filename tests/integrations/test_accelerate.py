@@ -401,6 +401,27 @@ def test_several_of_several_dtypes(dtype):
     assert report.counts() == {KERNEL: 1}
 
 
+@pytest.mark.parametrize("scales", [(2.0, 2.0), (2.0, 0.5), (2.0, torch.tensor(0.5))], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_several_at_any_scales(scales, bias):
+    """With the biases of B, above a base with one and a base without."""
+    base = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7, bias=bias)).double()
+    model = peft.get_peft_model(base, config(["0", "1"], r=3, lora_bias=bias))
+    model.add_adapter("other", config(["0", "1"], r=2, lora_bias=bias))
+    for layer in (model.base_model.model[0], model.base_model.model[1]):
+        layer.scaling.update(default=scales[0], other=scales[1])
+    model.base_model.set_adapter(["default", "other"])
+    x, results = torch.randn(5, 12, dtype=torch.float64), []
+    for accelerates in (False, True):
+        report = (peft_kernels.accelerate if accelerates else peft_kernels.restore)(model)
+        model.zero_grad()
+        (y := model(x)).sin().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        results.append((y.detach(), gradients))
+    torch.testing.assert_close(*results)
+    assert report.counts() == {KERNEL: 2}
+
+
 @pytest.mark.parametrize("copied", [
     copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))
 ], ids=["deepcopy", "pickle"])  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraModel as PeftLoraModel
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,7 +21,7 @@ from peft_kernels.integrations.peft.dora import NORMS, dora
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.lora_model import LoraModel
 from peft_kernels.integrations.peft.plain import read_plain
-from peft_kernels.integrations.peft.rows import add_adapter, rows_linear
+from peft_kernels.integrations.peft.rows import rows_linear
 from peft_kernels.integrations.peft.state import (
     Adapter,
     Base,
@@ -82,7 +83,7 @@ class Linear(peft_lora.Linear):
             dropout_p=first.dropout_p,
         )
         for adapter in others:
-            add_adapter(y, x, adapter)
+            _add(y, x, adapter)
         return y
 
 
@@ -176,9 +177,21 @@ def _together(adapters: list[Adapter]) -> tuple[Adapter, list[Adapter]]:
     dtypes = {adapter.a.dtype for adapter in adapters}
     if len(dtypes) > 1 or any(adapter.dropout_p for adapter in adapters):
         return first, others
+    scales = [adapter.scale for adapter in adapters]
+    alike = not any(isinstance(s, Tensor) for s in scales) and len(set(scales)) == 1
+    b = [one.b if alike else one.b * one.scale for one in adapters]
     a = torch.cat([adapter.a for adapter in adapters])
-    b = torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1)
-    return Adapter("", a, b, None, 1.0, 0.0), []
+    return Adapter("", a, torch.cat(b, dim=1), None, first.scale if alike else 1.0, 0.0), []
+
+
+def _add(y: Tensor, x: Tensor, adapter: Adapter) -> None:
+    """``y += scale dropout(x) A^T B^T``, in place, for y that a kernel computed.
+
+    Products of PyTorch's, which take less time than a kernel for rows of several adapters does on
+    the one that all of these rows have.
+    """
+    dropped = F.dropout(x.to(adapter.a.dtype), adapter.dropout_p)
+    y += F.linear(F.linear(dropped, adapter.a) * adapter.scale, adapter.b)
 
 
 def _sum_of_biases(
@@ -187,6 +200,9 @@ def _sum_of_biases(
     """The base's bias, and that of each B at its adapter's scale."""
     for adapter in adapters:
         if adapter.bias is not None:
-            own = (adapter.bias * adapter.scale).to(dtype)
-            bias = own if bias is None else bias + own
+            if bias is None or isinstance(adapter.scale, Tensor):
+                own = (adapter.bias * adapter.scale).to(dtype)
+                bias = own if bias is None else bias + own
+            else:
+                bias = torch.add(bias, adapter.bias.to(dtype), alpha=adapter.scale)
     return bias

@@ -13,7 +13,6 @@ from peft_kernels.ops import (
     BankDropout,
     LoRABank,
     Trained,
-    multi_lora_add_,
     multi_lora_linear,
 )
 from peft_kernels.ops._dropout import draw_seed
@@ -42,18 +41,6 @@ def rows_linear(
         bias=bias,
         dropout=_dropout(adapters, x.device),
         trained=_trained(adapters) if torch.is_grad_enabled() else None,
-    )
-
-
-def add_adapter(y: Tensor, x: Tensor, adapter: Adapter) -> None:
-    """``y += scale dropout(x) A^T B^T``, in place, for y that a kernel computed."""
-    multi_lora_add_(
-        y,
-        x.to(y.dtype),
-        _bank([adapter], x.device),
-        torch.zeros(1, dtype=torch.int32, device=x.device),
-        dropout=_dropout([adapter], x.device),
-        trained=_trained([adapter]) if torch.is_grad_enabled() else None,
     )
 
 
