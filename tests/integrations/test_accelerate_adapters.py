@@ -163,6 +163,25 @@ def test_hooks_of_all_modules():
     assert model.encoder.layer[0].output.adapters["a"].adapter_up in seen
 
 
+def test_a_wide_bottleneck_trains_in_their_code():
+    """Its backward is faster there on a CPU."""
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=272,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    wide = adapters.AdapterConfig.load("par_bn", reduction_factor=2)
+    model = with_adapters(lambda: transformers.BertModel(config), torch.float32, a=wide)
+    report = peft_kernels.accelerate(model)
+    run(model)
+    assert report.counts() == {"a wide bottleneck in training": 1}
+    with torch.no_grad():
+        run(model)
+    assert report.counts()[KERNEL] == 1
+
+
 # ---- dtypes, dropout, training -----------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ from transformers.activations import get_activation
 from peft_kernels.integrations.served import is_autocast, is_plain, is_whole, what_is_called
 
 KINDS = (modeling.Adapter, modeling.ParallelAdapter)
+# Beyond this size the library's own backward, of products of whole matrices, is faster on a CPU.
+WIDE = 128
 _LINEARS = (nn.Linear, modeling.PHMLayer)
 # The classes of the activations that the op knows, by the names that both use for them.
 _ACTIVATIONS = {
@@ -52,6 +54,8 @@ def read(adapter: Any, x: Tensor) -> Bottleneck | str:
     p = adapter.dropout.p if adapter.dropout.training else 0.0
     known: Any = _name_of(activation.f)
     before, after = norms[0] if norms else None, _norm_after(adapter)
+    if d.shape[0] > WIDE and x.device.type == "cpu" and d.requires_grad and torch.is_grad_enabled():
+        return "a wide bottleneck in training"
     found = Bottleneck(d, d_bias, u, u_bias, known, adapter.scaling, p, before, after)
     if not is_autocast(x):
         return found if d.dtype is x.dtype else f"x in {x.dtype} for an adapter in {d.dtype}"
