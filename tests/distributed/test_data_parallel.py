@@ -9,11 +9,14 @@ import torch.distributed as dist
 from parallel_models import (
     STEPS,
     average_,
+    bottleneck,
     dora,
     dora_of_peft,
     llama,
     lora,
     of_peft,
+    prefix,
+    prompt,
     steps,
     text,
     trained,
@@ -26,34 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels
 from peft_kernels import AdapterPool
-from peft_kernels.integrations.transformers import (
-    add_prefix,
-    add_prompt,
-    insert_adapters,
-    prefix_shapes,
-)
-from peft_kernels.nn import PrefixTuning, PromptTuning
 
 CASES = Cases(2)
 run = CASES.fixture()
-
-
-def bottleneck() -> nn.Module:
-    model = llama()
-    insert_adapters(model, "pfeiffer", reduction_factor=4)
-    return model
-
-
-def prefix() -> nn.Module:
-    model = llama()
-    add_prefix(model, PrefixTuning(3, prefix_shapes(model), std=1.0))
-    return model
-
-
-def prompt() -> nn.Module:
-    model = llama()
-    add_prompt(model, PromptTuning(3, 16))
-    return model
 
 
 METHODS = (lora, dora, of_peft, dora_of_peft, bottleneck, prefix, prompt)

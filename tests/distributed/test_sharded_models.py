@@ -10,6 +10,7 @@ import torch
 import transformers
 from parallel_models import (
     PLAN,
+    bottleneck,
     dora,
     dora_of_peft,
     llama,
@@ -17,6 +18,8 @@ from parallel_models import (
     lora,
     of_peft,
     parallel,
+    prefix,
+    prompt,
     sharded,
     trained,
     whole,
@@ -171,6 +174,13 @@ def dora_in_a_parallel_model():
         for one, other in zip(first.parameters(), later.parameters(), strict=True)
         if isinstance(one, DTensor)
     )
+
+
+@CASES.add
+def what_each_process_has_whole_in_a_parallel_model():
+    for make in (prefix, prompt, bottleneck):
+        model = parallel(make(), mesh())
+        torch.testing.assert_close(trained(model), trained(make()), rtol=1e-6, atol=1e-6)
 
 
 @CASES.add

@@ -14,6 +14,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 import peft_kernels
 from peft_kernels import swap_linear
 from peft_kernels.integrations.parallel import ColwiseParallel, RowwiseParallel
+from peft_kernels.integrations.transformers import (
+    add_prefix,
+    add_prompt,
+    insert_adapters,
+    prefix_shapes,
+)
+from peft_kernels.nn import PrefixTuning, PromptTuning
 
 ROWS, LENGTH, STEPS = 4, 6, 10
 PLAN = {f"model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
@@ -50,6 +57,24 @@ def of_peft(**options) -> nn.Module:
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
     model = peft.get_peft_model(llama(), config)
     peft_kernels.accelerate(model)
+    return model
+
+
+def bottleneck() -> nn.Module:
+    model = llama()
+    insert_adapters(model, "pfeiffer", reduction_factor=4)
+    return model
+
+
+def prefix() -> nn.Module:
+    model = llama()
+    add_prefix(model, PrefixTuning(3, prefix_shapes(model), std=1.0))
+    return model
+
+
+def prompt() -> nn.Module:
+    model = llama()
+    add_prompt(model, PromptTuning(3, 16))
     return model
 
 

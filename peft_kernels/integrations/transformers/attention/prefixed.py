@@ -28,6 +28,7 @@ from peft_kernels.integrations.transformers.attention.pinned import (
     NAME,
     asked_implementation,
 )
+from peft_kernels.integrations.transformers.attention.split_heads import of_heads_here
 from peft_kernels.integrations.transformers.supported import refusal
 from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops.prefix_attention import prefix_attention
@@ -194,6 +195,8 @@ def attend(
     if pair is None:
         none = k.new_empty(k.shape[1], 0, k.shape[3])
         pair, prefix_mask = (none, none), None
+    elif pair[0].shape[-3] != k.shape[1]:
+        pair = of_heads_here(module, pair, k.shape[1])
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, :]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
