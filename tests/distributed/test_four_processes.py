@@ -19,7 +19,11 @@ from parallel_models import (
 )
 from processes import Cases
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
 from peft_kernels import load_adapter, save_adapter
@@ -69,6 +73,16 @@ def four_shards_are_written():
 
 
 @CASES.add
+def four_shards_of_peft_are_written():
+    for wrap in (in_both, in_shards):
+        model = wrap(of_peft())
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=whole)
+        if dist.get_rank() == 0:
+            model.save_pretrained(CASES.folder / f"{wrap.__name__}.peft", state_dict=state)
+
+
+@CASES.add
 def a_checkpoint_is_read_in_other_shards():
     expected = logits(lora())
     for written, wrap in (("in_both", in_shards), ("in_shards", in_both)):
@@ -107,3 +121,11 @@ def test_one_process_reads_what_four_wrote(run, wrap):
     dcp.load(state, checkpoint_id=CASES.folder / f"{wrap}.dcp", no_dist=True)
     model.load_state_dict(state)
     torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("wrap", ["in_both", "in_shards"])
+def test_one_process_reads_what_four_wrote_of_peft(run, wrap):
+    run("four_shards_of_peft_are_written")
+    expected, folder = logits(of_peft()), CASES.folder / f"{wrap}.peft"
+    torch.testing.assert_close(logits(load_adapter(llama(), folder)), expected)
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), folder)), expected)

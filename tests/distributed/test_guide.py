@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_models import llama, logits, lora, text, trained
+from parallel_models import llama, logits, lora, of_peft, text, trained
 from processes import Cases
 
 import peft_kernels
@@ -33,6 +33,7 @@ def run_the_page() -> None:
         "served_model": llama(),
         "split_model": llama(),
         "big_model": lora(),
+        "peft_model": of_peft(),
         "input_ids": text(),
         "processes": torch.distributed.get_world_size(),
     }
