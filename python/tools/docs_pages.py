@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import _results
 import headline
+import peft_models
 import traffic
 
 from peft_kernels import cli
@@ -26,6 +27,7 @@ from peft_kernels.tools.bench import run as bench
 from peft_kernels.tools.bench.chart import save_chart
 from peft_kernels.tools.report.run import PEERS
 
+NOT_MEASURED = "Not measured yet."
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
 
@@ -54,7 +56,7 @@ def benchmark(op: str) -> str:
     about = re.sub(r"^What \w+ is measured on", "Measured on", bench.find_suite(op).__doc__ or "")
     parts = [f"# {op}", about]
     if not _measured(op):
-        parts.append("Not measured yet.")
+        parts.append(NOT_MEASURED)
     for machine in _measured(op):
         reached, stated = _results.floors(machine, op)
         parts += [
@@ -100,6 +102,12 @@ def _machines() -> str:
     return "\n".join(f"- **{machine.name}**: {machine.note}" for machine in _results.MACHINES)
 
 
+def _peft_models() -> str:
+    """Models of PEFT's under accelerate(), by machine."""
+    record = _results.RESULTS / "peft-models.json"
+    return peft_models.table(json.loads(record.read_text())) if record.exists() else NOT_MEASURED
+
+
 def _traffic() -> str:
     """Whole passes over activations beyond the bare layer's: our plans, and the peers."""
     passes: dict[str, dict[str, float]] = {}
@@ -132,5 +140,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "floors": _floors,
     "machines": _machines,
     "traffic": _traffic,
+    "peft_models": _peft_models,
     "commands": _commands,
 }
