@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Value = TypeVar("Value")
+_Source = tuple[Tensor, int, Tensor]  # an alias, its version, its mark
 _FEW = 4096
 
 
@@ -27,9 +28,8 @@ class Kept(Generic[Value]):
 
     def __init__(self, mark: Callable[[Tensor], Tensor] | None = None) -> None:
         self._mark = mark or mark_of
-        self._sources: list[tuple[Tensor, int, Tensor]] = []
-        self._settings: tuple[Hashable, ...] | None = None
-        self._value: Any = None
+        # The settings, the tensors as they were, and the value: together, for other threads.
+        self._kept: tuple[tuple[Hashable, ...], list[_Source], Value] | None = None
 
     def __reduce__(self) -> tuple:
         return Kept, ()
@@ -47,18 +47,19 @@ class Kept(Generic[Value]):
         if not all(map(can_keep, tensors)):
             return make()
         settings = (*settings, _autocast_dtype(tensors))
-        if settings != self._settings or not self._are_sources(tensors):
+        kept = self._kept
+        if kept is None or settings != kept[0] or not self._are_as(kept[1], tensors):
             # Not an inference tensor, which other modes couldn't use.
             with torch.inference_mode(False), torch.no_grad():
-                self._value = make()
-                self._sources = [(t.detach(), t._version, self._mark(t)) for t in tensors]
-            self._settings = settings
-        return self._value
+                value = make()
+                sources = [(t.detach(), t._version, self._mark(t)) for t in tensors]
+            self._kept = kept = settings, sources, value
+        return kept[2]
 
-    def _are_sources(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._sources) and all(
+    def _are_as(self, sources: list[_Source], tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(sources) and all(
             t._version == version and _is_alias(t, source) and torch.equal(self._mark(t), mark)
-            for t, (source, version, mark) in zip(tensors, self._sources, strict=True)
+            for t, (source, version, mark) in zip(tensors, sources, strict=True)
         )
 
 

@@ -140,8 +140,10 @@ class _DoRALinear(torch.autograd.Function):
         fwd = _library.get_op("dora_linear_fwd", variant)
         y, s = fwd(x, weight, bias, lora_a, lora_b, gain, *settings)
         scale, scale_t, dropout_p, seed = settings
-        # y is there only for the gain's gradient.
-        kept = y if gain.requires_grad else None
+        ctx.version = None
+        kept = None
+        if gain.requires_grad:  # y is there only for its gradient
+            kept, ctx.version = _kept_beside(y)
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, gain, kept, s, scale_t, seed)
         ctx.scale, ctx.dropout_p, ctx.variant = scale, dropout_p, variant
         return y
@@ -162,6 +164,9 @@ class _DoRALinear(torch.autograd.Function):
             dx, dw, d_a, d_b, dgain = gradients_of(composed, inputs, needs, dy)
             return dx, dw, db, d_a, d_b, dgain, *(None,) * 5
         dy = dy.contiguous()
+        if ctx.version is not None and ctx.version.is_another():
+            fwd = _library.get_op("dora_linear_fwd", ctx.variant)
+            y, _ = fwd(x, weight, bias, lora_a, lora_b, gain, *options)
         bwd = _library.get_op("dora_linear_bwd", ctx.variant)
         dx, d_a, d_b, dgain = bwd(
             dy, x, weight, bias, lora_a, lora_b, gain, dy if y is None else y, s, *options,
@@ -176,6 +181,28 @@ class _DoRALinear(torch.autograd.Function):
             dgain if needs_gain else None,
             *(None,) * 5,
         )
+
+
+class _Version:
+    """Which version a tensor is in, without holding its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._counter = tensor.detach()  # shares the tensor's count of writes
+        self._counter.data = tensor.new_empty(0)
+        self._then = self._counter._version
+
+    def is_another(self) -> bool:
+        return self._counter._version != self._then
+
+
+def _kept_beside(y: Tensor) -> tuple[Tensor, _Version | None]:
+    """y to be saved, so that its caller may change y in place, as that of a linear layer may.
+
+    A saved output that was changed is an error of autograd's; this one is computed again.
+    """
+    if torch.compiler.is_compiling():  # a graph has no writes in place
+        return y, None
+    return y.data, _Version(y)
 
 
 _call = define_call(
@@ -210,7 +237,7 @@ def dora_linear(
     ``g = magnitude / norm`` (Liu et al. 2024, equation 5; gradients as in section 4.3, to
     magnitude through ``g`` and none through the norm). Sums are kept in float32 and rounded once.
     The backward saves ``dropout(x) @ lora_a.T`` in float32, and y where magnitude trains: if y is
-    changed in place then, autograd raises.
+    changed in place meanwhile, it is computed again.
 
     DTensors are computed with where they are, as in :func:`lora_linear`; magnitude and norm lie as
     ``lora_b`` does.
