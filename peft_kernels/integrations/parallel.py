@@ -101,8 +101,9 @@ class ColwiseParallel(_Style, torch_parallel.ColwiseParallel):
 
     ``y_p = x W_p^T + b_p + scale (dropout(x) A^T) B_p^T``: process p has rows p of W ``[n, k]``, of
     B ``[n, r]`` and of the bias, and all of A ``[r, k]``. Beyond what the bare layer sends (dx, a
-    sum), the backward sums dA: ``r k`` elements of A's dtype, however many rows x has. torch's own
-    style works too, and shards A by rank: then A is gathered at each forward, in serving as well.
+    sum), the backward sums what dA is made of: the smaller of ``r k`` and, without dropout, ``m r``
+    elements, for m rows of x. torch's own style works too, and shards A by rank: then A is gathered
+    at each forward, in serving as well.
 
     Layers: LoRALinear, PEFT's ``lora.Linear`` (served by kernels after
     :func:`peft_kernels.accelerate`), and what torch's style takes. Dropout draws the same mask in
@@ -126,9 +127,9 @@ class RowwiseParallel(_Style, torch_parallel.RowwiseParallel):
 
     ``y = sum_p x_p W_p^T + scale (dropout(x_p) A_p^T) B^T + b``: process p has columns p of W
     ``[n, k]`` and of A ``[r, k]``, all of B ``[n, r]`` and of the bias. The sum over processes is
-    the bare layer's: the low-rank part is in it. Beyond that the backward sums dB: ``n r`` elements
-    of B's dtype, however many rows x has. torch's own style works too, and keeps all of A
-    everywhere: then dA is gathered.
+    the bare layer's: the low-rank part is in it. Beyond that the backward sums what dB is made of:
+    the smaller of ``n r`` and, without dropout, ``m r`` elements. torch's own style works too, and
+    keeps all of A everywhere: then dA is gathered.
 
     Layers, arguments and errors are those of :class:`ColwiseParallel`. Dropout draws a mask of its
     own for each process's part of x.

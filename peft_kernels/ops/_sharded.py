@@ -4,10 +4,10 @@ is left to sum is said by the placements.
 Along each dimension of the weight's mesh, of ``p`` processes, the weight ``[n, k]`` is
 
     Shard(0)    by columns of y: x and A whole, B and the bias by n, so is y.
-                dx is a sum over processes, and so is dA: ``r k`` elements.
+                dx is a sum over processes, and so is dA: ``r k`` elements, or ``m r`` of dS.
     Shard(1)    by rows of W^T: x and A by k, B and the bias whole. y is a sum, and what goes into
                 it is all of a process's part: ``x W^T + scale (x A^T) B^T``, so that S isn't sent.
-                dB is a sum: ``n r`` elements.
+                dB is a sum: ``n r`` elements, or ``m r`` of S.
                 DoRA's norm is a root of sums over k: ``n (r + 1) + r r`` elements forward. The
                 gradient of its magnitude is a sum: ``n`` elements.
     Replicate   all whole, but for x, which may be sharded by rows: then dA and dB are sums.
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.ops._dropout import seed_tensor
+from peft_kernels.ops._sharded_rows import ThroughRows
 
 _WHOLE = (Tensor, nn.Parameter)
 _DTENSOR = "torch.distributed.tensor"
@@ -93,7 +94,7 @@ def lora_linear_sharded(
         TypeError: some are DTensors and others aren't.
         ValueError: they are on several meshes, or the weight is placed in another way.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
     rows = {"magnitude": magnitude, "norm": norm}
     mesh = _mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, **rows)
@@ -104,21 +105,55 @@ def lora_linear_sharded(
         if values is not None
     }
     shape = (*x.shape[:-1], weight.shape[0])
+    scale = scale.to_local() if isinstance(scale, DTensor) else scale
+    here = _input(x, layout.x, layout.dx)
+    plain = dropout_p == 0.0 and magnitude is None and torch.is_grad_enabled()
+    rows_a = plain and _sums_rows(lora_a, lora_a.shape[1], here, weight, layout.da, Shard(0))
+    rows_b = plain and _sums_rows(lora_b, lora_b.shape[0], here, weight, layout.db, Shard(1))
+    a = _parameter(lora_a, layout.a, layout.a if rows_a else layout.da)
+    b = _parameter(lora_b, layout.b, layout.b if rows_b else layout.db)
     y = local(
-        _input(x, layout.x, layout.dx),
+        here,
         _parameter(weight, weight.placements, layout.dw),
-        _parameter(lora_a, layout.a, layout.da),
-        _parameter(lora_b, layout.b, layout.db),
+        a.detach() if rows_a else a,
+        b.detach() if rows_b else b,
         bias=None if bias is None else _bias(bias, layout),
-        scale=scale.to_local() if isinstance(scale, DTensor) else scale,
+        scale=scale,
         dropout_p=dropout_p,
         seed=_seed_here(seed, x.device, layout, mesh) if dropout_p > 0.0 else None,
         **by_rows,
     )
+    if rows_a:
+        summed = _sum_over(mesh, layout.da)
+        y = ThroughRows.apply(y, here.detach(), a, b.detach(), scale, True, summed)
+    if rows_b:
+        summed = _sum_over(mesh, layout.db)
+        y = ThroughRows.apply(y, here.detach(), a.detach(), b, scale, False, summed)
     strides = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         y, mesh, layout.y, run_check=False, shape=torch.Size(shape), stride=strides
     )
+
+
+def _sums_rows(
+    matrix: Any, columns: int, x: Tensor, weight: Any, gradient: list, split: Any
+) -> bool:
+    """Whether a matrix of r ``columns`` trains by a sum of ``[m, r]``, which is smaller than it.
+
+    Rows are the same in all processes that sum, where what they have parts of is the weight.
+    """
+    sums = [p for p, g in zip(weight.placements, gradient, strict=True) if g.is_partial()]
+    if not matrix.requires_grad or not sums or any(p != split for p in sums):
+        return False
+    return x.shape[:-1].numel() < columns
+
+
+def _sum_over(mesh: Any, placements: list) -> Callable[[Tensor], Tensor]:
+    """Sums over those dimensions of the mesh along which a gradient is a sum."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    lie = [Partial() if p.is_partial() else Replicate() for p in placements]
+    return lambda part: DTensor.from_local(part, mesh, lie, run_check=False).full_tensor()
 
 
 def norm_of_shards(

@@ -140,7 +140,8 @@ def a_compiled_block_trains_as_in_one_process():
 # ---- the wire ------------------------------------------------------------------------------------
 
 
-def sent_by(model: nn.Module, x) -> tuple[list, list]:
+def sent_by(model: nn.Module, rows: int) -> tuple[list, list]:
+    x = torch.randn(rows, K, requires_grad=True)
     with Wire() as forward:
         y = model(x)
     with Wire() as backward:
@@ -150,17 +151,19 @@ def sent_by(model: nn.Module, x) -> tuple[list, list]:
 
 @CASES.add
 def what_is_sent_beyond_the_bare_layers():
-    x = torch.randn(M, K, requires_grad=True)
-    bare = sent_by(parallelize_module(Block().requires_grad_(False), mesh(), TORCH_PLAN), x)
-    assert bare == ([("all_reduce", M * K)], [("all_reduce", M * K)])
-    forward, backward = sent_by(parallelize_module(swapped(), mesh(), PLAN), x)
-    assert forward == bare[0]
-    of_b, of_a = ("all_reduce", K * R), ("all_reduce", R * K)
-    assert sorted(backward) == sorted([*bare[1], of_b, of_a])
-    forward, backward = sent_by(parallelize_module(swapped(), mesh(), TORCH_PLAN), x)
-    gathered = ("all_gather_into_tensor", R * K // 2)
-    assert forward == [gathered, *bare[0]]
-    assert len(backward) == 4
+    for m in (M, 4 * N):
+        bare = sent_by(parallelize_module(Block().requires_grad_(False), mesh(), TORCH_PLAN), m)
+        assert bare == ([("all_reduce", m * K)], [("all_reduce", m * K)])
+        forward, backward = sent_by(parallelize_module(swapped(), mesh(), PLAN), m)
+        assert forward == bare[0]
+        of_b, of_a = ("all_reduce", min(K, m) * R), ("all_reduce", R * min(K, m))
+        assert sorted(backward) == sorted([*bare[1], of_b, of_a])
+        forward, backward = sent_by(parallelize_module(swapped(), mesh(), TORCH_PLAN), m)
+        gathered = ("all_gather_into_tensor", R * K // 2)
+        assert forward == [gathered, *bare[0]]
+        assert len(backward) == 4
+    dropping = parallelize_module(swapped(dropout=0.5), mesh(), PLAN)
+    assert ("all_reduce", R * K) in sent_by(dropping, M)[1]
 
 
 @CASES.add
@@ -178,10 +181,10 @@ def an_input_that_several_layers_share_has_one_sum():
 # ---- the op --------------------------------------------------------------------------------------
 
 
-def matrices(n=N, k=K, dtype=torch.float32, adapter=torch.float32) -> dict:
+def matrices(n=N, k=K, dtype=torch.float32, adapter=torch.float32, m=M) -> dict:
     torch.manual_seed(1)
     return ops.lora_linear.__globals__["example_inputs"](
-        M, n, k, R, dtype=dtype, adapter_dtype=adapter
+        m, n, k, R, dtype=dtype, adapter_dtype=adapter
     )
 
 
@@ -213,6 +216,17 @@ def every_placement_of_every_argument():
     several = itertools.product(matrix, matrix, matrix, matrix, (Replicate(), Shard(0)))
     for x, weight, a, b, bias in several:
         placements = {"x": x, "weight": weight, "lora_a": a, "lora_b": b, "bias": bias}
+        sharded = {name: distribute(inputs[name].detach(), placements[name]) for name in inputs}
+        torch.testing.assert_close(results(sharded, dy), expected, rtol=1e-5, atol=1e-5)
+
+
+@CASES.add
+def more_rows_than_columns():
+    inputs, dy = matrices(m=4 * N), torch.randn(4 * N, N)
+    expected = results(dict(inputs), dy)
+    whole_one = dict.fromkeys(inputs, Replicate())
+    for weight, a, b in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=3):
+        placements = whole_one | {"weight": weight, "lora_a": a, "lora_b": b}
         sharded = {name: distribute(inputs[name].detach(), placements[name]) for name in inputs}
         torch.testing.assert_close(results(sharded, dy), expected, rtol=1e-5, atol=1e-5)
 
