@@ -344,7 +344,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         if magnitude is not None:
             length = torch.linalg.vector_norm(merged, dim=1)
             wanted = placed_as(self.lora_magnitude, magnitude).to(base.device, wide)
-            merged *= (wanted / length)[:, None]
+            merged *= (wanted / length.masked_fill(length == 0, torch.inf))[:, None]
         merged = merged.to(base.dtype)
         if safe and not all_finite(merged):
             raise ValueError(

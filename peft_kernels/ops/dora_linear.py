@@ -235,9 +235,9 @@ def dora_linear(
 
     ``y = g * (x @ weight.T + scale * dropout(x) @ lora_a.T @ lora_b.T) + bias`` with
     ``g = magnitude / norm`` (Liu et al. 2024, equation 5; gradients as in section 4.3, to
-    magnitude through ``g`` and none through the norm). Sums are kept in float32 and rounded once.
-    The backward saves ``dropout(x) @ lora_a.T`` in float32, and y where magnitude trains: if y is
-    changed in place meanwhile, it is computed again.
+    magnitude through ``g`` and none through the norm). A row of no length has ``g`` = 0. Sums are
+    kept in float32 and rounded once. The backward saves ``dropout(x) @ lora_a.T`` in float32, and y
+    where magnitude trains: if y is changed in place meanwhile, it is computed again.
 
     DTensors are computed with where they are, as in :func:`lora_linear`; magnitude and norm lie as
     ``lora_b`` does.
@@ -282,8 +282,7 @@ def dora_linear(
     if norm is None:
         norm = dora_norm(stored, lora_a, lora_b, scale if scale_t is None else scale_t)
     _check_rows("norm", norm, weight)
-    acc = acc_dtype(x)
-    gain = magnitude.to(acc) / norm.detach().to(acc)
+    gain = _gain(magnitude, norm, acc_dtype(x))
     inputs = (
         rows_of(x), weight, bias, lora_a, lora_b, gain, float(scale), scale_t, float(dropout_p),
         seed,
@@ -293,6 +292,12 @@ def dora_linear(
     else:
         y = _call(*inputs)
     return in_shape_of(x, y)
+
+
+def _gain(magnitude: Tensor, norm: Tensor, acc: torch.dtype) -> Tensor:
+    """magnitude / norm, and 0 for a row without a length, which has no direction either."""
+    norm = norm.detach().to(acc)
+    return magnitude.to(acc) / norm.masked_fill(norm == 0, torch.inf)
 
 
 def _check_rows(name: str, values: Tensor, weight: Tensor) -> None:

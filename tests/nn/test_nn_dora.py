@@ -62,6 +62,18 @@ def test_merging(kind):
     assert layer.weight is weight and torch.equal(layer(X), y)
 
 
+def test_a_row_of_zeros_stays_one():
+    base = nn.Linear(32, 24)
+    nn.init.zeros_(base.weight[3])
+    layer = LoRALinear.from_linear(base, 4, alpha=8, use_dora=True)
+    y = layer(X)
+    assert y.isfinite().all() and torch.equal(y[:, 3], layer.bias[3].expand(5))
+    y.sum().backward()
+    assert all(getattr(layer, name).grad.isfinite().all() for name in layer.adapter_names)
+    layer.merge()
+    torch.testing.assert_close(layer(X), y)
+
+
 def test_switching():
     layer, other = make(), make()
     nn.init.normal_(other.lora_b)
