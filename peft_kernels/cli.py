@@ -108,7 +108,8 @@ def _print_json(document: object) -> None:
 _DESCRIPTION = "See, measure and tune the kernels. `peft-kernels COMMAND --help` says more of each."
 _BENCH = """\
 ops, and what MxNxK is of each:
-  lora_linear, multi_lora_linear   rows x outputs x inputs, of rank 16
+  lora_linear, dora_linear         rows x outputs x inputs, of rank 16
+  multi_lora_linear                rows x outputs x inputs, of rank 16
   adapter, adapter_fusion          tokens x hidden x bottleneck
   prefix_attention                 queries x heads x prefix, in a batch of 8
   prompt_lookup                    text x hidden x prompt, in a batch of 8

@@ -158,7 +158,7 @@ def test_copies_and_files():
     with torch.no_grad():
         expected = fusion(x)
     for other in (copy.deepcopy(fusion), pickle.loads(pickle.dumps(fusion))):
-        assert other._kept._settings is None
+        assert other._kept._kept is None
         torch.testing.assert_close(other(x), expected)
     fresh = a_fusion()
     fresh.load_state_dict(fusion.state_dict())

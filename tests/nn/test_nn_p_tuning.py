@@ -430,7 +430,7 @@ def test_copies_and_files():
     with torch.no_grad():
         expected = prompt.prompts()
     for other in (copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt))):
-        assert other._kept._settings is None
+        assert other._kept._kept is None
         torch.testing.assert_close(other.prompts(), expected)
     assert all(name.startswith(("slots", "lstm.", "mlp.")) for name in prompt.state_dict())
 

@@ -298,12 +298,13 @@ FUSION_CASES = (
     FusionCase(64, (16, 16), "float16", "float16", False, "relu"),
     FusionCase(8192, (48,) * 8, "float32", "float32", False, "gelu"),
 )
-# the heaviest and the lightest of `dora_linear`, and its float32 products
+# the same of `dora_linear` as of `lora_linear`
 DORA_CASES = (
-    DoraCase(8192, 64, "bfloat16", "float32", True, ("i", "library")),
-    DoraCase(8192, 64, "float16", "float16", False, ("i", "ii", "library")),
-    DoraCase(8, 16, "bfloat16", "float32", False, ("i", "ii")),
-    DoraCase(8192, 16, "float32", "float32", True, ("library",)),
+    DoraCase(8192, 64, "bfloat16", "float32", True, plans.PLANS),
+    DoraCase(16, 64, "bfloat16", "float32", True, plans.PLANS),
+    DoraCase(8192, 64, "float16", "float32", True, ("i", "ii")),
+    DoraCase(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
+    DoraCase(8192, 64, "float32", "float32", True, ("library",)),
 )
 CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + DORA_CASES
 N = K = 4096

@@ -226,7 +226,9 @@ def _tile(
 ) -> Tensor:
     """out = gain (a w + mask o (factor P Q)) + bias."""
     dropout = masked and call.dropout
-    tile = call.tile("tile_masked" if dropout else "tile")
+    # A gain takes registers as a mask does.
+    narrow = dropout or (gain is not None and call.m > chips.FEW_ROWS)
+    tile = call.tile("tile_masked" if narrow else "tile")
     m, n = out.shape
     value, on_device = argument(factor, 1.0)
     launch(
