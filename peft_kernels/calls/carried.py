@@ -213,10 +213,17 @@ def unwrap(module: nn.Module, method: str, around: Around) -> None:
 
 
 def _replica(module: Any) -> nn.Module:
-    """A replica, as nn.DataParallel makes them: its methods aren't this module's."""
+    """A replica, as nn.DataParallel makes them: its methods aren't this module's.
+
+    It has the module's hooks, and what they push ends with its calls too.
+    """
     replica = type(module)._replicate_for_data_parallel(module)
-    for name in (_REPLICATE, *replica.__dict__.pop(_AROUND)):
+    chains = replica.__dict__.pop(_AROUND)
+    for name in (_REPLICATE, *chains):
         del replica.__dict__[name]
+    if _apart in chains.get("_call_impl", (None, []))[1]:
+        call = partial(type(replica)._call_impl, replica)
+        replica.__dict__["_call_impl"] = partial(_apart, replica, call)
     return replica
 
 

@@ -219,6 +219,7 @@ def test_a_copy_made_for_a_forward_is_an_error(kind):
     replica.model.layers = copy.deepcopy(model.model.layers)
     with pytest.raises(RuntimeError, match=r"copied for this forward, as nn\.DataParallel does"):
         replica(**inputs, **{"prefix_ids" if kind == "prefix" else "task_ids": [0, 1]})
+    assert not any(carried().values())
 
 
 SIZES = {
