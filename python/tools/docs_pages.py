@@ -27,7 +27,6 @@ from peft_kernels.tools.bench import run as bench
 from peft_kernels.tools.bench.chart import save_chart
 from peft_kernels.tools.report.run import PEERS
 
-NOT_MEASURED = "Not measured yet."
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
 
@@ -56,7 +55,7 @@ def benchmark(op: str) -> str:
     about = re.sub(r"^What \w+ is measured on", "Measured on", bench.find_suite(op).__doc__ or "")
     parts = [f"# {op}", about]
     if not _measured(op):
-        parts.append(NOT_MEASURED)
+        parts.append("Not measured yet.")
     for machine in _measured(op):
         reached, stated = _results.floors(machine, op)
         parts += [
@@ -103,9 +102,8 @@ def _machines() -> str:
 
 
 def _peft_models() -> str:
-    """Models of PEFT's under accelerate(), by machine."""
-    record = _results.RESULTS / "peft-models.json"
-    return peft_models.table(json.loads(record.read_text())) if record.exists() else NOT_MEASURED
+    """Models of PEFT's under accelerate()."""
+    return peft_models.table(json.loads(_results.PEFT_MODELS.read_text()))
 
 
 def _traffic() -> str:
