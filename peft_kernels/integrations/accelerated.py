@@ -121,8 +121,8 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     Under PEFT: each ``lora.Linear`` computes ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T
     B_j^T`` by :func:`peft_kernels.ops.lora_linear`, forward and backward, in one pass over its
     active adapters; with ``adapter_names``, in training too, by
-    :func:`peft_kernels.ops.multi_lora_linear`. A ``lora.Embedding`` has one product of PyTorch's
-    for all its active adapters.
+    :func:`peft_kernels.ops.multi_lora_linear`; with DoRA by :func:`peft_kernels.ops.dora_linear`. A
+    ``lora.Embedding`` has one product of PyTorch's for all its active adapters.
 
     A soft prompt of PEFT's goes before the text by :func:`peft_kernels.ops.prompt_lookup`, and an
     encoder of prompts or prefixes runs once for a batch, or not at all while nothing trains.
@@ -134,9 +134,9 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
 
     A layer stays its library's own in all else: its class is a subclass of theirs, so that its
     parameters, its state dict, merging, adding and deleting adapters, hotswapping and saving are
-    untouched. Every call looks at the layer anew. What kernels can't serve (variants of LoRA,
-    hooks below the layer, quantised and sharded weights, ...) runs in the library's code, and is
-    counted.
+    untouched. Every call looks at the layer anew. What kernels can't serve (other variants of
+    LoRA, hooks below the layer, quantised and sharded weights, ...) runs in the library's code, and
+    is counted.
 
     Args:
         model: any model that has such layers, wrapped or not: a PeftModel, one that

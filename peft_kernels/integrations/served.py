@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 CALLS = "_peft_kernels_calls"  # in a layer's __dict__: how many calls took which way
-_WHOLE = (nn.Parameter, Tensor)
+WHOLE = (nn.Parameter, Tensor)
 
 
 def count(layer: nn.Module, way: str) -> None:
@@ -32,7 +32,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_whole(weight: Any, dimensions: int) -> TypeGuard[Tensor]:
     """Whether this is all of a parameter: no shard, no tensor of another library's."""
-    return type(weight) in _WHOLE and weight.dim() == dimensions
+    return type(weight) in WHOLE and weight.dim() == dimensions
 
 
 def is_autocast(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
-from peft_kernels.nn import LoRALinear
+from peft_kernels.nn import LoRALinear, norms
 
 X = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
 
@@ -130,10 +130,9 @@ def test_from_the_meta_device():
 def counted(monkeypatch):
     """How often the norm's product with A was computed, and the weight's squares."""
     calls = {"dora_norm": 0, "dora_squares": 0}
-    module = __import__("peft_kernels.nn.norms", fromlist=["norms"])
 
     def counting(name):
-        original = getattr(module, name)
+        original = getattr(norms, name)
 
         def count(*args):
             calls[name] += 1
@@ -142,7 +141,7 @@ def counted(monkeypatch):
         return count
 
     for name in calls:
-        monkeypatch.setattr(module, name, counting(name))
+        monkeypatch.setattr(norms, name, counting(name))
     return calls
 
 

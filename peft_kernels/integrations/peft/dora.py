@@ -16,6 +16,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from peft_kernels.integrations.peft.whole import is_whole
+from peft_kernels.integrations.served import is_plain, what_is_called
 from peft_kernels.nn.norms import Norms
 from peft_kernels.ops import dora_linear
 
@@ -29,11 +30,8 @@ def read_magnitude(layer: nn.Module, name: str) -> Tensor | str:
         return type(variant).__name__
     children: Any = layer._modules["lora_magnitude_vector"]
     module = children._modules[name]
-    if type(module) is not DoraLinearLayer or "forward" in module.__dict__:
-        return "lora_magnitude_vector: another forward"
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    if any(hooks) or module._backward_hooks or module._backward_pre_hooks:
-        return "lora_magnitude_vector: hooks"
+    if type(module) is not DoraLinearLayer or not is_plain(module):
+        return f"lora_magnitude_vector: {what_is_called(module, (DoraLinearLayer,))}"
     magnitude: Any = module._parameters.get("weight")
     if not is_whole(magnitude, 1):
         return "lora_magnitude_vector: a weight that isn't whole"

@@ -16,8 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.peft.dora import read_magnitude
-from peft_kernels.integrations.peft.whole import WHOLE, is_whole
-from peft_kernels.integrations.served import is_plain, what_is_called
+from peft_kernels.integrations.peft.whole import is_whole
+from peft_kernels.integrations.served import WHOLE, is_plain, what_is_called
 
 _BASES = (nn.Linear, Conv1D)
 _MATRICES = (nn.Linear,)

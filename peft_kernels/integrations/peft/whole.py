@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeGuard
 
-from torch import Tensor, nn
+from torch import Tensor
 
-WHOLE = (nn.Parameter, Tensor)
+from peft_kernels.integrations.served import WHOLE
+
 _DTENSOR = "torch.distributed.tensor"
 
 
