@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
+from peft_kernels.modules.bases import names_of
 from peft_kernels.modules.checks import check_module
 
 _LOG = logging.getLogger("peft_kernels")
@@ -21,6 +23,7 @@ _HOSTS = {
     "peft_kernels.integrations.peft.prompts": "peft",
     "peft_kernels.integrations.adapter_hub.layers": "adapters.methods.adapter_layer_base",
 }
+_PIPELINE = "diffusers.pipelines.pipeline_utils.DiffusionPipeline"
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,9 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
         A :class:`Report`. The logger "peft_kernels" has its :meth:`~Report.summary` at INFO.
 
     Raises:
-        TypeError: model is no ``nn.Module``.
+        TypeError: model is no ``nn.Module``, such as a pipeline of diffusers', which has some.
     """
-    check_module("model", model)
+    _check_model(model)
     for host in _hosts():
         for module in model.modules():
             host.serve(module, strict)
@@ -177,10 +180,20 @@ def restore(model: nn.Module) -> None:
     Raises:
         TypeError: model is no ``nn.Module``.
     """
-    check_module("model", model)
+    _check_model(model)
     for host in _hosts():
         for module in model.modules():
             host.restore(module)
+
+
+def _check_model(model: Any) -> None:
+    """Raises a TypeError unless ``model`` is a module, which names those of a pipeline."""
+    if _PIPELINE in names_of(type(model)):
+        parts = [f".{name}" for name, p in model.components.items() if isinstance(p, nn.Module)]
+        raise TypeError(
+            f"model must be a Module, such as {' or '.join(parts)} of this {type(model).__name__}"
+        )
+    check_module("model", model)
 
 
 def _owner(library: str) -> str:
