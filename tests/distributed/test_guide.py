@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from parallel_models import llama, logits, lora, of_peft, text, trained
@@ -73,22 +75,68 @@ def train_with_accelerate() -> None:
     torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-6)
 
 
+def train_a_loop_of_accelerate(folder: str) -> None:
+    """Model, optimizer and batches, as ``prepare`` wraps them; the losses go into a file."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = of_peft()
+    trains = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trains, lr=1e-2, eps=1e-5)
+    rows = [(row + shift) % 32 for shift in range(4) for row in text()]
+    batches = torch.utils.data.DataLoader(rows, batch_size=4 // accelerator.num_processes)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    report, losses = peft_kernels.accelerate(model), []
+    for _ in range(2):
+        for ids in batches:
+            loss = model(input_ids=ids, labels=ids).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    counts = report.counts()
+    assert counts == {"lora_linear": len(losses) * len(report.layers)}, counts
+    assert isinstance(accelerator.unwrap_model(model), peft.PeftModel)
+    if accelerator.is_main_process:
+        found = {"losses": losses, "processes": accelerator.num_processes}
+        Path(folder, f"{accelerator.num_processes}.json").write_text(json.dumps(found))
+
+
+def start(launcher: str, script: str, folder: Path) -> None:
+    path = folder / "train.py"
+    path.write_text(script)
+    paths = [ROOT, ROOT / "tests/support", ROOT / "tests/distributed"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher.split(), str(path)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("function", [run_the_page, train_with_accelerate])
 def test_torchrun_starts_it(function, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
+    script = (
         "import torch, test_guide\n"
         "torch.distributed.init_process_group('gloo')\n"
         "assert torch.distributed.get_world_size() == 2\n"
         f"test_guide.{function.__name__}()\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    paths = [ROOT, ROOT / "tests/support", ROOT / "tests/distributed"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    command = [sys.executable, *launcher.split(), str(script)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    start("torch.distributed.run --standalone --nproc-per-node 2", script, tmp_path)
+
+
+@pytest.mark.long
+def test_accelerate_starts_it(tmp_path):
+    """Its launcher; with ``--cpu`` it would start one process, whatever number is asked for."""
+    pytest.importorskip("accelerate")
+    script = f"import test_guide\ntest_guide.train_a_loop_of_accelerate({str(tmp_path)!r})\n"
+    given = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    losses = []
+    for processes, kind in ((1, "--cpu"), (2, "--multi_gpu")):
+        launcher = f"accelerate.commands.launch {kind} --num_processes {processes} {given}"
+        start(launcher, script, tmp_path)
+        found = json.loads((tmp_path / f"{processes}.json").read_text())
+        assert found["processes"] == processes
+        losses.append(found["losses"])
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    assert losses[0][-1] < losses[0][0]
