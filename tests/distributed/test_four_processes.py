@@ -8,12 +8,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_models import (
+    STEPS,
     average_,
+    bottleneck,
+    dora,
+    dora_of_peft,
     llama,
     logits,
     lora,
     of_peft,
     parallel,
+    prefix,
+    prompt,
     sharded,
     trained,
 )
@@ -26,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
+import peft_kernels
 from peft_kernels import load_adapter, save_adapter
 
 CASES = Cases(4)
@@ -55,8 +62,13 @@ def check_equal(model: nn.Module, expected, group) -> None:
 
 @CASES.add
 def shards_of_shards_train_as_one_process():
-    for make in (lora, of_peft):
+    for make in (lora, dora, bottleneck, prefix, prompt):
         check_equal(in_both(make()), trained(make()), mesh()["data"].get_group())
+    for make, kernel in ((of_peft, "lora_linear"), (dora_of_peft, "dora_linear")):
+        model = in_both(make())
+        report = peft_kernels.accelerate(model)
+        check_equal(model, trained(make()), mesh()["data"].get_group())
+        assert report.counts() == {kernel: len(report.layers) * STEPS}
 
 
 @CASES.add
@@ -67,6 +79,7 @@ def four_shards_train_as_one_process():
 @CASES.add
 def four_shards_are_written():
     for wrap in (in_both, in_shards):
+        save_adapter(wrap(dora()), CASES.folder / f"{wrap.__name__}.dora")
         model = wrap(lora())
         save_adapter(model, CASES.folder / wrap.__name__)
         dcp.save(get_model_state_dict(model), checkpoint_id=CASES.folder / f"{wrap.__name__}.dcp")
@@ -112,10 +125,11 @@ def test_four_processes(run, case):
 @pytest.mark.parametrize("wrap", ["in_both", "in_shards"])
 def test_one_process_reads_what_four_wrote(run, wrap):
     run("four_shards_are_written")
-    expected = logits(lora())
-    folder = CASES.folder / wrap
-    torch.testing.assert_close(logits(load_adapter(llama(), folder)), expected)
-    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), folder)), expected)
+    for make, name in ((dora, f"{wrap}.dora"), (lora, wrap)):
+        folder, expected = CASES.folder / name, logits(make())
+        torch.testing.assert_close(logits(load_adapter(llama(), folder)), expected)
+        of_peft = peft.PeftModel.from_pretrained(llama(), folder)
+        torch.testing.assert_close(logits(of_peft), expected)
     model = zeroed(lora())
     state = model.state_dict()
     dcp.load(state, checkpoint_id=CASES.folder / f"{wrap}.dcp", no_dist=True)

@@ -1,4 +1,4 @@
-"""accelerate() on models of diffusers with PEFT's LoRA, and in a pipeline, beside the same as it is."""
+"""accelerate() on models of diffusers with PEFT's LoRA and in a pipeline, beside PEFT alone."""
 
 import copy
 
