@@ -50,7 +50,7 @@ INSIDE = {
         "encoded_once": "",
         "transformers": "",
         "peft": "served encoded_once transformers",
-        "adapter_hub": "served encoded_once peft",
+        "adapter_hub": "served encoded_once peft transformers",
         "parallel": "",
         "accelerated": "peft adapter_hub",
     },

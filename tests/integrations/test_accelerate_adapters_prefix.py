@@ -26,14 +26,25 @@ def prefix(**options):
     return adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=7, **options)
 
 
-@pytest.mark.parametrize("make", [make_bert, make_gpt2, make_llama, make_t5])
+LEFT_OUT = "sdpa, whose mask leaves out the prefix or text"
+ATTENTION = {
+    make_bert: "prefix_attention",
+    make_gpt2: LEFT_OUT,
+    make_llama: LEFT_OUT,
+    make_t5: "attention: T5AttentionWithAdapters",
+}
+
+
+@pytest.mark.parametrize("make", ATTENTION)
 def test_prefixes_are_encoded_once(make):
     model = with_adapters(make, a=prefix())
-    report = assert_as_theirs(model, {"encoded once"})
-    assert {layer.reason for layer in report.layers} == {None, "prefix_tuning.PrefixTuningLayer"}
+    ways = {"encoded once", ATTENTION[make]}
+    report = assert_as_theirs(model, ways)
+    reason = None if make is make_bert else ATTENTION[make]
+    assert {layer.reason for layer in report.layers} == {None, reason}
     assert "on PyTorch's operations, and no kernel" in report.summary()
     with torch.no_grad():
-        assert_as_theirs(model, {"encoded once"})
+        assert_as_theirs(model, ways)
         report = peft_kernels.accelerate(model)
         first = run(model)[0]
         assert torch.equal(run(model)[0], first)
@@ -52,7 +63,8 @@ def test_prefixes_are_encoded_once(make):
 def test_prefixes_in_compositions(setup):
     model = with_adapters(make_bert, a=prefix(), b=prefix(non_linearity="relu"))
     model.set_active_adapters(setup)
-    assert_as_theirs(model, {"encoded once"})
+    way = "Parallel" if isinstance(setup, Parallel) else "prefix_attention"
+    assert_as_theirs(model, {"encoded once", way})
 
 
 @pytest.mark.parametrize("make", [make_gpt2, make_llama, make_bert])
@@ -75,11 +87,13 @@ def test_prefixes_under_sdpa(make, padded, setup):
     report = peft_kernels.accelerate(model, strict=False)
     torch.testing.assert_close(results("sdpa"), right, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(results("eager"), right, rtol=1e-4, atol=1e-4)
-    assert {layer.reason for layer in report.layers} == {None, "prefix_tuning.PrefixTuningLayer"}
+    assert {layer.reason for layer in report.layers} == {None}
+    assert set(report.counts()) == {"encoded once", "prefix_attention"}
     peft_kernels.accelerate(model)
     torch.testing.assert_close(results("sdpa"), theirs, rtol=1e-5, atol=1e-5)
     peft_kernels.accelerate(model, strict=False)
-    assert_as_theirs(model, {"encoded once"}, rtol=1e-4, atol=1e-4)
+    way = "prefix_attention" if make is make_bert else LEFT_OUT
+    assert_as_theirs(model, {"encoded once", way}, rtol=1e-4, atol=1e-4)
     if make is not make_bert:  # whose masks are additive
         assert not torch.allclose(theirs, right, atol=1e-2)
 
@@ -89,4 +103,4 @@ def test_a_prefix_with_dropout_is_theirs_in_training():
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.train(module.p == 0.3)
-    assert_as_theirs(model, {"dropout by row"})
+    assert_as_theirs(model, {"dropout by row", "a prefix for each row"})

@@ -88,20 +88,21 @@ def run(model, **inputs):
     return output.detach(), gradients
 
 
-def assert_as_theirs(model, ways, **tolerances):
+def assert_as_theirs(model, ways, inputs=None, **tolerances):
     """The accelerated model gives what theirs gives, by these ways, and goes back to that."""
     peft_kernels.restore(model)
     classes = [type(module) for module in model.modules()]
-    expected, gradients = run(model)
+    inputs = inputs or {}
+    expected, gradients = run(model, **inputs)
     report = peft_kernels.accelerate(model)
-    output, ours = run(model)
+    output, ours = run(model, **inputs)
     torch.testing.assert_close(output, expected, **tolerances)
     torch.testing.assert_close(ours, gradients, **tolerances)
     assert set(report.counts()) == set(ways), report.counts()
     peft_kernels.restore(model)
     assert [type(module) for module in model.modules()] == classes
     assert not any("peft_kernels" in key for module in model.modules() for key in vars(module))
-    assert torch.equal(run(model)[0], expected)
+    assert torch.equal(run(model, **inputs)[0], expected)
     return report
 
 

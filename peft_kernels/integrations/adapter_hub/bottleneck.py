@@ -6,7 +6,6 @@ Such a layer is a module of its own, or, in BERT and T5, the sublayer itself, of
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from peft_kernels.integrations.adapter_hub.bottleneck_state import (
     read,
 )
 from peft_kernels.integrations.adapter_hub.fusion import KEPT, fuse, read_fusion
+from peft_kernels.integrations.adapter_hub.stand_in import StandIn
 from peft_kernels.integrations.served import count, is_autocast
 from peft_kernels.nn._kept import Kept
 from peft_kernels.ops.adapter import adapter as adapter_op
@@ -29,7 +29,7 @@ from peft_kernels.ops.adapter import adapter as adapter_op
 KERNEL, FUSION = "adapter", "adapter_fusion"
 
 
-class Served(BottleneckLayer):
+class Served(StandIn, BottleneckLayer):
     """What is put before a class of bottleneck layers: forward passes by kernels.
 
     ``y = LN(residual + scale dropout(act(LN(x) D^T + b_d) U^T + b_u))``, with the norms and the
@@ -110,28 +110,6 @@ class Served(BottleneckLayer):
         if context is not None and context.output_adapter_fusion_attentions:
             self._store_fusion_attentions(setup.name, p.cpu().numpy())
         return state._replace(hidden_states=y, adapter_residual=residual, last=last)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is of this process: a copy or a pickle names the one that it is made of.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (own_class(type(self)),), *state
-
-
-@cache
-def served_class(kind: Any) -> Any:
-    """The class that takes this one's place."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (Served, kind), {**names, "__doc__": kind.__doc__})
-
-
-def own_class(kind: Any) -> Any:
-    """The class of the library's that one of :func:`served_class` stands for."""
-    return kind.__bases__[1] if kind.__bases__[0] is Served else kind
-
-
-def _new(kind: Any) -> nn.Module:
-    served = served_class(kind)
-    return served.__new__(served)
 
 
 # ---- which adapter -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import nn
 
 from peft_kernels._library import backend_of
-from peft_kernels.integrations.adapter_hub import bottleneck, lora, prefix
+from peft_kernels.integrations.adapter_hub import attention, bottleneck, lora, prefix, stand_in
 from peft_kernels.integrations.adapter_hub.bottleneck_state import why_not as why_not_bottleneck
 from peft_kernels.integrations.adapter_hub.fusion import KEPT
 from peft_kernels.integrations.encoded_once import KEPT as KEPT_PREFIX
@@ -20,7 +20,7 @@ LIBRARY = "adapters"
 
 def is_layer(module: nn.Module) -> bool:
     """Whether this is a layer of theirs that has an adapter, or the encoder of a prefix."""
-    if isinstance(module, prefix.TheirPrefixTuning):
+    if isinstance(module, prefix.ENCODERS):
         return True
     return isinstance(module, AdapterLayerBase) and bool(module.adapter_modules)
 
@@ -38,9 +38,9 @@ def kind_of(layer: nn.Module) -> str:
 
 def serve(module: nn.Module, strict: bool = True) -> None:
     """Puts kernels under a module, if there are any for its class."""
-    prefix.set_strict(module, strict)
     if is_new(module):
         module.__class__ = _served_class(type(module))
+    attention.serve(module, strict)
 
 
 def restore(module: nn.Module) -> None:
@@ -48,7 +48,7 @@ def restore(module: nn.Module) -> None:
     own = _own_class(type(module))
     if own is not type(module):
         module.__class__ = own
-        for name in (CALLS, KEPT, KEPT_PREFIX, prefix.CAUSAL):
+        for name in (CALLS, KEPT, KEPT_PREFIX, prefix.SETTING):
             module.__dict__.pop(name, None)
 
 
@@ -59,10 +59,14 @@ def calls(layer: nn.Module) -> dict[str, int]:
 
 def backend(layer: Any) -> str:
     """What serves the layer's calls; an encoder's products are PyTorch's."""
-    if isinstance(layer, prefix.TheirPrefixTuning):
+    if isinstance(layer, prefix.ENCODERS):
         return "torch"
-    weight = next(_adapters_of(layer)[0][1].parameters())
     kernel = lora.KERNEL if type(layer) in lora.OWN else bottleneck.KERNEL
+    if isinstance(layer, prefix.PrefixTuningLayer):
+        kernel, name = attention.KERNEL, next(iter(layer.prefixes))
+        weight = next(layer.pool.prefix_tunings[name].parameters())
+    else:
+        weight = next(_adapters_of(layer)[0][1].parameters())
     return backend_of(kernel, weight.device, weight.dtype)
 
 
@@ -71,9 +75,11 @@ def why_not(layer: Any) -> str | None:
 
     Where none is active it is about all.
     """
-    if _own_class(type(layer)) is type(layer) or isinstance(layer, prefix.PrefixTuningLayer):
+    if _own_class(type(layer)) is type(layer):
         return kind_of(layer)
-    if isinstance(layer, prefix.PrefixTuning):
+    if isinstance(layer, prefix.PrefixTuningLayer):
+        return attention.why_not(layer)
+    if isinstance(layer, prefix.ENCODERS):
         return prefix.why_not(layer)
     is_lora = type(layer) in lora.OWN
     if is_lora and "forward" in layer.__dict__:
@@ -95,10 +101,10 @@ def _adapters_of(layer: Any) -> list[tuple[str, nn.Module]]:
 def _served_class(kind: Any) -> Any:
     """The class to put in this one's place, or None."""
     if issubclass(kind, BottleneckLayer) and not issubclass(kind, bottleneck.Served):
-        return bottleneck.served_class(kind)
+        return stand_in.served_class(bottleneck.Served, kind)
     return lora.SERVED.get(kind) or prefix.SERVED.get(kind)
 
 
 def _own_class(kind: Any) -> Any:
     """The library's own class that this one stands for."""
-    return lora.OWN.get(kind) or prefix.OWN.get(kind) or bottleneck.own_class(kind)
+    return lora.OWN.get(kind) or prefix.OWN.get(kind) or stand_in.own_class(kind)

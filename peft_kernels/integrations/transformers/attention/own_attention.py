@@ -94,28 +94,23 @@ def _subclass(own: type, kind: type) -> type:
 class _Own:
     """What an instance's class is a subclass of once it's taken over, beside its own."""
 
-    layer_idx: int
 
-
-class _Caches(_Own):
-    """Keys and values through the model's cache."""
-
-    def _cached(self, states: Any, cache: Any, is_cross: bool, positions: Any) -> tuple:
-        """The keys and values to attend to; ``states()`` projects those of this forward."""
-        both = hasattr(cache, "cross_attention_cache")
-        if cache is None:
-            return states()
-        of_kind = cache
-        if both:
-            of_kind = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-        if both and is_cross and cache.is_updated.get(self.layer_idx):
-            layer = of_kind.layers[self.layer_idx]
-            return layer.keys, layer.values
-        where = {"cache_position": None if is_cross else positions}
-        k, v = of_kind.update(*states(), self.layer_idx, where)
-        if both and is_cross:
-            cache.is_updated[self.layer_idx] = True
-        return k, v
+def _cached(module: Any, states: Any, cache: Any, is_cross: bool, positions: Any) -> tuple:
+    """The keys and values to attend to; ``states()`` projects those of this forward."""
+    both = hasattr(cache, "cross_attention_cache")
+    if cache is None:
+        return states()
+    of_kind = cache
+    if both:
+        of_kind = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+    if both and is_cross and cache.is_updated.get(module.layer_idx):
+        kept = of_kind.layers[module.layer_idx]
+        return kept.keys, kept.values
+    where = {"cache_position": None if is_cross else positions}
+    k, v = of_kind.update(*states(), module.layer_idx, where)
+    if both and is_cross:
+        cache.is_updated[module.layer_idx] = True
+    return k, v
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -170,7 +165,7 @@ class _T5Bias(_LengthensBias):
         )
 
 
-class _T5Attention(_LengthensBias, _Caches):
+class _T5Attention(_LengthensBias):
     """T5's attention: no scale, and a bias by relative position."""
 
     def forward(
@@ -191,7 +186,8 @@ class _T5Attention(_LengthensBias, _Caches):
         if cache_position is None and position_bias is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
             cache_position = past + torch.arange(q.shape[2], device=q.device)
-        k, v = self._cached(
+        k, v = _cached(
+            self,
             lambda: (_heads(self.k(source), self.n_heads), _heads(self.v(source), self.n_heads)),
             past_key_values,
             is_cross,
@@ -226,7 +222,7 @@ class _T5Attention(_LengthensBias, _Caches):
         return bias if mask is None else bias + F.pad(mask[..., :keys], (before, 0))
 
 
-class _BertAttention(_Caches):
+class _BertAttention(_Own):
     """BERT's self-attention, and its cross-attention, which is the same module."""
 
     def forward(
@@ -239,24 +235,43 @@ class _BertAttention(_Caches):
         output_attentions: bool = False,
         cache_position: Tensor | None = None,
     ) -> tuple:
-        heads, is_cross = self.num_attention_heads, encoder_hidden_states is not None
-        source = encoder_hidden_states if is_cross else hidden_states
-        q = _heads(self.query(hidden_states), heads)
-        k, v = self._cached(
-            lambda: (_heads(self.key(source), heads), _heads(self.value(source), heads)),
-            past_key_values,
-            is_cross,
-            cache_position,
-        )
-        out, weights = attend(
+        return bert_attention(
             self,
-            q,
-            k,
-            v,
+            hidden_states,
             attention_mask,
-            is_causal=self.is_decoder and not is_cross and attention_mask is None,
+            encoder_hidden_states,
+            past_key_values,
+            cache_position,
+            is_causal=self.is_decoder and encoder_hidden_states is None and attention_mask is None,
             dropout=self.dropout.p if self.training else 0.0,
             head_mask=head_mask,
             need_weights=bool(output_attentions),
         )
-        return out.flatten(2), weights
+
+
+def bert_attention(
+    module: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    encoder_hidden_states: Tensor | None,
+    cache: Any,
+    cache_position: Tensor | None,
+    **options: Any,
+) -> tuple:
+    """What a module of BERT's kind returns, with the prefix of the running forward.
+
+    Args:
+        options: of :func:`.prefixed.attend`.
+    """
+    heads, is_cross = module.num_attention_heads, encoder_hidden_states is not None
+    source = encoder_hidden_states if is_cross else hidden_states
+    q = _heads(module.query(hidden_states), heads)
+    k, v = _cached(
+        module,
+        lambda: (_heads(module.key(source), heads), _heads(module.value(source), heads)),
+        cache,
+        is_cross,
+        cache_position,
+    )
+    out, weights = attend(module, q, k, v, mask, **options)
+    return out.flatten(2), weights

@@ -27,14 +27,15 @@ class _View:
     __slots__ = ("_viewed", "_when")
     _viewed: Any
     _when: Callable[[], bool] | None
+    _name: str  # of the class
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A model built from a view would write what it read there to the config.
-        if not (name == f"{_IMPLEMENTATION}_internal" and value == NAME):
+        if not (name == f"{_IMPLEMENTATION}_internal" and value == self._name):
             super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple:
-        return _view_of, (self._viewed, self._when)
+        return view_of, (self._viewed, self._when, self._name)
 
     def __copy__(self) -> Any:
         return copy.copy(self._viewed)
@@ -53,7 +54,7 @@ def pin(
     for reader in readers:
         config = reader.__dict__.get("config")
         if hasattr(type(config), _IMPLEMENTATION) and not isinstance(config, _View):
-            views[id(config)] = _view_of(config, when)
+            views[id(config)] = view_of(config, when)
     for module in model.modules():
         view = views.get(id(module.__dict__.get("config")))
         if view is not None:
@@ -76,8 +77,9 @@ def asked_implementation(module: nn.Module) -> str | None:
     return getattr(config, _IMPLEMENTATION, None)
 
 
-def _view_of(config: Any, when: Callable[[], bool] | None = None) -> Any:
-    view: Any = object.__new__(_class_of(config.__class__, when))
+def view_of(config: Any, when: Callable[[], bool] | None = None, name: str = NAME) -> Any:
+    """A view of a config, whose implementation has this name while ``when()``, or always."""
+    view: Any = object.__new__(_class_of(config.__class__, when, name))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
     object.__setattr__(view, "_when", when)
@@ -85,13 +87,13 @@ def _view_of(config: Any, when: Callable[[], bool] | None = None) -> Any:
 
 
 @cache
-def _class_of(kind: Any, when: Callable[[], bool] | None) -> Any:
+def _class_of(kind: Any, when: Callable[[], bool] | None, name: str) -> Any:
     """The class of views of a config's class. Auto classes know a config by its class' name."""
     own = kind._attn_implementation
 
     def read(view: Any) -> Any:
-        return NAME if when is None or when() else own.fget(view)
+        return name if when is None or when() else own.fget(view)
 
     implementation = property(read, own.fset)
-    names = {"__slots__": (), "__module__": kind.__module__, _IMPLEMENTATION: implementation}
-    return type(kind.__name__, (_View, kind), names)
+    names = {"__slots__": (), "__module__": kind.__module__, "_name": name}
+    return type(kind.__name__, (_View, kind), {**names, _IMPLEMENTATION: implementation})

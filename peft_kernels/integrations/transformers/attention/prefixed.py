@@ -346,7 +346,7 @@ def attention(
         causal = bool(known if is_causal is None else is_causal)
     options: dict[str, Any] = {
         "is_causal": causal,
-        "scale": _scale(module, query.shape[-1]) if scaling is None else scaling,
+        "scale": scale_of(module, query.shape[-1]) if scaling is None else scaling,
         "dropout": dropout,
         "head_mask": head_mask,
         "need_weights": bool(output_attentions),
@@ -356,7 +356,7 @@ def attention(
     return attend(module, query, key, value, attention_mask, **options)
 
 
-def _scale(module: Any, head_dim: int) -> float:
+def scale_of(module: Any, head_dim: int) -> float:
     """1/sqrt(D), and GPT-2's options of it, which its own eager attention alone has."""
     scale = head_dim**-0.5
     if asked_implementation(module) != "eager":
