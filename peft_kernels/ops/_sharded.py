@@ -53,7 +53,7 @@ def adapter_placements(weight: Any) -> tuple[list, list]:
     return a, b
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The placements of the arguments, of y, and of the gradients as processes compute them."""
 
     x: list
@@ -97,30 +97,30 @@ def lora_linear_sharded(
     from torch.distributed.tensor import DTensor, Shard
 
     rows = {"magnitude": magnitude, "norm": norm}
-    mesh = _mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, **rows)
-    layout = _layout_of(x, weight)
+    mesh = mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, **rows)
+    layout = layout_of(x, weight)
     by_rows = {
-        name: _parameter(values, layout.b, layout.dbias)
+        name: parameter_part(values, layout.b, layout.dbias)
         for name, values in rows.items()
         if values is not None
     }
-    shape = (*x.shape[:-1], weight.shape[0])
     scale = scale.to_local() if isinstance(scale, DTensor) else scale
-    here = _input(x, layout.x, layout.dx)
+    here = input_part(x, layout.x, layout.dx)
     plain = dropout_p == 0.0 and magnitude is None and torch.is_grad_enabled()
     rows_a = plain and _sums_rows(lora_a, lora_a.shape[1], here, weight, layout.da, Shard(0))
     rows_b = plain and _sums_rows(lora_b, lora_b.shape[0], here, weight, layout.db, Shard(1))
-    a = _parameter(lora_a, layout.a, layout.a if rows_a else layout.da)
-    b = _parameter(lora_b, layout.b, layout.b if rows_b else layout.db)
+    a = parameter_part(lora_a, layout.a, layout.a if rows_a else layout.da)
+    b = parameter_part(lora_b, layout.b, layout.b if rows_b else layout.db)
+    seeds = seed_tensor(seed, x.device) if dropout_p else None
     y = local(
         here,
-        _parameter(weight, weight.placements, layout.dw),
+        parameter_part(weight, weight.placements, layout.dw),
         a.detach() if rows_a else a,
         b.detach() if rows_b else b,
-        bias=None if bias is None else _bias(bias, layout),
+        bias=None if bias is None else bias_part(bias, layout),
         scale=scale,
         dropout_p=dropout_p,
-        seed=_seed_here(seed, x.device, layout, mesh) if dropout_p > 0.0 else None,
+        seed=None if seeds is None else seeds_here(seeds, seed is None, layout, mesh),
         **by_rows,
     )
     if rows_a:
@@ -129,10 +129,17 @@ def lora_linear_sharded(
     if rows_b:
         summed = _sum_over(mesh, layout.db)
         y = ThroughRows.apply(y, here.detach(), a.detach(), b, scale, False, summed)
+    return output_of(y, x, weight, layout)
+
+
+def output_of(part: Tensor, x: Any, weight: Any, layout: Layout) -> Tensor:
+    """y ``[..., n]``, of which this process has a part."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        y, mesh, layout.y, run_check=False, shape=torch.Size(shape), stride=strides
-    )
+    mesh = weight.device_mesh
+    return DTensor.from_local(part, mesh, layout.y, run_check=False, shape=shape, stride=strides)
 
 
 def _sums_rows(
@@ -172,7 +179,7 @@ def norm_of_shards(
     """
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh = _mesh_of(weight=weight, lora_a=lora_a, lora_b=lora_b)
+    mesh = mesh_of(weight=weight, lora_a=lora_a, lora_b=lora_b)
     of_a, of_b = adapter_placements(weight)
     sums = terms(weight.to_local(), lora_a.redistribute(placements=of_a).to_local())
     by_k = [d for d, p in enumerate(weight.placements) if p == Shard(1) and mesh.size(d) > 1]
@@ -187,7 +194,7 @@ def norm_of_shards(
     return DTensor.from_local(here, mesh, of_b, run_check=False, shape=shape, stride=(1,))
 
 
-def _mesh_of(**tensors: Any) -> Any:
+def mesh_of(**tensors: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     mesh = None
@@ -208,7 +215,7 @@ def _mesh_of(**tensors: Any) -> Any:
     return mesh
 
 
-def _layout_of(x: Any, weight: Any) -> _Layout:
+def layout_of(x: Any, weight: Any) -> Layout:
     """How each tensor has to lie, from the weight's placements and x's rows."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -229,44 +236,41 @@ def _layout_of(x: Any, weight: Any) -> _Layout:
                 "weight must be placed as Shard(0), Shard(1) or Replicate() along each dimension "
                 f"of its mesh; got {weight.placements}"
             )
-    return _Layout(*map(list, zip(*table, strict=True)))
+    return Layout(*map(list, zip(*table, strict=True)))
 
 
-def _input(x: Any, placements: list, gradient: list) -> Tensor:
+def input_part(x: Any, placements: list, gradient: list) -> Tensor:
     """A gradient that is a sum stays one: that of an x which q, k and v share is sent once."""
     if list(x.placements) != placements:
         x = x.redistribute(placements=placements)
     return x.to_local(grad_placements=gradient)
 
 
-def _parameter(parameter: Any, placements: Sequence, gradient: list) -> Tensor:
+def parameter_part(parameter: Any, placements: Sequence, gradient: list) -> Tensor:
     """A gradient is brought into the placement of its parameter at once."""
     if parameter.requires_grad or list(parameter.placements) != list(placements):
         parameter = parameter.redistribute(placements=placements)
     return parameter.to_local(grad_placements=gradient)
 
 
-def _bias(bias: Any, layout: _Layout) -> Tensor | None:
+def bias_part(bias: Any, layout: Layout) -> Tensor | None:
     """Where y is a sum over processes, the first of them has the bias."""
-    here = _parameter(bias, layout.b, layout.dbias)
+    here = parameter_part(bias, layout.b, layout.dbias)
     coordinates = bias.device_mesh.get_coordinate()
     if all(c == 0 or not p.is_partial() for c, p in zip(coordinates, layout.y, strict=True)):
         return here
     return here * 0.0 if here.requires_grad else None  # gradients are summed by all, or by none
 
 
-def _seed_here(
-    seed: int | Tensor | None, device: torch.device, layout: _Layout, mesh: Any
-) -> Tensor:
-    """One seed for those who have the same x, and others for those who have other parts of it.
+def seeds_here(here: Tensor, drawn: bool, layout: Layout, mesh: Any) -> Tensor:
+    """The same seeds for those who have the same x, and others for those with other parts of it.
 
-    One that is drawn is that of the first process, whatever the generators of the others are at.
+    Those that were drawn are the first process's, whatever the generators of the others are at.
     """
-    here = seed_tensor(seed, device)
     for dimension, placement in enumerate(layout.x):
         if placement.is_shard():
             here = here + mesh.get_local_rank(dimension) * _ODD
-        elif seed is None and mesh.size(dimension) > 1:
+        elif drawn and mesh.size(dimension) > 1:
             here = here.clone()
             torch.distributed.broadcast(here, group=mesh.get_group(dimension), group_src=0)
     return here

@@ -40,6 +40,8 @@ from peft_kernels.ops._lora_banks import (
     sort_by_adapter,
 )
 from peft_kernels.ops._rows import in_shape_of, rows_of
+from peft_kernels.ops._sharded import are_sharded
+from peft_kernels.ops._sharded_banks import multi_lora_linear_sharded
 from peft_kernels.ops._transforms import (
     gradients_of,
     is_batched,
@@ -411,6 +413,9 @@ def multi_lora_linear(
     order. A row without an adapter (id -1, or rank 0) has the bits it would have if no row had one.
     Sums are in float32 and rounded once, in an order that doesn't depend on the row's neighbours.
 
+    x, weight and bias may be DTensors, as of :func:`peft_kernels.ops.lora_linear`. ``banks`` and
+    ``trained`` are then what goes beside the part of the weight that this process has.
+
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
         weight: ``[n, k]`` in the dtype of x; frozen as a rule.
@@ -434,6 +439,18 @@ def multi_lora_linear(
             [-1, slots). On a GPU, where nothing waits for the ids, such a row gets no delta.
         TypeError: dtypes that can't be mixed.
     """
+    if are_sharded(x, weight):
+        return multi_lora_linear_sharded(
+            multi_lora_linear,
+            x,
+            weight,
+            banks,
+            ids,
+            bias=bias,
+            dropout=dropout,
+            trained=trained,
+            plan=plan,
+        )
     x, weight, bias = autocast(x, weight, bias)
     banks = _as_sequence(banks)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:

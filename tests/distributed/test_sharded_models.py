@@ -21,6 +21,7 @@ from parallel_models import (
     prefix,
     prompt,
     sharded,
+    text,
     trained,
     whole,
 )
@@ -174,6 +175,23 @@ def dora_in_a_parallel_model():
         for one, other in zip(first.parameters(), later.parameters(), strict=True)
         if isinstance(one, DTensor)
     )
+
+
+@CASES.add
+def rows_with_their_own_adapters_in_a_parallel_model():
+    options = {"adapter_names": ["second", "__base__", "default", "second"]}
+    found = []
+    for split in (False, True):
+        model = of_peft()
+        model.add_adapter("second", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "second"])
+        report = peft_kernels.accelerate(parallel(model, mesh()) if split else model)
+        loss = model.train()(input_ids=text(), labels=text(), **options).loss
+        loss.backward()
+        grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        assert report.counts().keys() == {"multi_lora_linear"} and len(grads) == 4 * 14
+        found.append((loss.detach(), grads))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add

@@ -44,8 +44,9 @@ def swapped(dropout: float = 0.0) -> nn.Module:
     return model
 
 
-def of_peft(second: bool = False) -> nn.Module:
-    config = peft.LoraConfig(r=R, target_modules=["up", "down"], init_lora_weights=False)
+def of_peft(second: bool = False, **options) -> nn.Module:
+    options = {"init_lora_weights": False, **options}
+    config = peft.LoraConfig(r=R, target_modules=["up", "down"], **options)
     model = peft.get_peft_model(Block(), config)
     if second:
         model.add_adapter("second", config)
@@ -121,12 +122,67 @@ def layers_of_peft_run_on_kernels():
 
 
 @CASES.add
-def what_no_kernel_serves_of_peft_is_peft_s():
-    expected = trained(of_peft(second=True))
+def several_adapters_of_peft():
     model = parallelize_module(of_peft(second=True), mesh(), PLAN)
     report = peft_kernels.accelerate(model)
-    check_equal(trained(model), expected)
-    assert report.counts() == {"several adapters with DTensors": 20}
+    check_equal(trained(model), trained(of_peft(second=True)))
+    assert report.counts() == {"lora_linear": 20}
+
+
+@CASES.add
+def what_no_kernel_serves_of_peft_is_peft_s():
+    model = parallelize_module(of_peft(second=True, lora_dropout=0.5), mesh(), PLAN)
+    report = peft_kernels.accelerate(model)
+    trained(model)
+    assert report.counts() == {"several adapters' dropouts or dtypes with DTensors": 20}
+
+
+@CASES.add
+def rows_of_peft_with_their_own_adapters():
+    x, dy = torch.randn(2, 4, 3, K).unbind()
+
+    def results(model) -> dict:
+        x.requires_grad_().grad = None
+        y = model(x)
+        y.backward(dy)
+        trains = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        gradients = {name: whole(p.grad) for name, p in trains}
+        return {"y": y.detach(), "x": x.grad} | gradients
+
+    plain = by_rows(of_peft(second=True))
+    peft_kernels.accelerate(plain)
+    model = by_rows(parallelize_module(of_peft(second=True), mesh(), PLAN))
+    report = peft_kernels.accelerate(model)
+    check_equal(results(model), results(plain))
+    assert report.counts() == {"multi_lora_linear": 2}
+    bare = sent_by(parallelize_module(Block().requires_grad_(False), mesh(), TORCH_PLAN), 4)
+    forward, backward = sent_by(model, 4)
+    assert forward == bare[0]
+    assert sorted(backward) == sorted([*bare[1], *[("all_reduce", R * K)] * 4])
+
+
+@CASES.add
+def rows_of_peft_drop_the_same():
+    models = []
+    for split in (False, True):
+        model = of_peft(second=True, lora_dropout=0.5)
+        models.append(by_rows(parallelize_module(model, mesh(), PLAN) if split else model))
+        peft_kernels.accelerate(model)
+    x = torch.randn(4, 3, K)
+    torch.manual_seed(torch.distributed.get_rank())
+    y = models[1].up(x)
+    torch.manual_seed(0)
+    expected = models[0].up(x)
+    torch.testing.assert_close(torch.cat(everywhere(y.detach()), -1), expected.detach())
+    assert not torch.allclose(models[0].up(x), expected)
+
+
+def by_rows(model: nn.Module) -> nn.Module:
+    """With an adapter for each of four rows."""
+    names = {"adapter_names": ["second", "__base__", "default", "second"]}
+    for layer in (model.up, model.down):
+        layer.register_forward_pre_hook(lambda layer, a, kw: (a, kw | names), with_kwargs=True)
+    return model
 
 
 @CASES.add

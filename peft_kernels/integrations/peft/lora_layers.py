@@ -25,6 +25,7 @@ from peft_kernels.integrations.peft.rows import rows_linear
 from peft_kernels.integrations.peft.state import (
     Adapter,
     Base,
+    are_apart,
     read,
     read_adapters,
     read_base,
@@ -167,15 +168,9 @@ def why_not(layer: Any) -> str | None:
 
 
 def _together(adapters: list[Adapter]) -> tuple[Adapter, list[Adapter]]:
-    """One adapter that adds what all of these do, or the first and the rest.
-
-    Dropout keeps them apart, since each has its own, and so do dtypes.
-    """
+    """One adapter that adds what all of these do, or the first and the rest."""
     first, *others = adapters
-    if not others:
-        return first, others
-    dtypes = {adapter.a.dtype for adapter in adapters}
-    if len(dtypes) > 1 or any(adapter.dropout_p for adapter in adapters):
+    if not others or are_apart(adapters):
         return first, others
     scales = [adapter.scale for adapter in adapters]
     alike = not any(isinstance(s, Tensor) for s in scales) and len(set(scales)) == 1

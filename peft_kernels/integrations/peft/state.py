@@ -155,11 +155,20 @@ def _why_not_in_shards(
     tensors = [x, base.weight, *(t for adapter in adapters for t in (adapter.a, adapter.b))]
     if any(type(tensor) in WHOLE for tensor in tensors):
         return "DTensors beside whole tensors"
-    if names is not None:
-        return "adapter_names with DTensors"
     if adapters[0].magnitude is not None and adapters[0].dropout_p:
         return "DoRA's dropout with DTensors"  # PEFT's module draws it, as each process would
-    return "several adapters with DTensors" if len(adapters) > 1 else None
+    if names is None and are_apart(adapters):
+        return "several adapters' dropouts or dtypes with DTensors"
+    return None
+
+
+def are_apart(adapters: Sequence[Adapter]) -> bool:
+    """Whether these can't be one of all their ranks: each has its own dropout, or dtype."""
+    several = len(adapters) > 1
+    return several and (
+        len({adapter.a.dtype for adapter in adapters}) > 1
+        or any(adapter.dropout_p for adapter in adapters)
+    )
 
 
 def is_constant(scale: float | Tensor) -> bool:
