@@ -6,10 +6,10 @@ Such a layer is a module of its own, or, in BERT and T5, the sublayer itself, of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from adapters.composition import AdapterCompositionBlock, Fuse, Stack
+from adapters.composition import AdapterCompositionBlock, BatchSplit, Fuse, Stack
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.modeling import ParallelAdapter
@@ -45,10 +45,11 @@ class Served(StandIn, BottleneckLayer):
         if setup is None:
             if self._modules["adapters"]:
                 count(self, "no active adapter")
-        elif (name := _only(setup, self._modules["adapters"])) is not None:
-            y = _whole(self.adapters[name], hidden_states, residual_input, layer_norm)
+        elif (parts := _parts(setup, self._modules["adapters"], hidden_states)) is not None:
+            y = _whole(parts, hidden_states, residual_input, layer_norm)
             if y is not None:
-                count(self, KERNEL)
+                for _ in parts.adapters:
+                    count(self, KERNEL)
                 return y
         return super().bottleneck_layer_forward(hidden_states, residual_input, layer_norm)
 
@@ -75,6 +76,25 @@ class Served(StandIn, BottleneckLayer):
 
     def _fuses(self, name: str) -> bool:
         return _is_fused(name, self.get_active_setup())
+
+    def compose_batch_split(
+        self, adapter_setup: BatchSplit, state: BottleneckState, lvl: int = 0
+    ) -> BottleneckState:
+        sizes, x = adapter_setup.batch_sizes, state.hidden_states
+        plain = all(isinstance(child, str) and child in self.adapters for child in adapter_setup)
+        if not plain or sum(sizes) != x.shape[0] or self._fuses(adapter_setup[0]):
+            return super().compose_batch_split(adapter_setup, state, lvl=lvl)
+        state = self.pre_block(adapter_setup, state)
+        parts = []
+        residuals = state.adapter_residual.split(sizes)
+        rows = zip(adapter_setup, state.hidden_states.split(sizes), residuals, strict=True)
+        for child, part, residual in rows:
+            given = state._replace(hidden_states=part, adapter_residual=residual)
+            parts.append(self.compose_single(child, given, lvl=lvl + 1))
+        # Which adapter of each row computed what is in one tensor; the rest is of all rows yet.
+        return state._replace(
+            hidden_states=torch.cat([part.hidden_states for part in parts]), last=parts[-1].last
+        )
 
     def compose_fuse(self, adapter_setup: Fuse, state: BottleneckState, lvl: int = 0) -> Any:
         found = self._fused(adapter_setup, state)
@@ -115,12 +135,37 @@ class Served(StandIn, BottleneckLayer):
 # ---- which adapter -----------------------------------------------------------------------------
 
 
-def _only(setup: AdapterCompositionBlock, adapters: Any) -> str | None:
-    """The one adapter of the layer that a setup names, if it is just that."""
-    if type(setup) is not Stack or not all(isinstance(child, str) for child in setup):
+class Parts(NamedTuple):
+    """The adapters of a layer, each of its own rows."""
+
+    adapters: list[Any]
+    sizes: list[int] | None  # None: there is one, of all rows
+
+
+def _parts(setup: AdapterCompositionBlock, adapters: Any, x: Tensor) -> Parts | None:
+    """What a setup asks of a layer, if it is one adapter for each row."""
+    if type(setup) not in (Stack, BatchSplit) or not all(isinstance(name, str) for name in setup):
         return None
-    here = [name for name in setup if name in adapters]
-    return here[0] if len(here) == 1 else None
+    here = [adapters[name] for name in setup if name in adapters]
+    if type(setup) is Stack:
+        return Parts(here, None) if len(here) == 1 else None
+    sizes = setup.batch_sizes
+    if len(here) < len(setup) or sum(sizes) != x.shape[0]:
+        return None
+    # The library has the first do what comes before all, and the last what comes after.
+    return Parts(here, sizes) if len({_order(adapter) for adapter in here}) == 1 else None
+
+
+def _order(adapter: Any) -> tuple:
+    """Which norm and which residual come where."""
+    return (
+        type(adapter),
+        adapter.residual_before_ln,
+        adapter.original_ln_before,
+        adapter.original_ln_after,
+        adapter.use_gating,
+        adapter.add_layer_norm_after,
+    )
 
 
 def _is_fused(name: str, setup: Any) -> bool:
@@ -135,23 +180,38 @@ def _is_fused(name: str, setup: Any) -> bool:
 # ---- calls of the op ---------------------------------------------------------------------------
 
 
-def _whole(adapter: Any, f: Tensor, i: Tensor | None, norm: nn.Module | None) -> Tensor | None:
-    """All that the layer does with one adapter, or None if that is no single call of the op.
+def _whole(parts: Parts, f: Tensor, i: Tensor | None, norm: nn.Module | None) -> Tensor | None:
+    """All that the layer does, or None if that is no single call of the op for each adapter.
 
     Args:
         f, i: the sublayer's output and its input.
         norm: the sublayer's LayerNorm.
     """
-    found = read(adapter, f)
-    if (
-        isinstance(found, str)
-        or found.norm_after is not None
-        or is_autocast(f)
-        or adapter.use_gating
-    ):
+    if is_autocast(f) or (norm is not None and not fuses(norm)):
         return None
-    if (norm is not None and not fuses(norm)) or (i is not None and not _is_alike(f, i)):
+    if i is not None and not _is_alike(f, i):
         return None
+    found = [read(adapter, f) for adapter in parts.adapters]
+    served = [each for each in found if not isinstance(each, str) and each.norm_after is None]
+    if len(served) < len(found) or parts.adapters[0].use_gating:
+        return None
+    if parts.sizes is None:
+        return _whole_of(parts.adapters[0], served[0], f, i, norm)
+    inputs = [None] * len(served) if i is None else i.split(parts.sizes)
+    rows = zip(parts.adapters, served, f.split(parts.sizes), inputs, strict=True)
+    results = []
+    for adapter, each, part, skip in rows:
+        y = _whole_of(adapter, each, part, skip, norm)
+        if y is None:
+            return None
+        results.append(y)
+    return torch.cat(results)
+
+
+def _whole_of(
+    adapter: Any, found: Bottleneck, f: Tensor, i: Tensor | None, norm: Any
+) -> Tensor | None:
+    """The same for one adapter."""
     terms = _terms(adapter, f, i, norm)
     if terms is None or (terms[2] and found.norm_before is not None):
         return None
