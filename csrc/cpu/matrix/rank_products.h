@@ -19,7 +19,7 @@ constexpr int64_t PREFETCH = 8 * LANES;
 
 struct RankProducts {
   Matrix x;
-  const Dropout* dropout;  // on x; null for none
+  const Dropout* dropout;  // on x, whose rows are contiguous then; null for none
   const Matrix* h;         // null: no Z
   float* z;
   float z_scale;
@@ -37,8 +37,8 @@ inline Rows block_of(const RankProducts& t, int64_t row, int64_t rows, float* bu
   const Scratch factors(c);
   for (int64_t i = 0; i < rows; i++) {
     dropout_factors(*t.dropout, row + i, 0, c, factors);
-    for (int64_t j = 0; j < c; j++)
-      buffer[i * c + j] = block.data[i * block.row + j * block.step] * factors[j];
+    const float* from = block.data + i * block.row;
+    for (int64_t j = 0; j < c; j++) buffer[i * c + j] = from[j] * factors[j];
   }
   return {buffer, c, 1};
 }

@@ -13,6 +13,7 @@ namespace peft_kernels::PK_ISA {
 
 constexpr int64_t PACKED_X = 128 * 1024;  // floats: a thread's packed rows stay in its L2
 constexpr int64_t COLUMN_PANELS = 4;      // packed at once: 256 bytes of each row of G
+constexpr int64_t DRAWN_COLUMNS = 128;    // of dropout's factors: a panel's rows of them stay in L1
 constexpr int64_t WIDENED_ROWS = 256;     // of 16-bit X, so that a strip of G is packed seldom
 
 // out(row + j, col + i) = tile[i][j] for R x lanes elements; floats go through B x B transposes.
@@ -39,18 +40,28 @@ PK_INLINE void store_transposed(const Matrix& out, int64_t row, int64_t col, int
   });
 }
 
+// A packed panel of X under dropout: the factors are drawn by rows, and packed as X was.
+inline void drop_panel(const Dropout& dropout, int64_t row, int64_t lanes, int64_t d,
+                       const float* x_panel, float* dropped) {
+  const Scratch factors(LANES * DRAWN_COLUMNS);
+  for (int64_t col = 0; col < d; col += DRAWN_COLUMNS) {
+    const int64_t cols = std::min(DRAWN_COLUMNS, d - col);
+    for (int64_t j = 0; j < lanes; j++)
+      dropout_factors(dropout, row + j, col, cols, factors + j * DRAWN_COLUMNS);
+    float* to = dropped + col * LANES;
+    pack({factors, DType::f32, cols, lanes, 1, DRAWN_COLUMNS}, 0, cols, 0, lanes, to);
+    for (int64_t i = 0; i < cols * LANES; i++) to[i] *= x_panel[col * LANES + i];
+  }
+}
+
 // S for the rows of one packed panel of X, if s is wanted, and Z = scale S as a panel, if that is.
 inline void project_panel(const Sweep& s, int64_t row, int64_t lanes, const float* x_panel,
                           bool wants_s, float* z_panel) {
   const Projection& p = *s.projection;
   const int64_t d = s.x.cols;
-  const Scratch dropped(p.dropout ? d * (LANES + 1) : 0), a_buffer(ROWS * d);
+  const Scratch dropped(p.dropout ? d * LANES : 0), a_buffer(ROWS * d);
   if (p.dropout) {
-    float* factors = dropped + d * LANES;
-    for (int64_t j = 0; j < lanes; j++) {
-      dropout_factors(*p.dropout, row + j, 0, d, factors);
-      for (int64_t i = 0; i < d; i++) dropped[i * LANES + j] = x_panel[i * LANES + j] * factors[i];
-    }
+    drop_panel(*p.dropout, row, lanes, d, x_panel, dropped);
     x_panel = dropped;
   }
   const Matrix out{p.s, DType::f32, s.x.rows, s.r, s.r, 1};
