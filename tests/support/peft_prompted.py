@@ -93,6 +93,7 @@ def run(model, **inputs):
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     found = [x.detach() for x in output.to_tuple() if isinstance(x, torch.Tensor)]
     cache = getattr(output, "past_key_values", None)
+    cache = getattr(cache, "self_attention_cache", cache)
     for layer in cache.layers if cache is not None else ():
         found += [layer.keys.detach(), layer.values.detach()]
     return found, gradients

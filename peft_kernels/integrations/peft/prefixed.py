@@ -3,7 +3,8 @@
 PEFT puts the prefix into the cache of each row, and each attention concatenates it with the text's
 keys. Here the model's attention modules take it beside their text, by one copy for all rows, and
 the cache that a forward returns begins with it, as PEFT's does. With ``use_cache=False`` there is
-none. In ``generate``, where the prefix is in the cache from the start, all is PEFT's.
+none. In ``generate``, and in the decoders of encoder-decoders, where the prefix is in the cache
+from the start, all is PEFT's.
 """
 
 from __future__ import annotations
@@ -42,6 +43,17 @@ def why_not(model: Any) -> str | None:
     """Why the model's forward is PEFT's, or None."""
     found = model.__dict__.get(PLACES, "no attention that is known")
     return found if isinstance(found, str) else None
+
+
+def why_not_decoder(model: Any) -> str:
+    """Why the decoder of an encoder-decoder has PEFT's prefix in its cache.
+
+    T5's adds a bias by relative position to the prefix' scores, for which the op has no place.
+    Others count positions from the length of that cache, and take no others.
+    """
+    parts = model.get_base_model().modules()
+    biased = any(hasattr(part, "has_relative_attention_bias") for part in parts)
+    return "a prefix' scores with a bias" if biased else "positions that are the cache's"
 
 
 def why_not_of(model: Any, given: dict[str, Any], strict: bool) -> str | None:

@@ -99,6 +99,10 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
 
     forward = _forward(peft.PeftModelForCausalLM.forward)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        _count_generate(self)
+        return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         mask = inputs.get("attention_mask")
@@ -125,6 +129,37 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         return _with_positions(self, inputs, whole, whole.sum(1, keepdim=True) - 1)
 
 
+class PeftModelForSeq2SeqLM(peft.PeftModelForSeq2SeqLM):
+    """PEFT's, with the prompt put before the encoder's text by a kernel."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        reason = why_not(self) or _why_not_of(args, given)
+        if reason is not None:
+            count(self, reason)
+            return super().forward(*args, **kwargs)
+        count(self, KERNEL)
+        ids, mask = given.pop("input_ids"), given.pop("attention_mask", None)
+        given.pop("inputs_embeds", None), given.pop("task_ids", None)
+        config = self.active_peft_config
+        self._adjust_prompt_learning_kwargs(config, kwargs=given)
+        found = prompt_lookup(
+            self.word_embeddings(ids),
+            self.get_prompt(batch_size=1)[0, : config.num_virtual_tokens],
+            attention_mask=mask,
+            position="front",
+        )
+        return self.base_model(
+            inputs_embeds=found.embeddings,
+            attention_mask=None if mask is None else found.attention_mask.float(),
+            **given,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        _count_generate(self)
+        return super().generate(*args, **kwargs)
+
+
 class PeftModelForSequenceClassification(peft.PeftModelForSequenceClassification):
     """As :class:`PeftModelForCausalLM`."""
 
@@ -145,6 +180,7 @@ class PeftModelForFeatureExtraction(peft.PeftModelForFeatureExtraction):
 
 SERVED: dict[type, type] = {
     peft.PeftModelForCausalLM: PeftModelForCausalLM,
+    peft.PeftModelForSeq2SeqLM: PeftModelForSeq2SeqLM,
     peft.PeftModelForSequenceClassification: PeftModelForSequenceClassification,
     peft.PeftModelForTokenClassification: PeftModelForTokenClassification,
     peft.PeftModelForFeatureExtraction: PeftModelForFeatureExtraction,
@@ -174,9 +210,20 @@ def _has_prompt(model: Any) -> bool:
 def why_not(model: Any) -> str | None:
     """Why a model's calls are PEFT's, or None."""
     config = model.active_peft_config
-    if config.peft_type == PeftType.PREFIX_TUNING and isinstance(model, PeftModelForCausalLM):
-        return prefixed.why_not(model)
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        if isinstance(model, PeftModelForCausalLM):
+            return prefixed.why_not(model)
+        if isinstance(model, PeftModelForSeq2SeqLM):
+            return prefixed.why_not_decoder(model)
     return None if config.peft_type in _TYPES else config.peft_type.value
+
+
+def _count_generate(model: Any) -> None:
+    """PEFT puts a prompt before the text, or a prefix into the cache, once for all steps."""
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        is_prefix = config.peft_type == PeftType.PREFIX_TUNING
+        count(model, "generate, whose cache has the prefix" if is_prefix else "generate")
 
 
 def _why_not_of(args: tuple, given: dict[str, Any]) -> str | None:

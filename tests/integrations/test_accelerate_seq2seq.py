@@ -1,0 +1,90 @@
+"""accelerate(): PEFT's prompts and prefixes in encoder-decoders, and in generate."""
+
+import pytest
+import torch
+from peft_prompted import (
+    IDS,
+    LOOKUP,
+    MASK,
+    METHODS,
+    ONCE,
+    L,
+    assert_as_peft,
+    make_llama,
+    methods,
+    peft,
+    prompted,
+    transformers,
+)
+from torch import nn
+
+import peft_kernels
+
+BART = {
+    f"{part}_{name}": size
+    for part in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
+}
+
+
+def make_t5() -> nn.Module:
+    sizes = {"d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=32, d_model=16, decoder_start_token_id=0, **sizes)
+    )
+
+
+def make_bart() -> nn.Module:
+    config = transformers.BartConfig(vocab_size=32, d_model=16, **BART)
+    return transformers.BartForConditionalGeneration(config)
+
+
+REASONS = {make_t5: "a prefix' scores with a bias", make_bart: "positions that are the cache's"}
+
+
+def with_prompt(make, method):
+    torch.manual_seed(0)
+    base = make()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    kind, options = METHODS[method]
+    config = kind(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=L, **options)
+    return peft.get_peft_model(base, config).double().eval()
+
+
+def ways_of(make, method):
+    encoder = set() if method == "prompt" else {ONCE}
+    if method == "prefix":
+        encoder = {"no projection"}
+    return {REASONS[make] if method.startswith("prefix") else LOOKUP, *encoder}
+
+
+@pytest.mark.parametrize("make", REASONS)
+@methods
+def test_encoder_decoders(make, method):
+    model = with_prompt(make, method)
+    for inputs in ({"labels": IDS}, {"labels": IDS, "attention_mask": None}):
+        report = assert_as_peft(model, ways_of(make, method), use_cache=False, **inputs)
+        reasons = {layer.reason for layer in report.layers}
+        assert (REASONS[make] in reasons) == method.startswith("prefix")
+    own = {"decoder_input_ids": IDS.flip(1), "decoder_attention_mask": MASK}
+    assert_as_peft(model, ways_of(make, method), use_cache=False, **own)
+    embeddings = {"inputs_embeds": model.word_embeddings(IDS).detach(), "labels": IDS}
+    ways = ways_of(make, method) - {LOOKUP}
+    if not method.startswith("prefix"):
+        ways.add("other arguments")
+    assert_as_peft(model, ways, use_cache=False, input_ids=None, **embeddings)
+
+
+@pytest.mark.parametrize("make", [make_t5, make_bart, make_llama])
+@methods
+def test_generated_text(make, method):
+    model = prompted(make, method) if make is make_llama else with_prompt(make, method)
+    options = {"input_ids": IDS, "attention_mask": MASK.flip(1), "max_new_tokens": 4}
+    options |= {"do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**options)
+    report = peft_kernels.accelerate(model)
+    assert torch.equal(model.generate(**options), expected)
+    is_prefix = method.startswith("prefix")
+    way = "generate, whose cache has the prefix" if is_prefix else "generate"
+    assert report.counts()[way] == 1
