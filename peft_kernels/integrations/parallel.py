@@ -38,11 +38,10 @@ class _Style:
 
     def _partition_linear_fn(self: Any, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, MultiLoRALinear):
-            raise TypeError(
-                "the layer serves an AdapterPool, whose adapters aren't sharded: shard a model "
-                "that has no pool, or detach() it"
-            )
-        if isinstance(module, LoRALinear):
+            weight, _, _, bias = self._placements
+            self._place(module, "weight", mesh, _stored(weight, module.fan_in_fan_out))
+            self._place(module, "bias", mesh, bias)
+        elif isinstance(module, LoRALinear):
             self._partition_lora(module, mesh)
         else:
             super()._partition_linear_fn(name, module, mesh)  # type: ignore[misc]
@@ -81,6 +80,12 @@ class _Style:
             owner.register_parameter(name, nn.Parameter(placed, tensor.requires_grad))
 
     def _apply(self: Any, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, MultiLoRALinear):
+            held = dict(module._buffers)  # which distribute_module makes DTensors of, all whole
+            super()._apply(module, device_mesh)  # type: ignore[misc]
+            module._buffers.update(held)
+            module.keep_part(self.src_data_rank)
+            return module
         if _PEFT_LAYER not in names_of(type(module)):
             return super()._apply(module, device_mesh)  # type: ignore[misc]
         return distribute_module(
@@ -106,15 +111,14 @@ class ColwiseParallel(_Style, torch_parallel.ColwiseParallel):
     at each forward, in serving as well.
 
     Layers: LoRALinear, PEFT's ``lora.Linear`` (served by kernels after
-    :func:`peft_kernels.accelerate`), and what torch's style takes. Dropout draws the same mask in
-    every process, by a seed that the first one sends (8 bytes).
+    :func:`peft_kernels.accelerate`), those of an AdapterPool, and what torch's style takes. Dropout
+    draws the same mask in every process, by a seed that the first one sends (8 bytes).
 
     Args:
         input_layouts, output_layouts, use_local_output: as torch's.
 
     Raises:
         RuntimeError: a LoRALinear is merged.
-        TypeError: the layer serves an AdapterPool.
         NotImplementedError: another kind of layer.
     """
 

@@ -13,8 +13,10 @@ from peft_kernels.calls.router import Router, unrouted, unrouted_routing
 from peft_kernels.calls.rows import Place
 from peft_kernels.modules.bases import check_base, is_conv1d
 from peft_kernels.modules.replaced import Origin, take_over
+from peft_kernels.nn._sharded import Beside, let_view, part_of
 from peft_kernels.nn.lora import check_weight
-from peft_kernels.nn.lora_settings import adapter_dtype_for
+from peft_kernels.nn.lora_settings import adapter_dtype_for, init_adapter_
+from peft_kernels.ops._sharded_banks import parts_beside
 from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
 
 
@@ -49,6 +51,9 @@ class MultiLoRALinear(nn.Linear):
 
     Moving or casting the layer moves the pages along. Trained adapters' Parameters, which are views
     of the pages, stay the same objects and become views of the new ones.
+
+    Where the weight is a DTensor, as tensor parallelism makes it, a process's pages hold what goes
+    beside its part of the weight, and trained adapters' Parameters are DTensors.
     """
 
     weight: nn.Parameter
@@ -62,6 +67,8 @@ class MultiLoRALinear(nn.Linear):
     place: Place
     fan_in_fan_out: bool
     _origin: Origin
+    _size: tuple[int, int]  # n and k
+    _beside: Beside | None  # where the weight is a DTensor
     bound: dict[int, Bound]  # by slot
     _gradient_rows: dict[tuple[tuple[int, int], ...], Tensor]
 
@@ -94,7 +101,7 @@ class MultiLoRALinear(nn.Linear):
         Raises:
             TypeError: as :meth:`LoRALinear.from_linear`, or a dtype that can't be mixed.
         """
-        check_base(linear, takes_values=True)
+        check_base(linear, takes_values=True, may_be_sharded=True)
         dtype = adapter_dtype_for(linear.weight.dtype, adapter_dtype or linear.weight.dtype)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -109,12 +116,16 @@ class MultiLoRALinear(nn.Linear):
         self, linear: Any, slots: int, pages: int, max_pages: int, dtype: torch.dtype
     ) -> None:
         self.fan_in_fan_out = is_conv1d(linear)
-        self.out_features, self.in_features = self._matrix(linear.weight).shape
         self.weight, self.bias = linear.weight, linear.bias
+        weight = self._matrix(linear.weight)
+        self.out_features, self.in_features = weight.shape
+        self._size = self.out_features, self.in_features
+        self._beside = Beside.of(weight)
+        n, k = part_of(weight).shape
         device, rows = linear.weight.device, pages * PAGE
         for name, shape, buffer_dtype in (
-            ("pages_a", (rows, self.in_features), dtype),
-            ("pages_b", (rows, self.out_features), dtype),
+            ("pages_a", (rows, k), dtype),
+            ("pages_b", (rows, n), dtype),
             ("table", (slots, max_pages), torch.int32),
             ("ranks", (slots,), torch.int32),
             ("scales", (slots,), torch.float32),
@@ -138,7 +149,7 @@ class MultiLoRALinear(nn.Linear):
         super().__setattr__(name, value)
 
     def _check_weight(self, value: Any) -> None:
-        check_weight(value, self.pages_b.shape[1], self.pages_a.shape[1], self._matrix)
+        check_weight(value, *self._size, self._matrix)
 
     def plain(self) -> nn.Module:
         """The layer whose place this took, with the Parameters, hooks and mode of this one."""
@@ -155,7 +166,8 @@ class MultiLoRALinear(nn.Linear):
     @property
     def page_bytes(self) -> int:
         """What one page costs in A and B."""
-        return PAGE * (self.in_features + self.out_features) * self.pages_a.element_size()
+        columns = self.pages_a.shape[1] + self.pages_b.shape[1]
+        return PAGE * columns * self.pages_a.element_size()
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``.
@@ -200,7 +212,12 @@ class MultiLoRALinear(nn.Linear):
             return None
         ranks = tuple((slot, one.lora_a.shape[0]) for slot, one in found)
         rows = self._first_rows(ranks)
-        return Trained(rows, [one.lora_a for _, one in found], [one.lora_b for _, one in found])
+        pairs: list[tuple[Tensor, Tensor]] = [(one.lora_a, one.lora_b) for _, one in found]
+        if self._beside is not None:
+            weight = self._matrix(self.weight)
+            parts = [parts_beside(weight, a, b.T) for a, b in pairs]
+            pairs = [(a, b.T) for a, b in parts]
+        return Trained(rows, [a for a, _ in pairs], [b for _, b in pairs])
 
     def _first_rows(self, ranks: tuple[tuple[int, int], ...]) -> Tensor:
         """Where the gradients of each slot begin, when these (slot, rank) receive them."""
@@ -228,6 +245,17 @@ class MultiLoRALinear(nn.Linear):
                 else:
                     parameter.grad = torch.zeros_like(parameter.grad)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def draw(self, r: int, init: str) -> tuple[Tensor, Tensor]:
+        """A new A ``[r, k]`` and B ``[n, r]``: the first process's, where the weight is sharded."""
+        n, k = self._size
+        lora_a, lora_b = self.pages_a.new_empty(r, k), self.pages_b.new_empty(n, r)
+        init_adapter_(lora_a, lora_b, init)
+        if self._beside is not None:
+            lora_a = self._beside.of_the_first(lora_a)
+        return lora_a, lora_b
+
     # Writes go through .data: whoever writes knows that no graph reads those rows any more, and
     # graphs that read others must not take the whole buffer for modified.
 
@@ -246,7 +274,11 @@ class MultiLoRALinear(nn.Linear):
         """
         r = lora_a.shape[0]
         rows = self._rows(pages, r)
-        for buffer, matrix in ((self.pages_a, lora_a), (self.pages_b, lora_b.T)):
+        for which, (buffer, matrix) in enumerate(
+            ((self.pages_a, lora_a), (self.pages_b, lora_b.T))
+        ):
+            if self._beside is not None:
+                matrix = self._beside.part(matrix.to(buffer.device), which)
             buffer.data.index_copy_(0, rows, matrix.to(buffer.device, buffer.dtype))
         self.table.data[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         self.scales.data[slot] = scale
@@ -263,7 +295,13 @@ class MultiLoRALinear(nn.Linear):
     def read(self, pages: Sequence[int], r: int) -> tuple[Tensor, Tensor]:
         """Copies of A ``[r, k]`` and B ``[n, r]`` of an adapter in these pages."""
         rows = self._rows(pages, r)
-        return self.pages_a[rows], self.pages_b[rows].T.contiguous()
+        a, b = self._whole(self.pages_a[rows], self.pages_b[rows])
+        return a, b.T.contiguous()
+
+    def _whole(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A ``[r, k]`` and B^T ``[r, n]``, of which this process has these parts."""
+        beside = self._beside
+        return (a, b) if beside is None else (beside.whole(a, 0), beside.whole(b, 1))
 
     def _rows(self, pages: Sequence[int], r: int) -> Tensor:
         """The rows of the buffers that hold the r rank rows of an adapter in these pages."""
@@ -282,9 +320,11 @@ class MultiLoRALinear(nn.Linear):
         """
         a, b = self._views(page * PAGE, r)
         if known is None:
+            a, b = self._whole(a, b)
             self.bound[slot] = Bound(nn.Parameter(a), nn.Parameter(b), page * PAGE)
         else:
-            known.lora_a.data, known.lora_b.data = a, b
+            let_view(known.lora_a, a)
+            let_view(known.lora_b, b)
             known.lora_a.grad = known.lora_b.grad = None  # they were the old values'
             self.bound[slot] = known._replace(first=page * PAGE)
 
@@ -294,7 +334,7 @@ class MultiLoRALinear(nn.Linear):
             return
         views = self._views(one.first, one.lora_a.shape[0])
         for parameter, view in zip((one.lora_a, one.lora_b), views, strict=True):
-            if parameter.data_ptr() != view.data_ptr():
+            if part_of(parameter).data_ptr() != view.data_ptr():
                 raise RuntimeError(
                     "its Parameters were given other memory (p.data = ..., vector_to_parameters), "
                     "which isn't served: put the former .data back, or replace() the adapter, and "
@@ -313,7 +353,7 @@ class MultiLoRALinear(nn.Linear):
         one = self.bound.pop(slot, None)
         if one is not None:
             for parameter in (one.lora_a, one.lora_b):
-                parameter.data = parameter.data.clone()
+                let_view(parameter, part_of(parameter).clone())
         return one
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
@@ -322,6 +362,7 @@ class MultiLoRALinear(nn.Linear):
                 "a model in an AdapterPool can't go to the meta device, where its adapters would "
                 "be lost; detach the pool first"
             )
+        self._check_stays_sharded(fn)
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype is not torch.float32:
@@ -331,10 +372,41 @@ class MultiLoRALinear(nn.Linear):
         for lora_a, lora_b, first in self.bound.values():
             views = self._views(first, lora_a.shape[0])
             for parameter, view in zip((lora_a, lora_b), views, strict=True):
-                parameter.data = view
-                if parameter.grad is not None:
+                let_view(parameter, view)
+                if parameter.grad is not None and self._beside is None:
                     parameter.grad.data = fn(parameter.grad.data)
         return self
+
+    def _check_stays_sharded(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """That ``fn`` leaves DTensors as they are, which can't be given other memory in place."""
+        if self._beside is None or not self.bound:
+            return
+        old, new = self.pages_a[:0], fn(self.pages_a[:0])
+        if (old.dtype, old.device) != (new.dtype, new.device):
+            raise RuntimeError(
+                "a pool's trainable adapters can't be moved or cast once the layer is sharded: do "
+                "that before create() or load(..., trainable=True)"
+            )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def keep_part(self, source: int | None = 0) -> None:
+        """Of the pages, keeps what goes beside this process's part of the weight, a DTensor.
+
+        Trained adapters get other Parameters, DTensors too.
+
+        Args:
+            source: the process whose pages are divided; None if all have the same.
+        """
+        beside = Beside.of(self._matrix(self.weight))
+        assert beside is not None
+        self.pages_a = beside.part(self.pages_a, 0, source)
+        self.pages_b = beside.part(self.pages_b, 1, source)
+        self._beside = beside
+        for slot, old in list(self.bound.items()):
+            self.bind(slot, old.first // PAGE, old.lora_a.shape[0])
+            for former, parameter in zip(old[:2], self.bound[slot][:2], strict=True):
+                parameter.requires_grad_(former.requires_grad)
 
     def extra_repr(self) -> str:
         slots, max_pages = self.table.shape

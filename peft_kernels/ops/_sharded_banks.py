@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_kernels.ops._lora_banks import BankDropout
+from peft_kernels.ops._lora_banks import BankDropout, LoRABank
 from peft_kernels.ops._sharded import (
     Layout,
     adapter_placements,
@@ -52,6 +52,7 @@ def multi_lora_linear_sharded(
         TypeError, ValueError: as of one adapter.
     """
     mesh = mesh_of(x=x, weight=weight, bias=bias)
+    _check_parts([banks] if isinstance(banks, LoRABank) else banks)
     x = _with_all_rows(x)
     layout = layout_of(x, weight)
     y = local(
@@ -66,7 +67,7 @@ def multi_lora_linear_sharded(
     return output_of(y, x, weight, layout)
 
 
-def beside(weight: Any, lora_a: Any, lora_b: Any) -> tuple[Tensor, Tensor]:
+def parts_beside(weight: Any, lora_a: Any, lora_b: Any) -> tuple[Tensor, Tensor]:
     """A process's part of A ``[r, k]`` and of B ``[n, r]``, which pass gradients on to all of it.
 
     Args:
@@ -77,6 +78,17 @@ def beside(weight: Any, lora_a: Any, lora_b: Any) -> tuple[Tensor, Tensor]:
     pairs = zip((lora_a, lora_b), placements, grads, strict=True)
     a, b = (parameter_part(*pair) for pair in pairs)
     return a, b
+
+
+def _check_parts(banks: Sequence[LoRABank]) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(tensor, DTensor) for bank in banks for tensor in bank):
+        raise TypeError(
+            "a bank's tensors must be those of this process, beside its part of the weight; got "
+            "DTensors. The layers of a pool are sharded by the styles of "
+            "peft_kernels.integrations.parallel, and torch's own come before attach()"
+        )
 
 
 def _summed(placements: Sequence, of_weight: Sequence) -> list:

@@ -33,7 +33,6 @@ from peft_kernels.models.swap import named, replace_modules, required_targets
 from peft_kernels.modules.bases import check_bases
 from peft_kernels.modules.names import unwrapped
 from peft_kernels.modules.replaced import fault_of_instance
-from peft_kernels.nn.lora_settings import init_adapter_
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.ops.multi_lora_linear import PAGE
 from peft_kernels.pool.pages import PoolFullError
@@ -133,7 +132,7 @@ class AdapterPool:
             layers_pattern=layers_pattern,
             task_type=task_type,
         )
-        check_bases(model, targets, takes_values=True)
+        check_bases(model, targets, takes_values=True, may_be_sharded=True)
         pages = _pages_for("capacity", capacity)
         max_pages = min(_pages_for("max_rank", max_rank), pages)
         slots = pages if max_adapters is None else _positive("max_adapters", max_adapters)
@@ -330,11 +329,7 @@ class AdapterPool:
         version.seed = _checked_seed(seed, version.seed)
 
         def draw(layer: str) -> tuple[Tensor, Tensor]:
-            bank, rank = self._store.layers[layer].bank, version.layers[layer][0]
-            lora_a = bank.a.new_empty(rank, bank.a.shape[1])
-            lora_b = bank.b.new_empty(bank.b.shape[1], rank)
-            init_adapter_(lora_a, lora_b, init)
-            return lora_a, lora_b
+            return self._store.layers[layer].draw(version.layers[layer][0], init)
 
         self._store.add(version, draw)
         _warn_of_processes()

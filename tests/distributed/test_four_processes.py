@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pytest
 import torch
@@ -21,7 +23,9 @@ from parallel_models import (
     prefix,
     prompt,
     sharded,
+    steps,
     trained,
+    whole,
 )
 from processes import Cases
 from torch import nn
@@ -33,10 +37,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 import peft_kernels
-from peft_kernels import load_adapter, save_adapter
+from peft_kernels import AdapterPool, load_adapter, save_adapter
 
 CASES = Cases(4)
 run = CASES.fixture()
+
+pytestmark = pytest.mark.filterwarnings("ignore:a pool's parameters are its own")
 
 
 def mesh():
@@ -69,6 +75,32 @@ def shards_of_shards_train_as_one_process():
         report = peft_kernels.accelerate(model)
         check_equal(model, trained(make()), mesh()["data"].get_group())
         assert report.counts() == {kernel: len(report.layers) * STEPS}
+
+
+@CASES.add
+def a_pool_in_shards_of_shards_trains_as_in_one_process():
+    def in_a_pool(wrap, rows=slice(None), average=None) -> tuple[torch.Tensor, list]:
+        model = llama()
+        pool = AdapterPool.attach(model, ["q_proj", "down_proj"], capacity=8)
+        model = wrap(model)
+        torch.manual_seed(1)
+        pool.create("a", r=4, alpha=8)
+        parameters = pool.parameters("a")
+
+        def after_backward() -> None:
+            if average is not None:
+                average(*(parameter.grad.to_local() for parameter in parameters))
+
+        with pool.route(["a"]):
+            losses = steps(model, parameters, rows, after_backward)
+        return losses, [whole(parameter).detach() for parameter in parameters]
+
+    group = mesh()["data"].get_group()
+    expected = in_a_pool(lambda model: model)
+    rows = slice(dist.get_rank(group), None, 2)
+    losses, parameters = in_a_pool(in_both, rows, partial(average_, group=group))
+    average_(losses, group=group)
+    torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add

@@ -279,16 +279,6 @@ def what_comes_too_late_for_fully_shard():
         swap_linear(of_both, "all-linear", 4, alpha=8)
 
 
-@CASES.add
-def a_pool_in_a_parallel_model():
-    model = llama()
-    AdapterPool.attach(model, ["q_proj"], capacity=8)
-    with pytest.raises(TypeError, match="serves an AdapterPool, whose adapters aren't sharded"):
-        parallel(model, mesh())
-    with pytest.raises(TypeError, match=r"q_proj has a weight that is sharded"):
-        AdapterPool.attach(torch_parallel_llama(), ["q_proj"], capacity=8)
-
-
 @CASES.tests
 def test_sharded_models(run, case):
     run(case)

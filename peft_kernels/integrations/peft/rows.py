@@ -18,7 +18,7 @@ from peft_kernels.ops import (
 from peft_kernels.ops._dropout import draw_seed
 from peft_kernels.ops._lora_banks import PAGE
 from peft_kernels.ops._sharded import are_sharded
-from peft_kernels.ops._sharded_banks import beside
+from peft_kernels.ops._sharded_banks import parts_beside
 
 
 def rows_linear(
@@ -34,7 +34,7 @@ def rows_linear(
     nothing. Gradients go to A and B of the adapters that require them.
     """
     if are_sharded(x, weight):
-        parts = [beside(weight, adapter.a, adapter.b) for adapter in adapters]
+        parts = [parts_beside(weight, adapter.a, adapter.b) for adapter in adapters]
         adapters = [one._replace(a=a, b=b) for one, (a, b) in zip(adapters, parts, strict=True)]
     slots = {adapter.name: slot for slot, adapter in enumerate(adapters)}
     ids = torch.tensor([slots.get(name, -1) for name in names], dtype=torch.int32)
