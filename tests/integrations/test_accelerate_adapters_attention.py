@@ -86,6 +86,8 @@ SERVED = {
     "mistral": eager(of("Mistral", num_key_value_heads=1, sliding_window=4)),
     "bart": eager(of("Bart", **BART)),
     "mbart": eager(of("MBart", **BART)),
+    "plbart": eager(of("PLBart", **BART)),
+    "xmod": of("Xmod", pad_token_id=31, languages=["en"], default_language="en"),
 }
 
 
@@ -104,24 +106,37 @@ def test_attention_is_served(make, padded):
     assert {layer.backend for layer in report.layers} == {"reference", "torch"}  # of float64
 
 
-def test_images_are_served():
-    model = with_adapters(
-        lambda: transformers.ViTModel(
-            transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **{
-                name: size for name, size in SIZES.items() if name != "vocab_size"
-            })
-        ), a=prefix(),
+def make_vit():
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **sizes)
+    return transformers.ViTModel(config)
+
+
+def make_whisper():
+    config = transformers.WhisperConfig(
+        **{**BART, "max_target_positions": 8}, max_source_positions=4, num_mel_bins=3,
+        pad_token_id=1, decoder_start_token_id=2, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
-    pixels = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    expected = model(pixels_values := pixels)[0]
-    gradients = torch.autograd.grad(expected.sin().sum(), encoders_of(model))
+    return transformers.WhisperModel(config)
+
+
+@pytest.mark.parametrize(("make", "inputs", "calls"), [
+    (make_vit, {"pixel_values": (2, 1, 8, 8)}, {ATTENTION: 2, ONCE: 1}),
+    (eager(make_whisper), {"input_features": (4, 3, 8)}, {ATTENTION: 6, ONCE: 3}),
+], ids=["vit", "whisper"])  # fmt: skip
+def test_images_and_sounds_are_served(make, inputs, calls):
+    model = with_adapters(make, a=prefix())
+    torch.manual_seed(0)
+    given = {name: torch.randn(size, dtype=torch.float64) for name, size in inputs.items()}
+    if make is not make_vit:
+        given["decoder_input_ids"] = IDS
+    outputs = [model(**given)[0]]
     report = peft_kernels.accelerate(model)
-    found = model(pixels_values)[0]
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(found.sin().sum(), encoders_of(model)), gradients
-    )
-    assert report.counts() == {ATTENTION: 2, ONCE: 1}
+    outputs.append(model(**given)[0])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    gradients = [torch.autograd.grad(y.sin().sum(), encoders_of(model)) for y in outputs]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert report.counts() == calls
 
 
 def encoders_of(model):
@@ -241,12 +256,23 @@ def test_checkpointed(make):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    report = peft_kernels.accelerate(model)
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
     expected = run(model)
+    report = peft_kernels.accelerate(model)
     model.gradient_checkpointing_enable()
     assert model.is_gradient_checkpointing
-    torch.testing.assert_close(run(model), expected)
+    torch.testing.assert_close(run(model), expected, **CLOSE)
     assert set(report.counts()) == {ATTENTION, ONCE}
+
+
+def test_dropout_of_sdpa_is_its_configs():
+    """BERT's module for sdpa drops at the rate it was made with, whatever its nn.Dropout says."""
+    model = with_adapters(make_bert, a=prefix()).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert_as_theirs(model, {"dropout of attention", ONCE})
 
 
 @pytest.mark.parametrize("make", [make_bert, eager(make_llama)], ids=["bert", "llama"])

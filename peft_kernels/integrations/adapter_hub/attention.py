@@ -23,7 +23,10 @@ from peft_kernels.integrations.adapter_hub import prefix
 from peft_kernels.integrations.adapter_hub.prefix import Awaited, Setting
 from peft_kernels.integrations.adapter_hub.stand_in import StandIn, own_class, served_class
 from peft_kernels.integrations.served import count
-from peft_kernels.integrations.transformers.attention.own_attention import bert_attention
+from peft_kernels.integrations.transformers.attention.own_attention import (
+    bert_attention,
+    bert_dropout,
+)
 from peft_kernels.integrations.transformers.attention.pinned import view_of
 from peft_kernels.integrations.transformers.attention.prefixed import (
     SOURCE,
@@ -143,7 +146,7 @@ class _Bert(_Served):
             )
 
     def _why_not_own(self: Any) -> str | None:
-        if self.training and self.dropout.p:
+        if bert_dropout(self):
             return DROPOUT
         if self.position_embedding_type != "absolute":
             return "scores with a bias"

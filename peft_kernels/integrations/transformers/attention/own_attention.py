@@ -243,10 +243,20 @@ class _BertAttention(_Own):
             past_key_values,
             cache_position,
             is_causal=self.is_decoder and encoder_hidden_states is None and attention_mask is None,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=bert_dropout(self),
             head_mask=head_mask,
             need_weights=bool(output_attentions),
         )
+
+
+def bert_dropout(module: Any) -> float:
+    """The rate that a module of BERT's kind drops probabilities at, now.
+
+    That of sdpa has the rate of its config, whatever its nn.Dropout, which it doesn't call, says.
+    """
+    if not module.training:
+        return 0.0
+    return module.dropout_prob if hasattr(module, "dropout_prob") else module.dropout.p
 
 
 def bert_attention(
