@@ -133,8 +133,9 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     Under `adapters`: a bottleneck layer with one active adapter is
     :func:`peft_kernels.ops.adapter` with the sublayer's LayerNorm and residuals, and in a
     composition each of its adapters is; a LoRA layer is as PEFT's, with a row's own adapter in a
-    BatchSplit or a Parallel; and attention over a prefix is
-    :func:`peft_kernels.ops.prefix_attention`.
+    BatchSplit or a Parallel; attention over a prefix is
+    :func:`peft_kernels.ops.prefix_attention`, and a soft prompt goes before the text by
+    :func:`peft_kernels.ops.prompt_lookup`.
 
     A layer stays its library's own in all else: its class is a subclass of theirs, so that its
     parameters, its state dict, merging, adding and deleting adapters, hotswapping and saving are

@@ -9,7 +9,14 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import nn
 
 from peft_kernels._library import backend_of
-from peft_kernels.integrations.adapter_hub import attention, bottleneck, lora, prefix, stand_in
+from peft_kernels.integrations.adapter_hub import (
+    attention,
+    bottleneck,
+    lora,
+    prefix,
+    prompt,
+    stand_in,
+)
 from peft_kernels.integrations.adapter_hub.bottleneck_state import why_not as why_not_bottleneck
 from peft_kernels.integrations.adapter_hub.fusion import KEPT
 from peft_kernels.integrations.encoded_once import KEPT as KEPT_PREFIX
@@ -61,7 +68,9 @@ def backend(layer: Any) -> str:
     """What serves the layer's calls; an encoder's products are PyTorch's."""
     if isinstance(layer, prefix.ENCODERS):
         return "torch"
-    kernel = lora.KERNEL if type(layer) in lora.OWN else bottleneck.KERNEL
+    kernel = bottleneck.KERNEL
+    for room in (lora, prompt):
+        kernel = room.KERNEL if type(layer) in room.OWN else kernel
     if isinstance(layer, prefix.PrefixTuningLayer):
         kernel, name = attention.KERNEL, next(iter(layer.prefixes))
         weight = next(layer.pool.prefix_tunings[name].parameters())
@@ -81,14 +90,20 @@ def why_not(layer: Any) -> str | None:
         return attention.why_not(layer)
     if isinstance(layer, prefix.ENCODERS):
         return prefix.why_not(layer)
-    is_lora = type(layer) in lora.OWN
-    if is_lora and "forward" in layer.__dict__:
+    has_own_forward = type(layer) in lora.OWN or type(layer) in prompt.OWN
+    if has_own_forward and "forward" in layer.__dict__:
         return "another forward"
-    for name, adapter in _adapters_of(layer):
-        found = lora.read_adapter(adapter, name) if is_lora else why_not_bottleneck(adapter)
-        if isinstance(found, str):
-            return found
-    return None
+    return next(
+        filter(None, (_why_not_adapter(layer, *each) for each in _adapters_of(layer))), None
+    )
+
+
+def _why_not_adapter(layer: Any, name: str, adapter: Any) -> str | None:
+    """The same, of one of its adapters."""
+    if type(layer) in lora.OWN:
+        found = lora.read_adapter(adapter, name)
+        return found if isinstance(found, str) else None
+    return prompt.why_not(adapter) if type(layer) in prompt.OWN else why_not_bottleneck(adapter)
 
 
 def _adapters_of(layer: Any) -> list[tuple[str, nn.Module]]:
@@ -102,9 +117,10 @@ def _served_class(kind: Any) -> Any:
     """The class to put in this one's place, or None."""
     if issubclass(kind, BottleneckLayer) and not issubclass(kind, bottleneck.Served):
         return stand_in.served_class(bottleneck.Served, kind)
-    return lora.SERVED.get(kind) or prefix.SERVED.get(kind)
+    return lora.SERVED.get(kind) or prefix.SERVED.get(kind) or prompt.SERVED.get(kind)
 
 
 def _own_class(kind: Any) -> Any:
     """The library's own class that this one stands for."""
-    return lora.OWN.get(kind) or prefix.OWN.get(kind) or stand_in.own_class(kind)
+    own = lora.OWN.get(kind) or prefix.OWN.get(kind) or prompt.OWN.get(kind)
+    return own or stand_in.own_class(kind)
