@@ -293,6 +293,27 @@ def test_copies(make):
         assert type(copied) is type(attention) and vars(copied).keys() == vars(attention).keys()
 
 
+@pytest.mark.parametrize("make", [make_bert, eager(make_llama)], ids=["bert", "llama"])
+def test_compiled(make):
+    model = with_adapters(make, torch.float32, a=prefix())
+    expected = run(model)
+    peft_kernels.accelerate(model)
+    torch._dynamo.reset()
+    output, gradients = run(torch.compile(model, backend="aot_eager"))
+    gradients = {name.removeprefix("_orig_mod."): grad for name, grad in gradients.items()}
+    torch.testing.assert_close((output, gradients), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_of_a_prefix_layer_see_prefix_and_text():
+    model = with_adapters(eager(make_llama), a=prefix())
+    seen = []
+    model.model.layers[0].self_attn.prefix_tuning.register_forward_hook(
+        lambda module, args, output: seen.append(output[0].shape[2])
+    )
+    assert_as_theirs(model, {"prefix_tuning: hooks", ATTENTION, ONCE}, **CLOSE)
+    assert set(seen) == {IDS.shape[1] + 3}
+
+
 def test_an_attention_with_another_forward():
     """Somebody's own forward, put there before or after."""
     model = with_adapters(eager(make_llama), a=prefix())

@@ -29,7 +29,6 @@ from peft_kernels.integrations.transformers.attention.own_attention import (
 )
 from peft_kernels.integrations.transformers.attention.pinned import view_of
 from peft_kernels.integrations.transformers.attention.prefixed import (
-    SOURCE,
     Prefixes,
     attend,
     current_state,
@@ -77,8 +76,6 @@ class _Caller(_Served):
     """A module that calls the attention function which its config names."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if current_state() is not None or SOURCE in self.__dict__:  # a prefix of add_prefix
-            return super().forward(*args, **kwargs)
         names = _parameters(own_class(type(self)))
         given = dict(zip(names, args, strict=False)) | kwargs
         awaited = Awaited(self, self._why_not(given))
@@ -120,7 +117,7 @@ class _Bert(_Served):
         layer, theirs = self.prefix_tuning, super().forward
         rest = (encoder_hidden_states, past_key_values, output_attentions, cache_position)
         whole = (hidden_states, attention_mask, head_mask, *rest)
-        if current_state() is not None or layer.get_active_setup() is None:
+        if layer.get_active_setup() is None:
             return theirs(*whole)
         given = {"head_mask": head_mask, "output_attentions": output_attentions}
         is_sdpa = "Sdpa" in own_class(type(self)).__name__

@@ -40,7 +40,7 @@ class Encoded(tuple):
 
     @classmethod
     def of(cls, rows: tuple[Tensor, ...], batch: int) -> Encoded:
-        whole = cls(pair.expand(-1, batch, -1, -1, -1) for pair in rows)
+        whole = cls([pair.expand(-1, batch, -1, -1, -1) for pair in rows])
         whole.rows = rows
         return whole
 
@@ -172,6 +172,8 @@ def read(layer: Any, x: Tensor) -> tuple[Pair, Tensor | None] | str:
     Args:
         x: anything with the rows and the dtype of the text's keys.
     """
+    if not is_plain(layer):
+        return "prefix_tuning: hooks"
     setup = layer.get_active_setup()
     names = _names(layer, setup, x.shape[0])
     if isinstance(names, str):
