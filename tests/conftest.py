@@ -56,3 +56,14 @@ def compiled_anew():
     """Dynamo skips frames that another test's error went through, and guards no hooks."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def nothing_carried_on():
+    """What a call carries ends with it: a test that leaves some fails, and not those after it."""
+    yield
+    carried = sys.modules.get("peft_kernels.calls.carried")
+    left = {} if carried is None else carried.carried()
+    if left:
+        carried._CARRIED.set({})
+    assert not any(left.values()), f"still carried after the test: {left}"

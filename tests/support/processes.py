@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_kernels.calls.carried import carried
+
 # Imports take longer than tests do: a server has them once, which processes are forked from. It
 # finds what is installed alone.
 PRELOADED = [
@@ -106,6 +108,7 @@ def _in_a_process(rank: int, size: int, folder: str, module: str, names: list[st
         for name in names:
             torch.manual_seed(0)
             cases.functions[name]()
+            assert not any(carried().values()), f"{name} leaves something carried"
             dist.barrier()
             with done.open("a") as file:
                 file.write(f"{name}\n")
