@@ -1,22 +1,18 @@
 // Registers multi-LoRA linear for the CPU key: groups the rows by adapter, cuts the work into units
 // and runs the build for this processor. Everything depends on the row and its adapter alone.
-#include "multi_lora_linear.h"
+#include "multi_lora_banks.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "../common.h"
 #include "matrix/isa.h"
 
 namespace peft_kernels {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 constexpr int64_t COLUMN_UNIT = 64;      // columns are divided in multiples of this
 constexpr int64_t OUTER_COLUMNS = 256;   // of a gradient: its sums stay in L2 up to rank 512
@@ -31,125 +27,6 @@ const MultiLoRALinearKernels& kernels() {
 #endif
     default: return multi_lora_linear_baseline;
   }
-}
-
-// ---- routing ---------------------------------------------------------------------------------
-
-// Rows by adapter, in the batch's order within each.
-struct Routes {
-  std::vector<int64_t> rows;
-  std::vector<int64_t> begin;  // [slots + 1]
-};
-
-Routes route(const Tensor& ids, int64_t m, int64_t slots) {
-  STD_TORCH_CHECK(ids.is_contiguous() && ids.scalar_type() == ScalarType::Int,
-                  "ids must be contiguous int32");
-  const int64_t count = ids.numel();
-  STD_TORCH_CHECK(m == 0 || (count > 0 && m % count == 0),
-                  "ids must serve the rows of x in equal parts");
-  const int32_t* id = ids.const_data_ptr<int32_t>();
-  const int64_t part = m ? m / count : 0;
-  Routes routes{.begin = std::vector<int64_t>(slots + 1)};
-  for (int64_t e = 0; e < count; e++) {
-    STD_TORCH_CHECK(id[e] >= -1 && id[e] < slots, "ids must be in [-1, ", slots, "); got ", id[e]);
-    if (id[e] >= 0) routes.begin[id[e] + 1] += part;
-  }
-  for (int64_t slot = 0; slot < slots; slot++) routes.begin[slot + 1] += routes.begin[slot];
-  routes.rows.resize(routes.begin[slots]);
-  std::vector<int64_t> next(routes.begin.begin(), routes.begin.end() - 1);
-  for (int64_t e = 0; e < count; e++)
-    if (id[e] >= 0)
-      for (int64_t i = 0; i < part; i++) routes.rows[next[id[e]]++] = e * part + i;
-  return routes;
-}
-
-// ---- banks -----------------------------------------------------------------------------------
-
-struct Bank {
-  Pages a, b;
-  const int32_t* ranks;
-  const float* scales;
-  const double* dropout_p;  // null for none
-  const int64_t* seeds;
-  int64_t slots, column, s_column;  // its first column of y, of S
-};
-
-struct Banks {
-  std::vector<Bank> banks;
-  int64_t slots, rank_columns, columns;
-};
-
-template <class T>
-const T* row_of(const Tensor& tensor, int64_t slots, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == slots && tensor.is_contiguous() &&
-                      tensor.scalar_type() == dtype,
-                  name, " must be contiguous, [slots] and of its dtype");
-  return tensor.const_data_ptr<T>();
-}
-
-Banks banks_of(const Tensors& a, const Tensors& b, const Tensors& tables, const Tensors& ranks,
-               const Tensors& scales, const Tensors& dropout_p, const Tensors& seeds, int64_t k) {
-  const size_t count = a.size();
-  STD_TORCH_CHECK(count > 0 && b.size() == count && tables.size() == count &&
-                      ranks.size() == count && scales.size() == count,
-                  "a, b, tables, ranks and scales must be given for each bank");
-  STD_TORCH_CHECK(dropout_p.size() == seeds.size() && (seeds.empty() || seeds.size() == count),
-                  "dropout_p and seeds must be given for each bank or for none");
-  Banks all{.slots = ranks[0].size(0)};
-  for (size_t i = 0; i < count; i++) {
-    STD_TORCH_CHECK(a[i].is_contiguous() && b[i].is_contiguous() && a[i].size(0) == b[i].size(0) &&
-                        a[i].size(1) == k,
-                    "a and b must be contiguous [pages * 8, k] and [pages * 8, n]");
-    STD_TORCH_CHECK(tables[i].dim() == 2 && tables[i].is_contiguous() &&
-                        tables[i].size(0) == all.slots &&
-                        tables[i].scalar_type() == ScalarType::Int,
-                    "tables must be contiguous int32 [slots, max_pages]");
-    const int64_t max_pages = tables[i].size(1);
-    const int32_t* table = tables[i].const_data_ptr<int32_t>();
-    const bool drops = !seeds.empty();
-    all.banks.push_back(
-        {.a = {matrix_of(a[i], "a"), table, max_pages},
-         .b = {matrix_of(b[i], "b"), table, max_pages},
-         .ranks = row_of<int32_t>(ranks[i], all.slots, ScalarType::Int, "ranks"),
-         .scales = row_of<float>(scales[i], all.slots, ScalarType::Float, "scales"),
-         .dropout_p = drops ? row_of<double>(dropout_p[i], all.slots, ScalarType::Double,
-                                             "dropout_p")
-                            : nullptr,
-         .seeds = drops ? row_of<int64_t>(seeds[i], all.slots, ScalarType::Long, "seeds") : nullptr,
-         .slots = all.slots,
-         .column = all.columns,
-         .s_column = all.rank_columns});
-    all.columns += b[i].size(1);
-    all.rank_columns += PAGE * max_pages;
-  }
-  return all;
-}
-
-Dropout dropout_of(const Bank& bank, int64_t slot) {
-  if (!bank.seeds || bank.dropout_p[slot] == 0) return {};
-  const double p = bank.dropout_p[slot];
-  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
-  return {static_cast<uint64_t>(bank.seeds[slot]), static_cast<uint32_t>(threshold),
-          static_cast<float>(1.0 / (1.0 - p))};
-}
-
-// The adapters of a bank that have rows and a rank. A page that the table sends outside of the
-// arena would be read from wherever it lies, so it is looked at first.
-std::vector<Group> groups_of(const Bank& bank, const Routes& routes) {
-  std::vector<Group> groups;
-  for (int64_t slot = 0; slot < bank.slots; slot++) {
-    const int64_t rank = bank.ranks[slot], begin = routes.begin[slot], end = routes.begin[slot + 1];
-    if (begin == end || rank <= 0) continue;
-    STD_TORCH_CHECK(rank <= bank.a.max_pages * PAGE, "ranks has ", rank, " for slot ", slot,
-                    ", but its table has room for ", bank.a.max_pages * PAGE);
-    for (int64_t page = 0; page * PAGE < rank; page++) {
-      const int64_t row = bank.a.row(slot, page);
-      STD_TORCH_CHECK(row >= 0 && row + PAGE <= bank.a.data.rows, "table has page ", row / PAGE,
-                      " for slot ", slot, ", but there are ", bank.a.data.rows / PAGE);
-    }
-    groups.push_back({slot, rank, begin, end, bank.scales[slot], dropout_of(bank, slot)});
-  }
-  return groups;
 }
 
 // ---- units -----------------------------------------------------------------------------------
@@ -311,15 +188,11 @@ FloatRows float_rows_of(const Tensor& s) {
   return {s.mutable_data_ptr<float>(), s.size(1)};
 }
 
-std::tuple<Tensor, Tensor> multi_lora_linear_fwd(
-    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensors a, Tensors b, Tensors tables,
-    Tensors ranks, Tensors scales, Tensor ids, std::optional<Tensor>, std::optional<Tensor>,
-    Tensors dropout_p, Tensors seeds, std::string) {
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, const std::optional<Tensor>& bias,
+                                   const Banks& banks, const Routes& routes) {
   STD_TORCH_CHECK(weight.size(1) == x.size(1), "weight must be [n, k] for x [m, k]");
   const int64_t m = x.size(0), n = weight.size(0);
-  const Banks banks = banks_of(a, b, tables, ranks, scales, dropout_p, seeds, x.size(1));
   STD_TORCH_CHECK(banks.columns == n, "the banks' widths must add up to n");
-  const Routes routes = route(ids, m, banks.slots);
   x = with_unit_stride(x, true), weight = with_unit_stride(weight, false);
   Tensor y = torch::stable::new_empty(x, {m, n});
   Tensor s = zeros(x, m, banks.rank_columns, ScalarType::Float);
@@ -335,6 +208,34 @@ std::tuple<Tensor, Tensor> multi_lora_linear_fwd(
                        bias_row ? &*bias_row : nullptr, float_rows_of(s), false,
                        matrix_of(y, "y"));
   return {y, s};
+}
+
+std::tuple<Tensor, Tensor> multi_lora_linear_fwd(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensors a, Tensors b, Tensors tables,
+    Tensors ranks, Tensors scales, Tensor ids, std::optional<Tensor>, std::optional<Tensor>,
+    Tensors dropout_p, Tensors seeds, std::string) {
+  const Banks banks = banks_of(a, b, tables, ranks, scales, dropout_p, seeds, x.size(1));
+  return forward(x, weight, bias, banks, route(ids, x.size(0), banks.slots));
+}
+
+Tensor multi_lora_linear_apart(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensors a,
+                               Tensors b, std::vector<double> scales, Tensor ids) {
+  const int64_t n = weight.size(0), k = x.size(1), slots = a.size();
+  STD_TORCH_CHECK(slots > 0 && b.size() == a.size() && scales.size() == a.size(),
+                  "a, b and scales must be given for each adapter");
+  const Routes routes = route(ids, x.size(0), slots);
+  const Apart apart = apart_of(a, b, scales, routes, n, k);
+  const int64_t most = *std::max_element(apart.ranks.begin(), apart.ranks.end());
+  const int64_t max_pages = (most + PAGE - 1) / PAGE;
+  const Matrix any_a{nullptr, dtype_of(a[0], "a"), 0, k, k, 1}, any_b{nullptr, DType::f32, 0, n, n, 1};
+  Banks banks{.slots = slots, .rank_columns = PAGE * max_pages, .columns = n};
+  banks.banks.push_back({.a = {any_a, nullptr, max_pages, apart.a.data()},
+                         .b = {any_b, nullptr, max_pages, apart.b.data()},
+                         .ranks = apart.ranks.data(),
+                         .scales = apart.scales.data(),
+                         .slots = slots});
+  kernels().transpose(apart.transposed.data(), apart.transposed.size(), torch_threads());
+  return std::get<0>(forward(x, weight, bias, banks, routes));
 }
 
 Tensor multi_lora_linear_add(Tensor y, Tensor x, Tensors a, Tensors b, Tensors tables,
@@ -395,6 +296,7 @@ std::tuple<Tensor, Tensors, Tensors> multi_lora_linear_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
   library.impl("multi_lora_linear_fwd", TORCH_BOX(&peft_kernels::multi_lora_linear_fwd));
+  library.impl("multi_lora_linear_apart", TORCH_BOX(&peft_kernels::multi_lora_linear_apart));
   library.impl("multi_lora_linear_add", TORCH_BOX(&peft_kernels::multi_lora_linear_add));
   library.impl("multi_lora_linear_bwd", TORCH_BOX(&peft_kernels::multi_lora_linear_bwd));
 }

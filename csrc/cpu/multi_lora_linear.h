@@ -9,12 +9,18 @@ constexpr int64_t UNIT_ROWS = 12;  // at most, where a unit is a part of a group
 
 // One side of a bank's adapters: A [rows, k], or B [rows, n], in pages of rank rows.
 struct Pages {
-  Matrix data;
-  const int32_t* table;  // [slots, max_pages]
+  Matrix data;                // where adapters lie apart: the shape of any, without its rows
+  const int32_t* table;       // [slots, max_pages]
   int64_t max_pages;
+  const void* const* apart;   // [slots]: each adapter's rows on end; null where data has them all
 
   PK_INLINE int64_t row(int64_t slot, int64_t page) const {
     return int64_t(table[slot * max_pages + page]) * PAGE;
+  }
+  template <class T>
+  PK_INLINE const T* first(int64_t slot, int64_t page) const {
+    if (apart) return static_cast<const T*>(apart[slot]) + page * PAGE * data.row_stride;
+    return static_cast<const T*>(data.data) + row(slot, page) * data.row_stride;
   }
 };
 
@@ -87,11 +93,18 @@ struct Base {
   int64_t expand_count;
 };
 
+// to[q, j] = from[j, q], as floats.
+struct Transposed {
+  Matrix from;  // [n, r], rows contiguous
+  float* to;    // [r, n]
+};
+
 struct MultiLoRALinearKernels {
   void (*base)(const Base&, const Parallel&);
   void (*shrink)(const Shrink&, const Parallel&);
   void (*expand)(const Expand&, const Parallel&);  // by units
   void (*outer)(const Outer&, const Parallel&);
+  void (*transpose)(const Transposed* matrices, int64_t count, const Parallel&);
   void (*narrow)(FloatRows from, const Matrix& to, const Parallel&);  // rounds once
 };
 

@@ -16,6 +16,7 @@ constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's regis
 constexpr int TILE_ROWS = 6;                   // of an update
 constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
+constexpr int64_t TRANSPOSED_ROWS = 256;       // by a thread at a time
 constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
 
 // Threads take the units one by one, as their ranks may differ much.
@@ -112,8 +113,8 @@ inline void shrink(const Shrink& t, const Parallel& parallel) {
     const float factor = t.scaled ? group.scale : 1;
     for (int64_t page = unit.part_begin; page < unit.part_end; page++)
       for (int64_t q = 0; q < page_rows(group, page); q += DOT_COLS)
-        with_type(t.pages.data.dtype, t.pages.data.at(t.pages.row(group.slot, page) + q, 0),
-                  [&](auto* a) {
+        with_type(t.pages.data.dtype, nullptr, [&]<class T>(T*) {
+          const T* a = t.pages.first<T>(group.slot, page) + q * t.pages.data.row_stride;
           with_count<DOT_COLS>(page_rows(group, page) - q, [&](auto C) {
             for_tiles<DOT_ROWS>(count, [&](int64_t i, auto R) {
               dots<R, C>(k, x + i, a, t.pages.data.row_stride, sums);
@@ -167,9 +168,8 @@ struct Addend {
 
 // A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
 // B_g.
-template <int R, bool WHOLE, class T>
-PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int64_t i, int64_t col,
-                           int64_t cols) {
+template <class T, int R, bool WHOLE>
+PK_INLINE void expand_tile(const Addend& to, const float* z, int64_t i, int64_t col, int64_t cols) {
   const Pages& pages = to.t.pages;
   const int64_t rank = to.group.rank, step = pages.data.row_stride;
   Vec sums[R][VECS]{}, before[R][VECS]{};
@@ -177,7 +177,7 @@ PK_INLINE void expand_tile(const Addend& to, const T* base, const float* z, int6
     if (page && page % RUN_PAGES == 0)
       for (int a = 0; a < R; a++)
         for (int v = 0; v < VECS; v++) before[a][v] += std::exchange(sums[a][v], Vec{});
-    const T* b = base + pages.row(to.group.slot, page) * step + col;
+    const T* b = pages.first<T>(to.group.slot, page) + col;
     for (int64_t q = 0; q < page_rows(to.group, page); q++, b += step) {
       Vec lanes[VECS];
       for (int v = 0; v < VECS; v++)
@@ -221,8 +221,7 @@ PK_INLINE void add_rank_rows(const float* z, const T* b, int64_t step, int64_t c
 
 // One row: reading B_g is the whole cost, so its rows are read along, a few streams at a time.
 template <class T>
-void expand_row(const Addend& to, const T* base, const float* z, int64_t i, int64_t col,
-                int64_t cols) {
+void expand_row(const Addend& to, const float* z, int64_t i, int64_t col, int64_t cols) {
   const Pages& pages = to.t.pages;
   const int64_t step = pages.data.row_stride;
   const int64_t rank = to.group.rank, width = round_up(cols, V);
@@ -231,7 +230,7 @@ void expand_row(const Addend& to, const T* base, const float* z, int64_t i, int6
   if (rank > RUN) std::memset(before, 0, width * sizeof(float));
   for (int64_t page = 0; page * PAGE < rank; page++) {
     if (page && page % RUN_PAGES == 0) end_run(width, sums, before);
-    const T* b = base + pages.row(to.group.slot, page) * step + col;
+    const T* b = pages.first<T>(to.group.slot, page) + col;
     const int64_t count = page_rows(to.group, page);
     int64_t q = 0;
     for (; q + 4 <= count; q += 4)
@@ -253,19 +252,19 @@ inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int6
     const float* s = t.s.data + t.work.rows[begin + i] * t.s.stride;
     for (int64_t q = 0; q < rank; q++) z[i * rank + q] = s[q] * factor;
   }
-  with_type(t.pages.data.dtype, t.pages.data.data, [&](auto* base) {
+  with_type(t.pages.data.dtype, nullptr, [&]<class T>(T*) {
     if (count == 1) {
       for (int64_t j = col; j < col_end; j += SUM_COLUMNS)
-        expand_row(to, base, z, 0, j, std::min(SUM_COLUMNS, col_end - j));
+        expand_row<T>(to, z, 0, j, std::min(SUM_COLUMNS, col_end - j));
       return;
     }
     for (int64_t j = col; j < col_end; j += LANES) {
       const int64_t cols = std::min<int64_t>(LANES, col_end - j);
       for_tiles<TILE_ROWS>(count, [&](int64_t i, auto R) {
         if (cols == LANES)
-          expand_tile<R, true>(to, base, z, i, j, cols);
+          expand_tile<T, R, true>(to, z, i, j, cols);
         else
-          expand_tile<R, false>(to, base, z, i, j, cols);
+          expand_tile<T, R, false>(to, z, i, j, cols);
       });
     }
   });
@@ -295,6 +294,37 @@ inline void expand_region(const Expand& t, int64_t row, int64_t row_end, int64_t
     for (int64_t i = begin; i < end; i += UNIT_ROWS)
       expand_rows(t, group, i, std::min(end, i + UNIT_ROWS), first, last, z);
   }
+}
+
+// ---- B^T of adapters that lie apart ----------------------------------------------------------
+
+// to[q * n + j] = from(j, q) for rows [begin, end) of from [n, r], by B x B blocks.
+template <class T>
+void transpose_rows(const T* from, int64_t stride, int64_t r, int64_t begin, int64_t end, int64_t n,
+                    float* to) {
+  const int64_t whole = r / B * B;
+  for (int64_t j = begin; j < end; j += B)
+    for (int64_t q = 0; q < whole && j + B <= end; q += B) {
+      Block block[B];
+      for (int i = 0; i < B; i++) block[i] = load_block(from + (j + i) * stride + q);
+      transpose(block);
+      for (int i = 0; i < B; i++) std::memcpy(to + (q + i) * n + j, &block[i], sizeof(Block));
+    }
+  const int64_t rest = begin + (end - begin) / B * B;
+  for (int64_t j = begin; j < end; j++)
+    for (int64_t q = j < rest ? whole : 0; q < r; q++) to[q * n + j] = widen(from[j * stride + q]);
+}
+
+inline void transpose_all(const Transposed* matrices, int64_t count, const Parallel& parallel) {
+  const int64_t n = count ? matrices[0].from.rows : 0;
+  const int64_t each = round_up(n, TRANSPOSED_ROWS) / TRANSPOSED_ROWS;
+  parallel(count * each, [&](int64_t task) {
+    const Transposed& t = matrices[task / each];
+    const int64_t begin = task % each * TRANSPOSED_ROWS, end = std::min(n, begin + TRANSPOSED_ROWS);
+    with_type(t.from.dtype, t.from.data, [&](auto* from) {
+      transpose_rows(from, t.from.row_stride, t.from.cols, begin, end, n, t.to);
+    });
+  });
 }
 
 // ---- dA = dS^T x, dB^T = scale S^T dy --------------------------------------------------------

@@ -1,6 +1,7 @@
 """The functional ops: one file each, from the maths to the public function."""
 
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank, Routing, Trained, route
+from peft_kernels.ops._lora_factors import LoRAFactors
 from peft_kernels.ops.adapter import adapter
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 from peft_kernels.ops.dora_linear import dora_linear, dora_norm, dora_squares
@@ -13,6 +14,7 @@ __all__ = [
     "Absorbed",
     "BankDropout",
     "LoRABank",
+    "LoRAFactors",
     "PromptedInputs",
     "Routing",
     "Trained",

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank
+from peft_kernels.ops._lora_factors import LoRAFactors
 from peft_kernels.ops._sharded import (
     Layout,
     adapter_placements,
@@ -52,7 +53,7 @@ def multi_lora_linear_sharded(
         TypeError, ValueError: as of one adapter.
     """
     mesh = mesh_of(x=x, weight=weight, bias=bias)
-    _check_parts([banks] if isinstance(banks, LoRABank) else banks)
+    _check_parts(banks)
     x = _with_all_rows(x)
     layout = layout_of(x, weight)
     y = local(
@@ -80,10 +81,14 @@ def parts_beside(weight: Any, lora_a: Any, lora_b: Any) -> tuple[Tensor, Tensor]
     return a, b
 
 
-def _check_parts(banks: Sequence[LoRABank]) -> None:
+def _check_parts(banks: LoRABank | Sequence[LoRABank] | LoRAFactors) -> None:
     from torch.distributed.tensor import DTensor
 
-    if any(isinstance(tensor, DTensor) for bank in banks for tensor in bank):
+    if isinstance(banks, LoRAFactors):
+        tensors = [*banks.a, *banks.b]
+    else:
+        tensors = [t for bank in ([banks] if isinstance(banks, LoRABank) else banks) for t in bank]
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
         raise TypeError(
             "a bank's tensors must be those of this process, beside its part of the weight; got "
             "DTensors. The layers of a pool are sharded by the styles of "

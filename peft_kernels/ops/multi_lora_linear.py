@@ -39,6 +39,7 @@ from peft_kernels.ops._lora_banks import (
     route,
     sort_by_adapter,
 )
+from peft_kernels.ops._lora_factors import LoRAFactors, linear_of_factors
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops._sharded_banks import multi_lora_linear_sharded
@@ -55,6 +56,7 @@ __all__ = [
     "PAGE",
     "BankDropout",
     "LoRABank",
+    "LoRAFactors",
     "Routing",
     "Trained",
     "example_bank",
@@ -398,7 +400,7 @@ def _sizes(trained: Sequence[int], receivers: Sequence[Tensor]) -> list[list[int
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
-    banks: LoRABank | Sequence[LoRABank],
+    banks: LoRABank | Sequence[LoRABank] | LoRAFactors,
     ids: Tensor | Routing,
     *,
     bias: Tensor | None = None,
@@ -420,7 +422,9 @@ def multi_lora_linear(
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
         weight: ``[n, k]`` in the dtype of x; frozen as a rule.
         banks: the adapters. Several banks serve slices of the outputs one after the other, such as
-            query, key and value of one fused layer; their widths add up to n.
+            query, key and value of one fused layer; their widths add up to n. Or the adapters in
+            tensors of their own: where those require gradients they receive them, and else a CPU's
+            kernel reads them where they lie, for which nothing may be given but the bias.
         ids: the adapter of each row, int32 or int64, -1 for none; or what :func:`route` made of
             them. Fewer ids than rows serve equal parts each: ``[batch]`` for x ``[batch, seq, k]``.
         bias: ``[n]`` in the dtype of x.
@@ -452,7 +456,6 @@ def multi_lora_linear(
             plan=plan,
         )
     x, weight, bias = autocast(x, weight, bias)
-    banks = _as_sequence(banks)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., k] for weight [n, k]; got {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -464,6 +467,11 @@ def multi_lora_linear(
         raise ValueError(
             f"bias must be [{n}] in x's dtype {x.dtype}; got {tuple(bias.shape)}, {bias.dtype}"
         )
+    if isinstance(banks, LoRAFactors):
+        return linear_of_factors(
+            multi_lora_linear, x, weight, banks, ids, bias, dropout, trained, plan
+        )  # fmt: skip
+    banks = _as_sequence(banks)
     y = _apply(rows_of(x), weight, bias, False, banks, n, ids, dropout, trained, plan)
     return in_shape_of(x, y)
 

@@ -276,6 +276,22 @@ def test_a_model_trains_by_names(make):
         model(IDS, adapter_names=names)
 
 
+@models
+def test_names_are_handed_to_what_peft_hands_them(make):
+    """With wrapped modules that are trained whole, which take names too."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (peft.tuners.lora.LoraLayer, AuxiliaryTrainingWrapper)
+    saved = {make_bert: "output.dense", make_gpt2: "ln_f", make_llama: "norm"}[make]
+    model = make_model(make, modules_to_save=[saved])
+    second(model, make)
+    peft_kernels.accelerate(model)
+    with model.base_model._enable_peft_forward_hooks(adapter_names=["default"]):
+        found = {m for m in model.modules() if m._forward_pre_hooks}
+    assert found == {m for m in model.modules() if isinstance(m, kinds)}
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
 def test_names_and_checkpointing_are_refused():
     model = llama().train()
     model.gradient_checkpointing_enable()

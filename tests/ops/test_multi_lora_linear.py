@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_kernels
-from peft_kernels.ops import multi_lora_add_, multi_lora_linear
+from peft_kernels.ops import LoRAFactors, multi_lora_add_, multi_lora_linear
 from peft_kernels.ops.multi_lora_linear import (
     BankDropout,
     LoRABank,
@@ -129,6 +129,25 @@ def test_native_on_any_shape(m, n, k, ranks, dtype, wide_adapter, transposed, dr
         inputs["weight"] = inputs["weight"].T.contiguous().T
     dropout = dropout_of(inputs, 0.3, 2**40 + 3) if drops else None
     check(inputs, slots=[i for i, r in enumerate(ranks) if r][:2], dropout=dropout)
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 1), (4, 64, 72), (9, 37, 29), (70, 523, 40)])
+def test_factors_on_any_shape(m, n, k, dtype):
+    ranks, scales = (3, 8, 20), (2.0, 0.5, -1.5)
+    x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).div(k**0.5).to(dtype)
+    a = [torch.randn(r, k).div(k**0.5).to(dtype) for r in ranks]
+    b = [torch.randn(n, r).div(r**0.5).to(dtype) for r in ranks]
+    ids = torch.arange(m) % 4 - 1
+    y = multi_lora_linear(x, weight, LoRAFactors(a, b, scales), ids)
+    exact = x.double() @ weight.double().T
+    for i, slot in enumerate(ids.tolist()):
+        if slot >= 0:
+            low = x[i].double() @ a[slot].double().T
+            exact[i] += scales[slot] * (low @ b[slot].double().T)
+    rtol = 1e-5 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=rtol)
 
 
 def test_a_zero_gradient_would_fail():
