@@ -31,7 +31,7 @@ from peft_kernels.models.modules_to_save import (
 from peft_kernels.models.resizing import choose_resizing
 from peft_kernels.models.swap import named, replace_modules, required_targets
 from peft_kernels.modules.bases import check_bases
-from peft_kernels.modules.names import unwrapped
+from peft_kernels.modules.names import plain_parameters, unwrapped
 from peft_kernels.modules.replaced import fault_of_instance
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.ops.multi_lora_linear import PAGE
@@ -64,7 +64,7 @@ class AdapterPool:
     _model: nn.Module
     _store: Store
     _router: Router
-    _thawed: Sequence[nn.Parameter]  # what required gradients before
+    _thawed: Sequence[str]  # what required gradients before
     _holders: Sequence[nn.Module]  # whose zero_grad() is told of the layers below
     _slots: int
     _max_rank: int
@@ -145,7 +145,8 @@ class AdapterPool:
         self._model, self._max_rank = model, max_pages * PAGE
         self._router, self._slots = Router(refuses=unrouted == "error"), slots
         self._task_type = task_type
-        self._thawed = [p for p in model.parameters() if p.requires_grad]
+        parameters = plain_parameters(model)  # by name: parallelize_module makes others
+        self._thawed = [name for name, p in parameters.items() if p.requires_grad]
         try:
             layers: dict[str, MultiLoRALinear] = {}
             for name, module in targets.items():
@@ -189,8 +190,9 @@ class AdapterPool:
         ]
 
     def _thaw(self) -> None:
-        for parameter in self._thawed:
-            parameter.requires_grad_(True)
+        parameters = plain_parameters(self._model)
+        for name in parameters.keys() & self._thawed:
+            parameters[name].requires_grad_(True)
 
     def detach(self) -> None:
         """Puts the model's own layers back, with their Parameters, and drops all adapters.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parallel_models import PLAN, llama, logits, parallel, steps, text, whole
 from processes import Cases, Wire, everywhere
+from tiny_models import make_gpt2
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import peft_kernels
 from peft_kernels import AdapterPool, load_adapter
+from peft_kernels.integrations.parallel import ColwiseParallel, RowwiseParallel
 
 CASES = Cases(2)
 run = CASES.fixture()
@@ -40,11 +42,11 @@ def attached(model: nn.Module, **options) -> AdapterPool:
     return AdapterPool.attach(model, TARGETS, capacity=32, max_rank=16, **options)
 
 
-def create(pool: AdapterPool, dropout: float = 0.0) -> None:
+def create(pool: AdapterPool, dropout: float = 0.0, of: str = "down_proj") -> None:
     """Two adapters, by the generators of all processes, of which the first one's counts."""
     torch.manual_seed(1 + (torch.distributed.get_rank() if pool_is_split(pool) else 0))
     pool.create("a", r=4, alpha=8, dropout=dropout)
-    pool.create("b", r=11, alpha=8, rank_pattern={"down_proj": 3}, dropout=dropout)
+    pool.create("b", r=11, alpha=8, rank_pattern={of: 3}, dropout=dropout)
     generator = torch.Generator().manual_seed(2)
     for name in ("a", "b"):
         for key, parameter in pool.named_parameters(name):
@@ -148,6 +150,7 @@ def files_go_from_any_number_of_processes_to_any():
         torch.testing.assert_close(routed_by(model, pool, plain), expected)
         assert torch.equal(routed_by(model, pool, saved), routed_by(model, pool, plain))
         pool.detach()
+        assert all(parameter.requires_grad for parameter in model.parameters())
         torch.testing.assert_close(logits(model), logits(llama()))
 
 
@@ -194,6 +197,39 @@ def processes_with_the_same_x_drop_the_same():
             assert not torch.allclose(layer(x).detach()[:2], y[:2])
         found.append(torch.cat(everywhere(y), -1) if split else y)
     torch.testing.assert_close(*found)
+
+
+@CASES.add
+def layers_whose_weights_are_stored_transposed():
+    plan = {"transformer.h.*.mlp.c_fc": ColwiseParallel()}
+    plan["transformer.h.*.mlp.c_proj"] = RowwiseParallel()
+    found = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        model = make_gpt2().eval()
+        pool = AdapterPool.attach(model, ["mlp.c_fc", "mlp.c_proj"], capacity=32, max_rank=16)
+        if split:
+            parallelize_module(model, mesh(), plan)
+        create(pool, of="c_proj")
+        found.append(trained(model, pool))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+@CASES.add
+def what_is_computed_again_has_the_same_masks():
+    gradients = []
+    for again in (False, True):
+        model = parallel(llama(), mesh()).train()
+        pool = attached(model)
+        create(pool, dropout=0.5)
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(5)
+        with pool.route(ROUTE):
+            model(input_ids=text(), labels=text()).loss.backward()
+        parameters = pool.parameters("a") + pool.parameters("b")
+        gradients.append([whole(parameter.grad) for parameter in parameters])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add
