@@ -1,8 +1,13 @@
 """accelerate(): PEFT's prompts and prefixes in encoder-decoders, and in generate."""
 
+import contextlib
+import copy
+import inspect
+
 import pytest
 import torch
 from peft_prompted import (
+    ATTENTION,
     IDS,
     LOOKUP,
     MASK,
@@ -39,7 +44,13 @@ def make_bart() -> nn.Module:
     return transformers.BartForConditionalGeneration(config)
 
 
-REASONS = {make_t5: "a prefix' scores with a bias", make_bart: "positions that are the cache's"}
+def make_pegasus() -> nn.Module:
+    """One whose positions don't train."""
+    config = transformers.PegasusConfig(vocab_size=32, d_model=16, **BART)
+    return transformers.PegasusForConditionalGeneration(config)
+
+
+REASONS = {make_t5: "a prefix' scores with a bias", make_bart: None, make_pegasus: None}
 
 
 def with_prompt(make, method):
@@ -56,7 +67,7 @@ def ways_of(make, method):
     encoder = set() if method == "prompt" else {ONCE}
     if method == "prefix":
         encoder = {"no projection"}
-    return {REASONS[make] if method.startswith("prefix") else LOOKUP, *encoder}
+    return {(REASONS[make] or ATTENTION) if method.startswith("prefix") else LOOKUP, *encoder}
 
 
 @pytest.mark.parametrize("make", REASONS)
@@ -65,15 +76,50 @@ def test_encoder_decoders(make, method):
     model = with_prompt(make, method)
     for inputs in ({"labels": IDS}, {"labels": IDS, "attention_mask": None}):
         report = assert_as_peft(model, ways_of(make, method), use_cache=False, **inputs)
-        reasons = {layer.reason for layer in report.layers}
-        assert (REASONS[make] in reasons) == method.startswith("prefix")
+        reasons = {layer.reason for layer in report.layers} - {None, "no projection"}
+        assert reasons == ({REASONS[make]} - {None} if method.startswith("prefix") else set())
     own = {"decoder_input_ids": IDS.flip(1), "decoder_attention_mask": MASK}
-    assert_as_peft(model, ways_of(make, method), use_cache=False, **own)
+    assert_as_peft(model, ways_of(make, method), **own)
     embeddings = {"inputs_embeds": model.word_embeddings(IDS).detach(), "labels": IDS}
-    ways = ways_of(make, method) - {LOOKUP}
-    if not method.startswith("prefix"):
+    ways = ways_of(make, method) - {LOOKUP, ATTENTION}
+    if not method.startswith("prefix") or make is not make_t5:
         ways.add("other arguments")
     assert_as_peft(model, ways, use_cache=False, input_ids=None, **embeddings)
+
+
+@pytest.mark.parametrize("make", [make_bart, make_pegasus])
+def test_a_decoders_cache_goes_on(make):
+    """It has the prefix, once it is read, and the encoder's keys as they were."""
+    model = with_prompt(make, "prefix_mlp")
+
+    def continued():
+        with torch.no_grad():
+            inputs = {"input_ids": IDS, "attention_mask": MASK}
+            cache = model(**inputs, decoder_input_ids=IDS).past_key_values
+            assert cache.get_seq_length() == L + IDS.shape[1]
+            copied = copy.deepcopy(cache)
+            for given in (cache, copied):
+                step = {"decoder_input_ids": IDS[:, :1], "past_key_values": given}
+                yield model.get_base_model()(**inputs, **step).logits
+
+    expected = list(continued())
+    report = peft_kernels.accelerate(model)
+    torch.testing.assert_close(list(continued()), expected)
+    assert set(report.counts()) == {ATTENTION, ONCE}
+    assert_as_peft(model, {"other arguments", ONCE}, labels=IDS, output_attentions=True)
+    heads = {"decoder_head_mask": torch.rand(2, 2, dtype=torch.float64)}
+    if "decoder_head_mask" in inspect.signature(model.get_base_model().forward).parameters:
+        assert_as_peft(model, {"other arguments", ONCE}, labels=IDS, **heads)
+    model.train()
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    assert_as_peft(model, {ATTENTION, ONCE}, labels=IDS)
+    model.get_base_model().gradient_checkpointing_enable()
+    report = peft_kernels.accelerate(model)
+    with contextlib.suppress(RuntimeError, AttributeError):  # PEFT's own trouble with it
+        model(IDS, labels=IDS)
+    assert "gradient checkpointing" in report.counts()
 
 
 @pytest.mark.parametrize("make", [make_t5, make_bart, make_llama])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 def put_before(cache: Any, prefix: Any, rows: int) -> None:
@@ -18,12 +18,31 @@ def put_before(cache: Any, prefix: Any, rows: int) -> None:
     """
     for layer, before in zip(cache.layers, prefix.layers, strict=True):
         pair = before.keys, before.values
-        if type(layer) is DynamicLayer:
+        if type(layer) in (DynamicLayer, _Beside):
             layer.__class__ = _Behind
             layer.__dict__["_before"] = pair, rows
         else:
             layer.keys = _joined(pair[0], layer.keys, rows)
             layer.values = _joined(pair[1], layer.values, rows)
+
+
+def beside(prefix: Any, length: int) -> DynamicCache:
+    """A cache of text alone that says it is longer by a prefix, as positions are counted from.
+
+    Args:
+        prefix: its layers are as many.
+        length: of the prefix.
+    """
+    cache = DynamicCache()
+    cache.layers = [_Beside() for _ in prefix.layers]
+    for layer in cache.layers:
+        layer.__dict__["_before"] = length
+    return cache
+
+
+class _Beside(DynamicLayer):
+    def get_seq_length(self) -> int:
+        return self.__dict__["_before"] + super().get_seq_length()
 
 
 class _Behind(DynamicLayer):

@@ -3,8 +3,7 @@
 PEFT puts the prefix into the cache of each row, and each attention concatenates it with the text's
 keys. Here the model's attention modules take it beside their text, by one copy for all rows, and
 the cache that a forward returns begins with it, as PEFT's does. With ``use_cache=False`` there is
-none. In ``generate``, and in the decoders of encoder-decoders, where the prefix is in the cache
-from the start, all is PEFT's.
+none. In ``generate``, where the prefix is in the cache from the start, all is PEFT's.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ PLACES = "_peft_kernels_places"
 def prepare(model: Any) -> None:
     """Has the attention modules of the model ask for a prefix in each forward."""
     base = model.get_base_model()
-    found = model.__dict__[PLACES] = _places_of(base)
+    decodes = getattr(base.config, "is_encoder_decoder", False)
+    found = model.__dict__[PLACES] = (_places_of_decoder if decodes else _places_of)(base)
     if isinstance(found, dict):
         prefix, places, _, state = _room()
         prefix.use_prefix_attention(base, places.attention_places(base), state.has_state)
@@ -45,17 +45,6 @@ def why_not(model: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def why_not_decoder(model: Any) -> str:
-    """Why the decoder of an encoder-decoder has PEFT's prefix in its cache.
-
-    T5's adds a bias by relative position to the prefix' scores, for which the op has no place.
-    Others count positions from the length of that cache, and take no others.
-    """
-    parts = model.get_base_model().modules()
-    biased = any(hasattr(part, "has_relative_attention_bias") for part in parts)
-    return "a prefix' scores with a bias" if biased else "positions that are the cache's"
-
-
 def why_not_of(model: Any, given: dict[str, Any], strict: bool) -> str | None:
     """Why this call is PEFT's, or None.
 
@@ -67,6 +56,9 @@ def why_not_of(model: Any, given: dict[str, Any], strict: bool) -> str | None:
     if given.get("return_dict") is False or given.get("cache_position") is not None:
         return "other arguments"
     base = model.get_base_model()
+    decodes = getattr(base.config, "is_encoder_decoder", False)
+    if decodes and any(name.endswith("head_mask") for name in given):  # sdpa leaves them out
+        return "other arguments"
     if base.config.output_attentions or not getattr(base.config, "return_dict", True):
         return "other arguments"
     return "gradient checkpointing" if strict and _is_checkpointed(base) else None
@@ -114,6 +106,52 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
 
         put_before(output.past_key_values, cache, ids.shape[0])
     return output
+
+
+def forward_decoder(model: Any, given: dict[str, Any]) -> Any:
+    """The same for an encoder-decoder, whose decoder alone has a prefix of PEFT's.
+
+    Positions are counted from the length of the cache, which holds the text and says it has both.
+    """
+    from peft_kernels.integrations.peft.prefix_cache import beside, put_before
+
+    state, base = _room()[3], model.get_base_model()
+    rows, length = given["input_ids"].shape[0], model.active_peft_config.num_virtual_tokens
+    both = model.get_prompt(batch_size=1)
+    before = both.self_attention_cache
+    both.self_attention_cache = beside(before, length)
+    modules = {base.get_submodule(path): i for i, path in model.__dict__[PLACES].items()}
+    pairs = {
+        module: (before.layers[i].keys[0], before.layers[i].values[0])
+        for module, i in modules.items()
+    }
+    mask = given.pop("decoder_attention_mask", None)
+    if mask is not None:
+        mask = torch.cat((torch.ones(rows, length, device=mask.device), mask), dim=1)
+    model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=given)
+    prefixes = state.Prefixes(pairs, in_masks=length)
+    with state.using(prefixes):
+        output = model.base_model(decoder_attention_mask=mask, past_key_values=both, **given)
+    if not all(map(prefixes.was_asked, modules)):
+        return None
+    if getattr(output, "past_key_values", None) is not None:
+        put_before(output.past_key_values.self_attention_cache, before, rows)
+    return output
+
+
+def _places_of_decoder(base: nn.Module) -> dict[int, str] | str:
+    """The same in an encoder-decoder, whose decoder has the prefix."""
+    if any(hasattr(part, "has_relative_attention_bias") for part in base.modules()):
+        return "a prefix' scores with a bias"  # T5's, for which the op has no place
+    try:
+        places = _room()[1]
+        found = places.attention_places(base)
+    except (ImportError, ValueError):
+        return "no attention that is known"
+    of_decoder = [place for place in found if place.site == "self"]
+    if not of_decoder or not all(places.calls_the_interface(place.module) for place in of_decoder):
+        return "another kind of attention"
+    return {place.layer: place.path for place in of_decoder}
 
 
 def _places_of(base: nn.Module) -> dict[int, str] | str:

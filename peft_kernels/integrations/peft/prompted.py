@@ -85,7 +85,8 @@ def _forward_with_prefix(
     given = {key: value for key, value in given.items() if value is not None}
     reason = prefixed.why_not_of(model, given, strict=not is_free(model))
     if reason is None:
-        output = prefixed.forward(model, given)
+        decodes = isinstance(model, PeftModelForSeq2SeqLM)
+        output = (prefixed.forward_decoder if decodes else prefixed.forward)(model, given)
         if output is not None:
             count(model, prefixed.KERNEL)
             return output
@@ -138,10 +139,13 @@ class PeftModelForSeq2SeqLM(peft.PeftModelForSeq2SeqLM):
         if reason is not None:
             count(self, reason)
             return super().forward(*args, **kwargs)
+        config = self.active_peft_config
+        if config.peft_type == PeftType.PREFIX_TUNING:
+            theirs = peft.PeftModelForSeq2SeqLM.forward
+            return _forward_with_prefix(self, theirs, args, kwargs, given)
         count(self, KERNEL)
         ids, mask = given.pop("input_ids"), given.pop("attention_mask", None)
         given.pop("inputs_embeds", None), given.pop("task_ids", None)
-        config = self.active_peft_config
         self._adjust_prompt_learning_kwargs(config, kwargs=given)
         found = prompt_lookup(
             self.word_embeddings(ids),
@@ -210,11 +214,9 @@ def _has_prompt(model: Any) -> bool:
 def why_not(model: Any) -> str | None:
     """Why a model's calls are PEFT's, or None."""
     config = model.active_peft_config
-    if config.peft_type == PeftType.PREFIX_TUNING:
-        if isinstance(model, PeftModelForCausalLM):
-            return prefixed.why_not(model)
-        if isinstance(model, PeftModelForSeq2SeqLM):
-            return prefixed.why_not_decoder(model)
+    takes_prefix = isinstance(model, PeftModelForCausalLM | PeftModelForSeq2SeqLM)
+    if config.peft_type == PeftType.PREFIX_TUNING and takes_prefix:
+        return prefixed.why_not(model)
     return None if config.peft_type in _TYPES else config.peft_type.value
 
 

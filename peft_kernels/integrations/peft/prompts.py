@@ -45,7 +45,9 @@ def serve(module: nn.Module, strict: bool) -> None:
         module.__class__ = SERVED[type(module)]
     if type(module) is prompted.PeftModelForCausalLM:
         prompted.set_strict(module, strict)
-        if module.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+    if isinstance(module, prompted.PeftModelForCausalLM | prompted.PeftModelForSeq2SeqLM):
+        config: Any = module.active_peft_config
+        if config.peft_type == PeftType.PREFIX_TUNING:
             prefixed.prepare(module)
 
 

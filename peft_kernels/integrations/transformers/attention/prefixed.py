@@ -35,6 +35,7 @@ from peft_kernels.ops.prefix_attention import prefix_attention
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
     raise ImportError(refusal()) from error
@@ -51,6 +52,9 @@ class Prefixes:
             bank, where ids are given. A module that isn't there has no prefix.
         ids: integers ``[B]``, each row's prefix in the banks; -1: none.
         need_weights: whether the model is to return its attentions.
+        in_masks: how many columns the host's masks have for a prefix, before those of the text.
+            Where there are some, a module without a prefix runs the host's sdpa, if it asked for
+            that.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class Prefixes:
         pairs: Mapping[nn.Module, Pair],
         ids: Tensor | None = None,
         need_weights: bool = False,
+        in_masks: int = 0,
     ) -> None:
         self.pairs, self.ids, self.need_weights = pairs, ids, need_weights
+        self.in_masks = in_masks
         self.asked: dict[nn.Module, bool] = {}
         self.leaves: Prefixes | None = None  # of a checkpointed run; see _checkpointing.py
 
@@ -337,6 +343,18 @@ def attention(
                 f"{type(module).__name__} attends with {name}, which an attention with a prefix "
                 "doesn't have"
             )
+    state = current_state()
+    if isinstance(state, Prefixes) and state.in_masks:
+        if module not in state.pairs and asked_implementation(module) == "sdpa":
+            options: dict[str, Any] = {
+                "scaling": scaling,
+                "dropout": dropout,
+                "is_causal": is_causal,
+                **kwargs,
+            }
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        if module in state.pairs and attention_mask is not None:
+            attention_mask = attention_mask[..., state.in_masks :]
     if attention_mask is not None and attention_mask.dim() == 4:
         attention_mask, causal = attention_mask[..., : key.shape[2]], False
     elif attention_mask is not None:
@@ -344,7 +362,7 @@ def attention(
     else:
         known = getattr(module, IS_CAUSAL, getattr(module, "is_causal", True))
         causal = bool(known if is_causal is None else is_causal)
-    options: dict[str, Any] = {
+    options = {
         "is_causal": causal,
         "scale": scale_of(module, query.shape[-1]) if scaling is None else scaling,
         "dropout": dropout,
