@@ -62,12 +62,12 @@ inline void end_sums(const Sweep& s, int64_t j, int64_t count, float* values) {
   add_bias(s, j, count, values);
 }
 
-// dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g.
+// totals[i][j] + dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g: what fills vectors
+// into totals, by lanes, and the rest into dots.
 template <int R, int C, class T>
-PK_INLINE void dot_block(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
-                         float (&dots)[4][4]) {
+PK_INLINE void add_dots(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
+                        Vec (&totals)[R][C], float (&dots)[4][4]) {
   const int64_t whole = depth / V * V;
-  Vec totals[R][C]{};
   for (int64_t p = 0; p < whole;) {
     Vec acc[R][C]{};
     for (const int64_t end = std::min(whole, p + DOT_RUN * V); p < end; p += V) {
@@ -81,29 +81,32 @@ PK_INLINE void dot_block(int64_t depth, const float* x, int64_t x_row, const T* 
     for (int i = 0; i < R; i++)
       for (int j = 0; j < C; j++) totals[i][j] += acc[i][j];
   }
-  for (int i = 0; i < R; i++)
+  for (int i = 0; i < R && whole < depth; i++)
     for (int j = 0; j < C; j++) {
       float rest = 0;
       for (int64_t q = whole; q < depth; q++) rest += x[i * x_row + q] * widen(g[j * g_row + q]);
-      dots[i][j] += sum(totals[i][j]) + rest;
+      dots[i][j] += rest;
     }
 }
 
-// out(row + i, col + j) for R x C elements: G's rows here are columns of the product.
+// out(row + i, col + j) for R x C elements: G's rows here are columns of the product. Lanes of both
+// products are summed once, together.
 template <int R, int C>
 PK_INLINE void few_dot_block(const Sweep& s, const float* x, int64_t row, int64_t col) {
   float dots[4][4];
   for (int j = 0; j < C; j++)
     for (int i = 0; i < R; i++) dots[i][j] = s.gain ? 0 : bias_at(s, col + j);
   const int64_t d = s.x.cols;
+  Vec totals[R][C]{};
   with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
-    dot_block<R, C>(d, x + row * d, d, g, s.g.col_stride, dots);
+    add_dots<R, C>(d, x + row * d, d, g, s.g.col_stride, totals, dots);
   });
   if (s.r)
     with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
-      dot_block<R, C>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, dots);
+      add_dots<R, C>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, totals, dots);
     });
   for (int i = 0; i < R; i++) {
+    for (int j = 0; j < C; j++) dots[i][j] += sum(totals[i][j]);
     if (s.gain) end_sums(s, col, C, dots[i]);
     store_row(s.out, row + i, col, dots[i], C);
   }
