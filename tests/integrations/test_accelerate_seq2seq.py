@@ -15,6 +15,7 @@ from peft_prompted import (
     ONCE,
     L,
     assert_as_peft,
+    make_gpt2,
     make_llama,
     methods,
     peft,
@@ -122,15 +123,103 @@ def test_a_decoders_cache_goes_on(make):
     assert "gradient checkpointing" in report.counts()
 
 
-@pytest.mark.parametrize("make", [make_t5, make_bart, make_llama])
+GENERATED = [make_t5, make_bart, make_pegasus, make_llama, make_gpt2]
+OPTIONS = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def to_generate(make, method):
+    if make in (make_llama, make_gpt2):
+        return prompted(make, method)
+    return with_prompt(make, method)
+
+
+def generated(model, **options):
+    torch.manual_seed(0)
+    inputs = {"input_ids": IDS, "attention_mask": MASK.flip(1)}
+    return model.generate(**inputs, **OPTIONS | options)
+
+
+@pytest.mark.parametrize("make", GENERATED)
 @methods
 def test_generated_text(make, method):
-    model = prompted(make, method) if make is make_llama else with_prompt(make, method)
-    options = {"input_ids": IDS, "attention_mask": MASK.flip(1), "max_new_tokens": 4}
-    options |= {"do_sample": False, "pad_token_id": 0}
-    expected = model.generate(**options)
+    model = to_generate(make, method)
+    expected = generated(model)
     report = peft_kernels.accelerate(model)
-    assert torch.equal(model.generate(**options), expected)
-    is_prefix = method.startswith("prefix")
-    way = "generate, whose cache has the prefix" if is_prefix else "generate"
+    assert torch.equal(generated(model), expected)
+    way = "generate"
+    if method.startswith("prefix"):
+        hides = "generate, whose positions hide the prefix"
+        positions = inspect.signature(model.get_base_model().forward).parameters
+        hidden = make in (make_bart, make_pegasus) and "cache_position" in positions
+        way = REASONS.get(make) or (hides if hidden else ATTENTION)
     assert report.counts()[way] == 1
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("options", [
+    {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"eos_token_id": 3},
+    {"return_dict_in_generate": True, "output_logits": True},
+], ids=str)  # fmt: skip
+def test_generated_with_a_prefix(make, options):
+    model = to_generate(make, "prefix_mlp")
+    expected = generated(model, **options)
+    report = peft_kernels.accelerate(model)
+    found = generated(model, **options)
+    assert set(report.counts()) == {ATTENTION, ONCE}
+    if not options.get("return_dict_in_generate"):
+        assert torch.equal(found, expected)
+        return
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    caches = [getattr(x.past_key_values, "self_attention_cache", x.past_key_values)
+              for x in (found, expected)]  # fmt: skip
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(layers[0].keys, layers[1].keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layers[0].values, layers[1].values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    {"output_attentions": True, "return_dict_in_generate": True},
+    {"logits_processor": transformers.LogitsProcessorList([lambda ids, scores: scores])},
+], ids=["attentions", "processors"])  # fmt: skip
+def test_generated_by_peft(options):
+    model = to_generate(make_llama, "prefix_mlp")
+    model.get_base_model().set_attn_implementation("eager")
+    expected = generated(model, **options)
+    report = peft_kernels.accelerate(model)
+    found = generated(model, **options)
+    assert torch.equal(*(getattr(x, "sequences", x) for x in (found, expected)))
+    assert "generate with other arguments" in report.counts()
+    assert ATTENTION not in report.counts()
+
+
+def test_no_copy_of_the_prefix_is_in_the_cache():
+    """Each step adds its own keys, of all rows; the prefix is one for all."""
+    model = to_generate(make_llama, "prefix_mlp")
+    peft_kernels.accelerate(model)
+    seen = []
+    model.get_base_model().model.layers[0].self_attn.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(
+            kwargs["past_key_values"].layers[0].keys.shape[2]
+        ),
+        with_kwargs=True,
+    )
+    generated(model)
+    assert seen == [6, 7, 8, 9]
+
+
+def test_an_attention_of_someone_elses_generates_as_pefts():
+    model = to_generate(make_llama, "prefix_mlp")
+    attention = model.get_base_model().model.layers[1].self_attn
+    plain, own = type(attention).forward, copy.deepcopy(attention.config)
+
+    def forward(*args, **kwargs):
+        attention.config = own
+        return plain(attention, *args, **kwargs)
+
+    attention.forward = forward
+    expected = generated(model)
+    report = peft_kernels.accelerate(model)
+    assert torch.equal(generated(model), expected)
+    assert "an attention that asks for no prefix" in report.counts()

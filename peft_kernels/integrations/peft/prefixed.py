@@ -1,9 +1,9 @@
-"""PEFT's prefix in a causal model's forward, on :func:`peft_kernels.ops.prefix_attention`.
+"""PEFT's prefix in a decoder's forward, on :func:`peft_kernels.ops.prefix_attention`.
 
 PEFT puts the prefix into the cache of each row, and each attention concatenates it with the text's
 keys. Here the model's attention modules take it beside their text, by one copy for all rows, and
 the cache that a forward returns begins with it, as PEFT's does. With ``use_cache=False`` there is
-none. In ``generate``, where the prefix is in the cache from the start, all is PEFT's.
+none. In ``generate`` the cache has text alone until the end.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
     state = _room()[3]
     ids, config = given.pop("input_ids"), model.active_peft_config
     cache, base = model.get_prompt(batch_size=1), model.get_base_model()
-    modules = {base.get_submodule(path): i for i, path in model.__dict__[PLACES].items()}
+    modules = _modules_of(model)
     pairs = {
         module: (cache.layers[i].keys[0], cache.layers[i].values[0])
         for module, i in modules.items()
@@ -114,13 +114,14 @@ def forward_decoder(model: Any, given: dict[str, Any]) -> Any:
     Positions are counted from the length of the cache, which holds the text and says it has both.
     """
     from peft_kernels.integrations.peft.prefix_cache import beside, put_before
+    from peft_kernels.integrations.peft.prefixed_generate import run
 
-    state, base = _room()[3], model.get_base_model()
+    state = _room()[3]
     rows, length = given["input_ids"].shape[0], model.active_peft_config.num_virtual_tokens
     both = model.get_prompt(batch_size=1)
     before = both.self_attention_cache
     both.self_attention_cache = beside(before, length)
-    modules = {base.get_submodule(path): i for i, path in model.__dict__[PLACES].items()}
+    modules = _modules_of(model)
     pairs = {
         module: (before.layers[i].keys[0], before.layers[i].values[0])
         for module, i in modules.items()
@@ -130,13 +131,40 @@ def forward_decoder(model: Any, given: dict[str, Any]) -> Any:
         mask = torch.cat((torch.ones(rows, length, device=mask.device), mask), dim=1)
     model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=given)
     prefixes = state.Prefixes(pairs, in_masks=length)
-    with state.using(prefixes):
-        output = model.base_model(decoder_attention_mask=mask, past_key_values=both, **given)
-    if not all(map(prefixes.was_asked, modules)):
-        return None
+    given |= {"decoder_attention_mask": mask, "past_key_values": both}
+    output = run(prefixes, modules, lambda: model.base_model(**given))
     if getattr(output, "past_key_values", None) is not None:
         put_before(output.past_key_values.self_attention_cache, before, rows)
     return output
+
+
+def why_not_generate(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a call of generate is PEFT's, or None."""
+    from peft_kernels.integrations.peft import prefixed_generate
+
+    return prefixed_generate.why_not(model, kwargs)
+
+
+def generate(model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What ``theirs`` generates; see :mod:`.prefixed_generate`."""
+    from peft_kernels.integrations.peft import prefixed_generate
+
+    return prefixed_generate.generate(model, _modules_of(model), theirs, args, kwargs)
+
+
+def cache_of(model: Any) -> Any:
+    """The cache that PEFT is to generate with, or None: its own."""
+    if not isinstance(model.__dict__.get(PLACES), dict):
+        return None
+    from peft_kernels.integrations.peft import prefixed_generate
+
+    return prefixed_generate.cache_of(model)
+
+
+def _modules_of(model: Any) -> dict[nn.Module, int]:
+    """The attention modules that take a prefix, and their layers."""
+    base = model.get_base_model()
+    return {base.get_submodule(path): i for i, path in model.__dict__[PLACES].items()}
 
 
 def _places_of_decoder(base: nn.Module) -> dict[int, str] | str:

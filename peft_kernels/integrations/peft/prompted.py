@@ -23,6 +23,7 @@ from peft_kernels.integrations.served import count
 from peft_kernels.ops.prompt_lookup import prompt_lookup
 
 KERNEL = "prompt_lookup"
+NOT_ASKED = "an attention that asks for no prefix"
 # In a model's __dict__ with strict=False: whether it takes position ids that count from 0.
 FREE = "_peft_kernels_positions"
 _TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
@@ -90,7 +91,7 @@ def _forward_with_prefix(
         if output is not None:
             count(model, prefixed.KERNEL)
             return output
-        reason = "an attention that asks for no prefix"
+        reason = NOT_ASKED
     count(model, reason)
     return theirs(model, *args, **kwargs)
 
@@ -100,9 +101,12 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
 
     forward = _forward(peft.PeftModelForCausalLM.forward)
 
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        found = prefixed.cache_of(self)
+        return super().get_prompt(*args, **kwargs) if found is None else found
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        _count_generate(self)
-        return super().generate(*args, **kwargs)
+        return _generate(self, peft.PeftModelForCausalLM.generate, args, kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -159,9 +163,12 @@ class PeftModelForSeq2SeqLM(peft.PeftModelForSeq2SeqLM):
             **given,
         )
 
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        found = prefixed.cache_of(self)
+        return super().get_prompt(*args, **kwargs) if found is None else found
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        _count_generate(self)
-        return super().generate(*args, **kwargs)
+        return _generate(self, peft.PeftModelForSeq2SeqLM.generate, args, kwargs)
 
 
 class PeftModelForSequenceClassification(peft.PeftModelForSequenceClassification):
@@ -220,12 +227,20 @@ def why_not(model: Any) -> str | None:
     return None if config.peft_type in _TYPES else config.peft_type.value
 
 
-def _count_generate(model: Any) -> None:
-    """PEFT puts a prompt before the text, or a prefix into the cache, once for all steps."""
+def _generate(model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     config = model.active_peft_config
-    if config.is_prompt_learning:
-        is_prefix = config.peft_type == PeftType.PREFIX_TUNING
-        count(model, "generate, whose cache has the prefix" if is_prefix else "generate")
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        reason = why_not(model) or prefixed.why_not_generate(model, kwargs)
+        if reason is None:
+            output = prefixed.generate(model, theirs, args, kwargs)
+            if output is not None:
+                count(model, prefixed.KERNEL)
+                return output
+            reason = NOT_ASKED
+        count(model, reason)
+    elif config.is_prompt_learning:
+        count(model, "generate")  # PEFT puts the prompt before the text, once for all steps
+    return theirs(model, *args, **kwargs)
 
 
 def _why_not_of(args: tuple, given: dict[str, Any]) -> str | None:
