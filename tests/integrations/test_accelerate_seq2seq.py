@@ -194,6 +194,30 @@ def test_generated_by_peft(options):
     assert ATTENTION not in report.counts()
 
 
+def test_generated_while_disabled():
+    model = to_generate(make_llama, "prefix_mlp")
+    with model.disable_adapter():
+        expected = generated(model)
+    report = peft_kernels.accelerate(model)
+    with model.disable_adapter():
+        assert torch.equal(generated(model), expected)
+    assert set(report.counts()) == {"disabled"}
+
+
+def test_the_prefix_begins_with_its_cache():
+    """Where PEFT asks for none, none is attended to."""
+    model = to_generate(make_llama, "prefix_mlp")
+    with model.disable_adapter():
+        expected = generated(model)
+    report = peft_kernels.accelerate(model)
+    plain = model.base_model_prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = plain
+    assert torch.equal(generated(model), expected)
+    cache = generated(model, return_dict_in_generate=True).past_key_values
+    assert cache.get_seq_length() == IDS.shape[1] + 3
+    assert set(report.counts()) == {ONCE}
+
+
 def test_no_copy_of_the_prefix_is_in_the_cache():
     """Each step adds its own keys, of all rows; the prefix is one for all."""
     model = to_generate(make_llama, "prefix_mlp")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from peft_kernels.integrations.peft.prefix_cache import beside, put_before
+from peft_kernels.integrations.served import count
 from peft_kernels.integrations.transformers.attention.prefixed import (
     Pair,
     Prefixes,
@@ -22,6 +23,7 @@ from peft_kernels.integrations.transformers.attention.prefixed import (
     using,
 )
 
+KERNEL = "prefix_attention"
 # What may call the model besides the steps, have another cache or want the probabilities.
 _OTHERS = (
     "assistant_model",
@@ -41,7 +43,7 @@ _OTHERS = (
 
 
 class Generated(Prefixes):
-    """The prefixes of a call of generate.
+    """The prefixes of a call of generate, from where PEFT asks for the cache that has them.
 
     Args:
         model: PEFT's, whose generate it is.
@@ -53,14 +55,21 @@ class Generated(Prefixes):
     def __init__(
         self, model: nn.Module, cache: Any, pairs: dict[nn.Module, Pair], length: int
     ) -> None:
-        super().__init__(pairs, in_masks=length)
+        super().__init__({})
         self.model: Any = model
-        self.cache = cache
+        self.cache, self.found = cache, (pairs, length)
+
+    def begin(self) -> Any:
+        """The cache of text alone, which the attention modules have the prefix beside from now."""
+        self.pairs, self.in_masks = self.found
+        return beside(self.cache, self.in_masks)
 
 
 def why_not(model: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a call of generate with these arguments is PEFT's, or None."""
     base = model.get_base_model()
+    if getattr(model, "_adapters_disabled", False):
+        return "disabled"
     if base.config.is_encoder_decoder and "cache_position" in signature(base.forward).parameters:
         return "generate, whose positions hide the prefix"  # they are the text's alone
     configs = [kwargs.get("generation_config"), base.generation_config]
@@ -97,6 +106,9 @@ def generate(
     }
     generated = Generated(model, cache, pairs, model.active_peft_config.num_virtual_tokens)
     output = run(generated, modules, lambda: theirs(model, *args, **kwargs))
+    if output is None or not generated.pairs:
+        return output
+    count(model, KERNEL)
     found = getattr(output, "past_key_values", None)
     if found is not None:
         found = getattr(found, "self_attention_cache", found)
@@ -124,6 +136,6 @@ def cache_of(model: Any) -> Any:
     state = current_state()
     if not isinstance(state, Generated) or state.model is not model:
         return None
-    text: Any = beside(state.cache, state.in_masks)
+    text = state.begin()
     decodes = getattr(model.get_base_model().config, "is_encoder_decoder", False)
     return EncoderDecoderCache(text, DynamicCache()) if decodes else text

@@ -234,7 +234,6 @@ def _generate(model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict)
         if reason is None:
             output = prefixed.generate(model, theirs, args, kwargs)
             if output is not None:
-                count(model, prefixed.KERNEL)
                 return output
             reason = NOT_ASKED
         count(model, reason)
