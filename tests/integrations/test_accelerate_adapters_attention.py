@@ -304,6 +304,38 @@ def test_compiled(make):
     torch.testing.assert_close((output, gradients), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [make_bert, eager(make_llama)], ids=["bert", "llama"])
+def test_a_class_that_is_derived_from_ours(make):
+    """As fully_shard makes one, in a module of its own."""
+    model = with_adapters(make, a=prefix()).train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    expected = run(model)
+    report = peft_kernels.accelerate(model)
+    for module in model.modules():
+        if type(module).__name__.endswith("AttentionWithAdapters"):
+            kind = type(module)
+            module.__class__ = type(f"FSDP{kind.__name__}", (Derived, kind), {})
+    torch.testing.assert_close(run(model), expected, **CLOSE)
+    assert set(report.counts()) == {"dropout of attention", ONCE}
+    torch.testing.assert_close(run(model.eval()), run(model), **CLOSE)
+    assert ATTENTION in report.counts()
+    assert not peft_kernels.accelerate(model).missing()
+    peft_kernels.restore(model)
+    for module in model.modules():
+        if type(module).__name__.startswith("FSDP"):
+            module.__class__ = type(module).__bases__[1].theirs
+            module.__class__ = type(f"FSDP{type(module).__name__}", (Derived, type(module)), {})
+    report = peft_kernels.accelerate(model.train())
+    torch.testing.assert_close(run(model), expected, **CLOSE)
+    assert set(report.counts()) == {"dropout of attention", ONCE}
+
+
+class Derived:
+    """A base that knows nothing of ours."""
+
+
 def test_hooks_of_a_prefix_layer_see_prefix_and_text():
     model = with_adapters(eager(make_llama), a=prefix())
     seen = []

@@ -38,6 +38,7 @@ from peft_kernels.integrations.transformers.attention.prefixed import (
 
 KERNEL = "prefix_attention"
 NAME = "peft_kernels_adapters_prefix"
+_EAGER = "eager_attention_forward"  # in the module that a class is in
 LEFT_OUT = "sdpa, whose mask leaves out the prefix or text"
 DROPOUT = "dropout of attention"
 _CALLERS = (
@@ -76,7 +77,7 @@ class _Caller(_Served):
     """A module that calls the attention function which its config names."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = _parameters(own_class(type(self)))
+        names = _parameters(self.theirs)
         given = dict(zip(names, args, strict=False)) | kwargs
         awaited = Awaited(self, self._why_not(given))
         with using(awaited):
@@ -120,7 +121,7 @@ class _Bert(_Served):
         if layer.get_active_setup() is None:
             return theirs(*whole)
         given = {"head_mask": head_mask, "output_attentions": output_attentions}
-        is_sdpa = "Sdpa" in own_class(type(self)).__name__
+        is_sdpa = "Sdpa" in self.theirs.__name__
         causal = is_sdpa and self.is_decoder and attention_mask is None
         causal = causal and encoder_hidden_states is None and hidden_states.shape[1] > 1
         reason = self._why_not(given) or self._why_not_own()
@@ -166,7 +167,7 @@ def serve(attention: Any, strict: bool) -> None:
     kind = own_class(type(attention))
     names = [base.__name__ for base in kind.__mro__]
     ours = next((ours for name, ours in _KINDS.items() if name in names), None)
-    if ours is not None:
+    if ours is not None and not isinstance(attention, ours):
         attention.__class__ = served_class(ours, kind)
     crosses = getattr(attention, "is_cross_attention", False)
     decodes = any(getattr(attention, name, False) for name in ("is_causal", "is_decoder"))
@@ -274,7 +275,8 @@ def _why_not_masked(layer: Any, is_sdpa: bool, mask: Tensor | None, causal: bool
 def _function_of(module: Any, name: str) -> Any:
     """The attention function that the module calls without ours."""
     if name == "eager":
-        return sys.modules[own_class(type(module)).__module__].eager_attention_forward
+        homes = (vars(sys.modules[kind.__module__]) for kind in module.theirs.__mro__)
+        return next(home[_EAGER] for home in homes if _EAGER in home)
     return ALL_ATTENTION_FUNCTIONS[name]
 
 

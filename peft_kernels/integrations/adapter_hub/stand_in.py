@@ -14,6 +14,8 @@ from torch import nn
 class StandIn:
     """The first base of ours."""
 
+    theirs: type  # of a class that is made: the library's, for subclasses of it too
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is of this process: a copy or a pickle names the two that it is made of.
         reduced: Any = super().__reduce_ex__(protocol)
@@ -24,7 +26,7 @@ class StandIn:
 @cache
 def served_class(ours: Any, theirs: Any) -> Any:
     """The class that takes the place of theirs."""
-    names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__}
+    names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "theirs": theirs}
     return type(theirs.__name__, (ours, theirs), {**names, "__doc__": theirs.__doc__})
 
 
