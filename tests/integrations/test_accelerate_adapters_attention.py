@@ -59,9 +59,9 @@ def prefix(**options):
 
 
 def of(kind, **options):
-    sizes = SIZES if "d_model" not in options else {}
+    sizes, family = SIZES if "d_model" not in options else {}, kind.removesuffix("LMHead")
     return lambda: getattr(transformers, f"{kind}Model")(
-        getattr(transformers, f"{kind}Config")(**sizes, **options)
+        getattr(transformers, f"{family}Config")(**sizes, **options)
     )
 
 
@@ -231,10 +231,29 @@ def test_flat_and_ejected_prefixes(make):
     assert set(report.counts()) == {ATTENTION, ONCE}
 
 
-@pytest.mark.parametrize("make", [eager(make_gpt2), eager(make_llama)], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("options", [
+    {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {},
+], ids=str)  # fmt: skip
+def test_options_and_masks_of_gpt2(options):
+    """Its eager attention is causal whatever the mask, and scales in ways of its own."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    config = transformers.GPT2Config(vocab_size=32, **sizes, **options)
+    model = with_adapters(eager(lambda: transformers.GPT2LMHeadModel(config)), a=prefix())
+    free = torch.zeros(4, 1, 6, 6, dtype=torch.float64)
+    assert_as_theirs(model, {ATTENTION, ONCE}, inputs={"attention_mask": free})
+    long = with_adapters(eager(make_gpt2), a=prefix(prefix_length=12))
+    report = peft_kernels.accelerate(long)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        long(IDS)
+    assert "more positions than the model has" in report.counts()
+
+
+@pytest.mark.parametrize("make", [
+    of("BertLMHead", is_decoder=True), eager(make_gpt2), eager(make_llama),
+], ids=["bert", "gpt2", "llama"])  # fmt: skip
 def test_generated_text(make):
     """The library's cache is of text alone: every step has the prefix beside it."""
-    model = with_adapters(make, a=prefix())
+    model = with_adapters(make, torch.float32, a=prefix())
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 31, "eos_token_id": None}
     expected = model.generate(IDS, attention_mask=MASK.flip(1), **options)
     report = peft_kernels.accelerate(model)
