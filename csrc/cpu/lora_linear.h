@@ -6,6 +6,7 @@ namespace peft_kernels {
 
 struct LoRALinearForward {
   Matrix x, weight, lora_a, lora_b;  // [m, k], [n, k], [r, k], [n, r]
+  const Codes* codes;                // the weight, whose matrix has no data then; or null
   const Matrix* bias;                // [1, n], or null
   const float* gain;                 // [n], the factors of all but the bias; null for 1
   const Dropout* dropout;            // null for none
@@ -17,6 +18,7 @@ struct LoRALinearForward {
 
 struct LoRALinearBackward {
   Matrix dy, x, weight, lora_a, lora_b;
+  const Codes* codes;
   const float* s;
   const Dropout* dropout;
   float scale;

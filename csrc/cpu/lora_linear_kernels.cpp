@@ -17,6 +17,8 @@ void lora_linear_fwd(const LoRALinearForward& f, const Parallel& parallel) {
   // 2. y = gain (x W^T + Z B^T) + b
   sweep({.x = f.x,
          .g = f.weight.transposed(),
+         .codes = f.codes,
+         .transposed = true,
          .projection = &projection,
          .z = z,
          .h = f.lora_b.transposed(),
@@ -52,6 +54,7 @@ void lora_linear_bwd(const LoRALinearBackward& b, const Parallel& parallel) {
   if (b.dx)
     sweep({.x = b.dy,
            .g = b.weight,
+           .codes = b.codes,
            .z = ds,
            .h = b.lora_a,
            .r = r,

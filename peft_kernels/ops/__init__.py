@@ -2,6 +2,7 @@
 
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank, Routing, Trained, route
 from peft_kernels.ops._lora_factors import LoRAFactors
+from peft_kernels.ops._quantized import NestedScales, QuantizedWeight, dequantize
 from peft_kernels.ops.adapter import adapter
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
 from peft_kernels.ops.dora_linear import dora_linear, dora_norm, dora_squares
@@ -15,12 +16,15 @@ __all__ = [
     "BankDropout",
     "LoRABank",
     "LoRAFactors",
+    "NestedScales",
     "PromptedInputs",
+    "QuantizedWeight",
     "Routing",
     "Trained",
     "absorb",
     "adapter",
     "adapter_fusion",
+    "dequantize",
     "dora_linear",
     "dora_norm",
     "dora_squares",

@@ -31,10 +31,17 @@ from peft_kernels.ops._checks import (
 from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._quantized import (
+    QuantizedWeight,
+    check_codes,
+    dequantize,
+    lora_linear_codes,
+)
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded, lora_linear_sharded
 from peft_kernels.ops._transforms import (
     gradients_of,
+    is_special,
     wants_composition,
     wants_gradient_composition,
 )
@@ -194,7 +201,7 @@ _call = define_call(
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -215,7 +222,8 @@ def lora_linear(
 
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
-        weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good).
+        weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good),
+            or one in codes, which is widened piece by piece and receives no gradient.
         lora_a: ``[r, k]`` in float32 or the dtype of x, r >= 1.
         lora_b: ``[n, r]`` in the dtype of ``lora_a``.
         bias: ``[n]`` in the dtype of x.
@@ -232,11 +240,14 @@ def lora_linear(
             a ``scale`` that requires a gradient.
         TypeError: dtypes that can't be mixed, DTensors beside plain tensors.
     """
-    x, weight, bias = autocast(x, weight, bias)
-    check_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p)
-    if are_sharded(x, weight):
+    if isinstance(weight, QuantizedWeight):
+        options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+        return _over_codes(x, weight, lora_a, lora_b, **options)
+    x, base, bias = autocast(x, weight, bias)
+    check_lora(x, base, bias, lora_a, lora_b, scale, dropout_p)
+    if are_sharded(x, base):
         return lora_linear_sharded(
-            lora_linear, x, weight, lora_a, lora_b,
+            lora_linear, x, base, lora_a, lora_b,
             bias=bias, scale=scale, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
@@ -246,8 +257,26 @@ def lora_linear(
             check_gradient_of_scale()
         scale, scale_t = 1.0, scale
     return _served(
-        x, weight, bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed
+        x, base, bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed
     )  # fmt: skip
+
+
+def _over_codes(x, weight, lora_a, lora_b, *, bias, scale, dropout_p, seed) -> Tensor:
+    """:func:`lora_linear` over a weight in codes."""
+    x, _, bias = autocast(x, None, bias)
+    check_codes(x, weight, bias, lora_a, lora_b)
+    _check_options(scale, dropout_p)
+    if is_special():
+        options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+        return lora_linear(x, dequantize(weight, x.dtype), lora_a, lora_b, **options)
+    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    scale_t = None
+    if isinstance(scale, Tensor):
+        if scale.requires_grad:
+            check_gradient_of_scale()
+        scale, scale_t = 1.0, scale
+    rest = bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed
+    return in_shape_of(x, lora_linear_codes(rows_of(x), weight, *rest))
 
 
 def lora_linear_plain(
@@ -313,6 +342,10 @@ def check_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, but must be [n] = [{n}]")
     if not are_alike(x, weight, bias, lora_a, lora_b):
         _check_types(x, (("weight", weight), ("bias", bias)), lora_a, lora_b)
+    _check_options(scale, dropout_p)
+
+
+def _check_options(scale: float | Tensor, dropout_p: float) -> None:
     if isinstance(scale, Tensor) and scale.dim() != 0:
         raise ValueError(f"scale must be a float or a 0-d tensor; got shape {tuple(scale.shape)}")
     check_dropout(dropout_p)

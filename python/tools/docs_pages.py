@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _results
 import headline
 import peft_models
+import peft_overhead
 import traffic
 
 from peft_kernels import cli
@@ -106,6 +107,11 @@ def _peft_models() -> str:
     return peft_models.table(json.loads(_results.PEFT_MODELS.read_text()))
 
 
+def _peft_overhead() -> str:
+    """What one of their layers costs beside its operations."""
+    return peft_overhead.table(json.loads(_results.PEFT_OVERHEAD.read_text()))
+
+
 def _traffic() -> str:
     """Whole passes over activations beyond the bare layer's: our plans, and the peers."""
     passes: dict[str, dict[str, float]] = {}
@@ -139,5 +145,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "machines": _machines,
     "traffic": _traffic,
     "peft_models": _peft_models,
+    "peft_overhead": _peft_overhead,
     "commands": _commands,
 }

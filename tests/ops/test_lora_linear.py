@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_kernels
-from peft_kernels.ops import lora_linear
+from peft_kernels.ops import QuantizedWeight, dequantize, lora_linear
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops.lora_linear import example_inputs, lora_linear_plain
 
@@ -80,6 +80,25 @@ NATIVE_SHAPES = st.tuples(
     st.sampled_from([0, 1, 5, 8, 24, 63, 64, 257]),
     st.sampled_from([1, 2, 6, 8, 16, 17, 40, 130]),
 )
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (37, 29), (130, 136)])
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_over_codes_on_any_shape(m, n, k):
+    codes = torch.randint(0, 256, (-(-n * k // 2),), dtype=torch.uint8)
+    scales, book = torch.rand(-(-n * k // 32)) + 0.5, torch.linspace(-1, 1, 16)
+    weight = QuantizedWeight(codes, scales, (n, k), 32, book)
+    plain = example_inputs(m, n, k, 3, bias=False)
+    given = [plain[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
+    x, a, b = given
+    dy = torch.randn(m, n)
+    y = lora_linear(x, weight, a, b, dropout_p=0.2, seed=1)
+    found = [y, *torch.autograd.grad(y, given, dy)]
+    wide = x.double(), dequantize(weight).double(), a.double(), b.double()
+    y = lora_linear(*wide, dropout_p=0.2, seed=1)
+    for one, exact in zip(found, [y, *torch.autograd.grad(y, given, dy.double())], strict=True):
+        torch.testing.assert_close(one.double(), exact.double(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.builds

@@ -1,8 +1,8 @@
 // The activation-sized product for a few rows, where reading G is the whole cost: G is read once,
 // in the order it lies in memory, converted in registers and never packed.
 #pragma once
+#include "codes.h"
 #include "philox.h"
-#include "tile.h"
 
 namespace peft_kernels::PK_ISA {
 
@@ -21,7 +21,9 @@ struct Finish {
 };
 
 struct Sweep {
-  Matrix x, g;                   // [m, d], [d, c]
+  Matrix x, g;                   // [m, d], [d, c]; without data where G is in codes,
+  const Codes* codes;            // W [c, d] that G is the transpose of, or [d, c] that G is
+  bool transposed;
   const Projection* projection;  // null: Z is given
   float* z;                      // [m, r]
   Matrix h;                      // [r, c]
@@ -92,14 +94,15 @@ PK_INLINE void add_dots(int64_t depth, const float* x, int64_t x_row, const T* g
 // out(row + i, col + j) for R x C elements: G's rows here are columns of the product. Lanes of both
 // products are summed once, together.
 template <int R, int C>
-PK_INLINE void few_dot_block(const Sweep& s, const float* x, int64_t row, int64_t col) {
+PK_INLINE void few_dot_block(const Sweep& s, const Matrix& g, const float* x, int64_t row,
+                             int64_t col) {
   float dots[4][4];
   for (int j = 0; j < C; j++)
     for (int i = 0; i < R; i++) dots[i][j] = s.gain ? 0 : bias_at(s, col + j);
   const int64_t d = s.x.cols;
   Vec totals[R][C]{};
-  with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
-    add_dots<R, C>(d, x + row * d, d, g, s.g.col_stride, totals, dots);
+  with_type(g.dtype, g.data, [&](auto* from) {
+    add_dots<R, C>(d, x + row * d, d, from, g.col_stride, totals, dots);
   });
   if (s.r)
     with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
@@ -112,14 +115,15 @@ PK_INLINE void few_dot_block(const Sweep& s, const float* x, int64_t row, int64_
   }
 }
 
+// C columns, from the first of g's on.
 template <int C>
-PK_INLINE void few_dot_columns(const Sweep& s, const float* x, int64_t col) {
+PK_INLINE void few_dot_columns(const Sweep& s, const Matrix& g, const float* x, int64_t col) {
   const int64_t m = s.x.rows;
   for (int64_t row = 0; row < m; row += 4) switch (m - row) {
-      case 1: few_dot_block<1, C>(s, x, row, col); break;
-      case 2: few_dot_block<2, C>(s, x, row, col); break;
-      case 3: few_dot_block<3, C>(s, x, row, col); break;
-      default: few_dot_block<4, C>(s, x, row, col);
+      case 1: few_dot_block<1, C>(s, g, x, row, col); break;
+      case 2: few_dot_block<2, C>(s, g, x, row, col); break;
+      case 3: few_dot_block<3, C>(s, g, x, row, col); break;
+      default: few_dot_block<4, C>(s, g, x, row, col);
     }
 }
 
@@ -138,10 +142,16 @@ inline const float* contiguous_rows(const Matrix& x, float* buffer) {
 inline void few_dot(const Sweep& s, const float* x, const Parallel& parallel) {
   const int64_t c = s.out.cols, tasks = std::min<int64_t>(parallel.threads, round_up(c, 3) / 3);
   parallel(tasks, [&](int64_t task) {
+    const int64_t d = s.x.cols, end = c * (task + 1) / tasks;
+    const Scratch widened(s.codes ? 3 * d : 0);
+    const auto columns = [&](int64_t col, int64_t count) {
+      if (!s.codes) return Matrix{s.g.at(0, col), s.g.dtype, d, count, 1, s.g.col_stride};
+      for (int64_t j = 0; j < count; j++) widen_codes(*s.codes, (col + j) * d, d, widened + j * d);
+      return Matrix{widened, DType::f32, d, count, 1, d};
+    };
     int64_t col = c * task / tasks;
-    const int64_t end = c * (task + 1) / tasks;
-    for (; col + 3 <= end; col += 3) few_dot_columns<3>(s, x, col);
-    for (; col < end; col++) few_dot_columns<1>(s, x, col);
+    for (; col + 3 <= end; col += 3) few_dot_columns<3>(s, columns(col, 3), x, col);
+    for (; col < end; col++) few_dot_columns<1>(s, columns(col, 1), x, col);
   });
 }
 
@@ -221,6 +231,15 @@ PK_INLINE void axpy_block(int64_t m, const float* x, int64_t x_row, const T* g, 
         sums[i * width + j] += x[i * x_row + p] * widen(g[p * g_row + j]);
 }
 
+// Rows of G where they lie, or widened to buffer.
+inline Matrix rows_of_g(const Sweep& s, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                        float* buffer) {
+  if (!s.codes) return {s.g.at(row, col), s.g.dtype, rows, cols, s.g.row_stride, 1};
+  for (int64_t p = 0; p < rows; p++)
+    widen_codes(*s.codes, (row + p) * s.codes->cols + col, cols, buffer + p * cols);
+  return {buffer, DType::f32, rows, cols, cols, 1};
+}
+
 // G with c contiguous: rows of G scaled by elements of X and summed, in runs as in tile.h.
 inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
@@ -232,22 +251,28 @@ inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t tasks = std::min<int64_t>(parallel.threads, units);
   parallel(tasks, [&](int64_t task) {
     const Scratch panel(s.r * LANES), sums(m * width), totals(m * width);
+    const Scratch widened(s.codes ? AXPY_DEPTH * width : 0);
     const int64_t end = std::min(c, units * (task + 1) / tasks * LANES);
     for (int64_t col = units * task / tasks * LANES; col < end; col += width) {
       const int64_t cols = std::min(width, end - col);
       few_axpy_start(s, col, cols, width, panel, totals);
       std::memset(sums, 0, m * width * sizeof(float));
-      with_type(s.g.dtype, s.g.at(0, col), [&](auto* g) {
-        const int64_t row = s.g.row_stride, whole = d / AXPY_DEPTH * AXPY_DEPTH;
-        for (int64_t p = 0; p < whole; p += AXPY_DEPTH) {
-          if (p && p % AXPY_RUN == 0) end_run(m * width, sums, totals);
-          axpy_block(m, x + p, d, g + p * row, row, cols, width, sums);
-        }
-        for (int64_t p = whole; p < d; p++)
+      const int64_t whole = d / AXPY_DEPTH * AXPY_DEPTH;
+      for (int64_t p = 0; p < whole; p += AXPY_DEPTH) {
+        if (p && p % AXPY_RUN == 0) end_run(m * width, sums, totals);
+        const Matrix g = rows_of_g(s, p, AXPY_DEPTH, col, cols, widened);
+        with_type(g.dtype, g.data, [&](auto* from) {
+          axpy_block(m, x + p, d, from, g.row_stride, cols, width, sums);
+        });
+      }
+      for (int64_t p = whole; p < d; p++) {
+        const Matrix g = rows_of_g(s, p, 1, col, cols, widened);
+        with_type(g.dtype, g.data, [&](auto* from) {
           for (int64_t i = 0; i < m; i++)
             for (int64_t j = 0; j < cols; j++)
-              sums[i * width + j] += x[i * d + p] * widen(g[p * row + j]);
-      });
+              sums[i * width + j] += x[i * d + p] * widen(from[j]);
+        });
+      }
       end_run(m * width, sums, totals);
       for (int64_t i = 0; i < m; i++) {
         if (s.gain) end_sums(s, col, cols, totals + i * width);

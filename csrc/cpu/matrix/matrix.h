@@ -23,6 +23,20 @@ struct Matrix {
   PK_INLINE Matrix transposed() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
 };
 
+// A weight [rows, cols] in codes. Element e, counted row by row, has the scale of block e / block;
+// it is book[code], or the code itself, times that scale.
+struct Codes {
+  const uint8_t* data;       // two codes a byte, the first in the high half; int8 without a book
+  const float* book;         // [16], or null
+  int64_t block, cols;
+  const float* scales;       // times unit; or, in codes themselves,
+  float unit;
+  const uint8_t* scale_codes;
+  const float *nested_scales, *nested_book;  // null without; [256]
+  int64_t nested_block;
+  float offset;
+};
+
 // Element (i, j) is dropped when word j % 4 of philox(seed, j / 4, i, 0, 0) is below threshold.
 struct Dropout {
   uint64_t seed;

@@ -149,6 +149,12 @@ inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
   });
 }
 
+inline void pack_g(const Sweep& s, int64_t col, int64_t cols, float* panels) {
+  if (!s.codes) return pack(s.g, 0, s.x.cols, col, cols, panels);
+  if (s.transposed) return pack_code_rows(*s.codes, col, cols, panels);
+  pack_code_columns(*s.codes, s.x.cols, col, cols, panels);
+}
+
 // One strip of columns of the form below, for rows [row, row + x.rows) of out.
 inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int64_t col,
                                float* buffer) {
@@ -156,7 +162,7 @@ inline void sweep_column_strip(const Sweep& s, const Matrix& x, int64_t row, int
   const int64_t panels = round_up(cols, LANES) / LANES;
   float* g_panels = buffer;
   float* h_panels = g_panels + COLUMN_PANELS * LANES * d;
-  pack(s.g, 0, d, col, cols, g_panels);
+  pack_g(s, col, cols, g_panels);
   pack(s.h, 0, s.r, col, cols, h_panels);
   for (int64_t i = 0; i < x.rows; i += ROWS)
     with_rows(x.rows - i, [&](auto R) {
@@ -212,14 +218,16 @@ inline void sweep_columns_as_lanes(const Sweep& s, const Parallel& parallel) {
 inline void sweep(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows;
   if (m == 0) return;
-  const bool rows_contiguous = s.g.row_stride == 1 && s.g.col_stride != 1;
+  const bool rows_contiguous =
+      s.codes ? s.transposed : s.g.row_stride == 1 && s.g.col_stride != 1;
   if (s.has_base) {
     if (s.projection) project_rows(s, parallel);
     return add_low_rank(s, parallel);
   }
   if (rows_contiguous && !s.dropout) {
     const bool dot = !s.uniform && m <= FEW_ROWS_DOT && s.h.row_stride == 1;
-    return dot ? sweep_few_dot(s, parallel) : sweep_rows_as_lanes(s, parallel);
+    if (dot) return sweep_few_dot(s, parallel);
+    if (!s.codes) return sweep_rows_as_lanes(s, parallel);
   }
   if (!rows_contiguous && !s.uniform && m <= FEW_ROWS_AXPY) return sweep_few_axpy(s, parallel);
   sweep_columns_as_lanes(s, parallel);

@@ -1,0 +1,99 @@
+// Rows of a weight that lies in codes, widened to floats where a kernel needs them.
+#pragma once
+#include "tile.h"
+
+namespace peft_kernels::PK_ISA {
+
+constexpr int64_t WIDENED_DEPTH = 128;  // of a panel's columns at once: they stay in L1
+
+inline float block_scale(const Codes& c, int64_t block) {
+  if (!c.nested_scales) return c.scales[block] * c.unit;
+  const float nested = c.nested_scales[block / c.nested_block];
+  return c.nested_book[c.scale_codes[block]] * nested + c.offset;
+}
+
+// Whole runs of 16 codes, of which the first is even; returns how many it widened.
+inline int64_t widen_16s(const Codes& c, int64_t first, int64_t count, float scale, float* to) {
+#if defined(__AVX2__)
+  const __m256 factor = _mm256_set1_ps(scale);
+  int64_t i = 0;
+  if (!c.book) {
+    for (; i + 8 <= count; i += 8) {
+      const auto* from = reinterpret_cast<const __m128i*>(c.data + first + i);
+      const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));
+      _mm256_storeu_ps(to + i, _mm256_mul_ps(values, factor));
+    }
+    return i;
+  }
+  const __m256 front = _mm256_loadu_ps(c.book), back = _mm256_loadu_ps(c.book + 8);
+  const auto look_up = [&](__m256i codes) {  // by the low four bits
+    const __m256 low = _mm256_permutevar8x32_ps(front, codes);
+    const __m256 high = _mm256_permutevar8x32_ps(back, codes);
+    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+    return _mm256_mul_ps(_mm256_blendv_ps(low, high, is_high), factor);
+  };
+  for (; i + 16 <= count; i += 16) {
+    const auto* from = reinterpret_cast<const __m128i*>(c.data + (first + i) / 2);
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from));
+    const __m256 even = look_up(_mm256_srli_epi32(bytes, 4)), odd = look_up(bytes);
+    const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    _mm256_storeu_ps(to + i, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(to + i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  return i;
+#else
+  (void)c, (void)first, (void)count, (void)scale, (void)to;
+  return 0;
+#endif
+}
+
+inline float value_of(const Codes& c, int64_t element) {
+  if (!c.book) return static_cast<int8_t>(c.data[element]);
+  const int byte = c.data[element / 2];
+  return c.book[element % 2 ? byte & 15 : byte >> 4];
+}
+
+// to[i] = element first + i, counted row by row.
+inline void widen_codes(const Codes& c, int64_t first, int64_t count, float* to) {
+  int64_t block = first / c.block, left = (block + 1) * c.block - first;
+  for (int64_t i = 0; i < count; left = c.block, block++) {
+    const int64_t end = std::min(count, i + left);
+    const float scale = block_scale(c, block);
+    if (c.book && (first + i) % 2 && i < end) to[i] = value_of(c, first + i) * scale, i++;
+    i += widen_16s(c, first + i, end - i, scale, to + i);
+    for (; i < end; i++) to[i] = value_of(c, first + i) * scale;
+  }
+}
+
+// Panels of W^T: rows [col, col + count) of W are columns.
+inline void pack_code_rows(const Codes& c, int64_t col, int64_t count, float* panels) {
+  const int64_t depth = c.cols, whole = count / LANES * LANES;
+  alignas(64) float rows[LANES * WIDENED_DEPTH];
+  if (whole < count) std::memset(panels + whole * depth, 0, depth * LANES * sizeof(float));
+  for (int64_t j = 0; j < count; j += LANES) {
+    const int64_t lanes = std::min<int64_t>(LANES, count - j);
+    for (int64_t p = 0; p < depth; p += WIDENED_DEPTH) {
+      const int64_t stretch = std::min(WIDENED_DEPTH, depth - p);
+      for (int64_t i = 0; i < lanes; i++)
+        widen_codes(c, (col + j + i) * depth + p, stretch, rows + i * WIDENED_DEPTH);
+      pack_transposed(reinterpret_cast<const Float*>(rows), WIDENED_DEPTH, stretch, lanes,
+                      panels + j * depth + p * LANES);
+    }
+  }
+}
+
+// Panels of W: its columns [col, col + count), count at most WIDENED_DEPTH.
+inline void pack_code_columns(const Codes& c, int64_t depth, int64_t col, int64_t count,
+                              float* panels) {
+  const int64_t whole = count / LANES * LANES;
+  alignas(64) float row[WIDENED_DEPTH];
+  if (whole < count) std::memset(panels + whole * depth, 0, depth * LANES * sizeof(float));
+  for (int64_t p = 0; p < depth; p++) {
+    widen_codes(c, p * c.cols + col, count, row);
+    for (int64_t j = 0; j < count; j += LANES)
+      std::memcpy(panels + j * depth + p * LANES, row + j,
+                  std::min<int64_t>(LANES, count - j) * sizeof(float));
+  }
+}
+
+}  // namespace peft_kernels::PK_ISA

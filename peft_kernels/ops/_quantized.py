@@ -1,0 +1,250 @@
+"""Weights in codes, and LoRA linear over them: nothing of the weight's size is ever written.
+
+Element e of a weight ``[n, k]``, counted row by row, is
+
+    w[e] = book[code[e]] scale[e // block]      or      code[e] unit scale[e // block]
+
+with a book of 16 values for codes of 4 bits, two a byte and the first in the high half, and without
+one for int8. Scales may be in codes themselves (Dettmers et al. 2023, "QLoRA: Efficient Finetuning
+of Quantized LLMs", section 3, double quantization):
+
+    scale[b] = nested.book[scale_code[b]] nested.scale[b // nested.block] + nested.offset
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels import _library
+from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
+from peft_kernels.ops._dropout import dropout_factor
+from peft_kernels.ops._dtypes import acc_dtype
+
+
+class NestedScales(NamedTuple):
+    """What the codes of scales mean."""
+
+    scales: Tensor  # float32, one for each block of codes
+    book: Tensor  # [256] float32
+    block: int
+    offset: Tensor  # 0-d float32
+
+
+class QuantizedWeight(NamedTuple):
+    """A frozen weight in codes, in the tensors of whatever library made them."""
+
+    codes: Tensor  # uint8 with two codes a byte, or int8 with one; any shape, contiguous
+    scales: Tensor  # float32, one for each block of elements; uint8 where they are nested
+    shape: tuple[int, int]  # [n, k]
+    block: int
+    book: Tensor | None = None  # [16] float32
+    unit: float = 1.0
+    nested: NestedScales | None = None
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight itself, ``[n, k]``, rounded once from float32."""
+    return _dequantized(_arguments(weight), weight.shape[1]).to(dtype)
+
+
+def _dequantized(arguments: tuple, k: int) -> Tensor:
+    codes, scales, book, nested_scales, nested_book, n, block, nested_block, unit, offset = (
+        arguments
+    )
+    if nested_scales is not None:
+        each = nested_scales.repeat_interleave(nested_block)[: scales.numel()]
+        scales = nested_book[scales.flatten().int()] * each + offset
+    flat = codes.flatten()
+    if book is None:
+        values = flat.view(torch.int8).float() * unit
+    else:
+        values = book[torch.stack((flat >> 4, flat & 15), 1).flatten().int()][: n * k]
+    return (values * scales.flatten().repeat_interleave(block)[: n * k]).view(n, k)
+
+
+def _arguments(weight: QuantizedWeight) -> tuple:
+    """What the ops take of it."""
+    codes, scales, shape, block, book, unit, nested = weight
+    if nested is None:
+        return codes, scales, book, None, None, shape[0], block, 0, unit, 0.0
+    return (
+        codes, scales, book, nested.scales, nested.book, shape[0],
+        block, nested.block, unit, float(nested.offset),
+    )  # fmt: skip
+
+
+# ---- ops ---------------------------------------------------------------------------------------
+
+_CODES = (
+    "Tensor codes, Tensor scales, Tensor? book, Tensor? nested_scales, Tensor? nested_book, int n,"
+    " int block, int nested_block, float unit, float offset"
+)
+_OPTIONS = "float scale, Tensor? scale_t, float dropout_p, Tensor? seed"
+FWD_SCHEMA = (
+    f"(Tensor x, {_CODES}, Tensor? bias, Tensor lora_a, Tensor lora_b, {_OPTIONS})"
+    " -> (Tensor, Tensor)"
+)
+BWD_SCHEMA = (
+    f"(Tensor dy, Tensor x, {_CODES}, Tensor lora_a, Tensor lora_b, Tensor s, {_OPTIONS},"
+    " bool needs_x, bool needs_a, bool needs_b) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _factor(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | float:
+    if seed is None:
+        return 1.0
+    m, k = x.shape
+    return dropout_factor(seed, dropout_p, m, k, acc_dtype(x)).to(x.device)
+
+
+def _scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
+    return scale if scale_t is None else scale_t.to(x.device, acc_dtype(x))
+
+
+def _fwd_ref(x, *rest):
+    arguments, (bias, lora_a, lora_b, scale, scale_t, dropout_p, seed) = rest[:10], rest[10:]
+    acc = acc_dtype(x)
+    wide = x.to(acc)
+    s = (wide * _factor(x, dropout_p, seed)) @ lora_a.to(acc).T
+    y = wide @ _dequantized(arguments, x.shape[1]).to(acc).T
+    y = y + _scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype), s
+
+
+def _bwd_ref(dy, x, *rest):
+    arguments, rest = rest[:10], rest[10:]
+    lora_a, lora_b, s, scale, scale_t, dropout_p, seed, needs_x, needs_a, needs_b = rest
+    acc = acc_dtype(x)
+    scale, wide = _scale_of(scale, scale_t, x), dy.to(acc)
+    ds = scale * (wide @ lora_b.to(acc))
+    factor = _factor(x, dropout_p, seed)
+    dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if needs_x:
+        weight = _dequantized(arguments, x.shape[1]).to(acc)
+        dx = (wide @ weight + (ds @ lora_a.to(acc)) * factor).to(x.dtype)
+    if needs_a:
+        da = (ds.T @ (x.to(acc) * factor)).to(lora_a.dtype)
+    if needs_b:
+        db = (scale * (wide.T @ s)).to(lora_b.dtype)
+    return dx, da, db
+
+
+def _fwd_fake(x, *rest):
+    n, lora_a = rest[5], rest[11]
+    m, r = x.shape[0], lora_a.shape[0]
+    return x.new_empty(m, n), x.new_empty(m, r, dtype=acc_dtype(x))
+
+
+def _bwd_fake(dy, x, *rest):
+    (lora_a, lora_b), needs = rest[10:12], rest[-3:]
+    shapes = zip((x, lora_a, lora_b), needs, strict=True)
+    return tuple(like.new_empty(like.shape if needed else (0,)) for like, needed in shapes)
+
+
+for _name, _schema, _reference, _fake in (
+    ("lora_linear_codes", FWD_SCHEMA, _fwd_ref, _fwd_fake),
+    ("lora_linear_codes_bwd", BWD_SCHEMA, _bwd_ref, _bwd_fake),
+):
+    _library.define(_name, _schema, reference=_reference, fake=_fake, triton=None)
+
+
+class LoRALinearCodes(torch.autograd.Function):
+    """y of rows x; the weight has no gradient, and isn't kept but in its codes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
+        variant, arguments = _library.variant(x.dtype), _arguments(weight)
+        fwd = _library.get_op("lora_linear_codes", variant)
+        y, s = fwd(x, *arguments, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed)
+        tensors = arguments[:5]
+        ctx.save_for_backward(x, lora_a, lora_b, s, scale_t, seed, *tensors)
+        ctx.options = scale, dropout_p, variant, arguments[5:]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, lora_a, lora_b, s, scale_t, seed, *tensors = ctx.saved_tensors
+        scale, dropout_p, variant, numbers = ctx.options
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        bwd = _library.get_op("lora_linear_codes_bwd", variant)
+        found = bwd(
+            dy.contiguous(), x, *tensors, *numbers, lora_a, lora_b, s,
+            scale, scale_t, dropout_p, seed, *needs,
+        )  # fmt: skip
+        dx, da, db = (one if needed else None for one, needed in zip(found, needs, strict=True))
+        d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, d_bias, da, db, None, None, None, None
+
+
+def lora_linear_codes(x, weight: QuantizedWeight, *rest) -> Tensor:
+    """y of rows x ``[m, k]``; the rest as of :class:`LoRALinearCodes`."""
+    learns = torch.is_grad_enabled() and any(
+        isinstance(one, Tensor) and one.requires_grad for one in (x, *rest)
+    )
+    if learns:
+        return LoRALinearCodes.apply(x, weight, *rest)
+    op = _library.get_op("lora_linear_codes", _library.variant(x.dtype))
+    return op(x, *_arguments(weight), *rest)[0]
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
+    """Raises a ValueError or TypeError unless these go together."""
+    codes, scales, (n, k), _, book, _, nested = weight
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must end in weight's k = {k}")
+    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] < 1:
+        raise ValueError(
+            f"lora_a and lora_b must be [r, k] and [n, r]; got {tuple(lora_a.shape)} and "
+            f"{tuple(lora_b.shape)}"
+        )
+    if lora_a.shape[1] != k or lora_b.shape != (n, lora_a.shape[0]):
+        raise ValueError(
+            f"lora_a and lora_b must be [r, {k}] and [{n}, r]; got {tuple(lora_a.shape)} and "
+            f"{tuple(lora_b.shape)}"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, but must be [n] = [{n}]")
+    check_float("x", x)
+    check_same("x", x, [("bias", bias)])
+    check_adapter("x", x, [("lora_a", lora_a)])
+    check_same("lora_a", lora_a, [("lora_b", lora_b)])
+    named = {"codes": codes, "scales": scales, "book": book}
+    if nested is not None:
+        named |= {"nested.scales": nested.scales, "nested.book": nested.book}
+    check_devices("x", x, [("bias", bias), ("lora_a", lora_a), *named.items()])
+    _check_layout(weight)
+
+
+def _check_layout(weight: QuantizedWeight) -> None:
+    codes, scales, (n, k), block, book, _, nested = weight
+    if block < 1:
+        raise ValueError(f"weight.block must be at least 1; got {block}")
+    blocks = -(-n * k // block)
+    wanted, bits = (-(-n * k // 2), torch.uint8) if book is not None else (n * k, torch.int8)
+    if codes.dtype is not bits or codes.numel() != wanted or not codes.is_contiguous():
+        raise ValueError(
+            f"weight.codes must be {wanted} contiguous {bits} for a weight {[n, k]}; "
+            f"got {codes.numel()} of {codes.dtype}"
+        )
+    if book is not None and (book.shape != (16,) or book.dtype is not torch.float32):
+        raise ValueError(f"weight.book must be [16] float32; got {tuple(book.shape)}, {book.dtype}")
+    kind = torch.float32 if nested is None else torch.uint8
+    if scales.dtype is not kind or scales.numel() != blocks or not scales.is_contiguous():
+        raise ValueError(
+            f"weight.scales must be {blocks} contiguous {kind}, one for each {block} elements; "
+            f"got {scales.numel()} of {scales.dtype}"
+        )
+    if nested is None:
+        return
+    wanted = -(-blocks // max(nested.block, 1))
+    if nested.block < 1 or nested.scales.numel() != wanted or nested.book.shape != (256,):
+        raise ValueError(
+            f"weight.nested must have a book of 256 and {wanted} scales, one for each "
+            f"{nested.block} codes; got {tuple(nested.book.shape)} and {nested.scales.numel()}"
+        )

@@ -1,0 +1,173 @@
+"""lora_linear over weights in codes: against the weight itself, dequantised, in float64.
+
+In each build, in test_lora_linear.py; the formats' own libraries in integrations/.
+"""
+
+import pytest
+import torch
+from errors import assert_as_good_as
+
+import peft_kernels
+from peft_kernels.ops import NestedScales, QuantizedWeight, dequantize, lora_linear
+from peft_kernels.ops._quantized import _arguments
+from peft_kernels.tools.bench.measure import saved_bytes
+from peft_kernels.tools.bench.peak import peak_bytes
+
+BOOK = torch.linspace(-1, 1, 16) ** 3
+
+
+def weight_of(n, k, *, block=64, kind="nested"):
+    """Random codes: with a book and scales, with scales in codes too, or int8 by rows."""
+    torch.manual_seed(n + k)
+    if kind == "int8":
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        return QuantizedWeight(codes, torch.rand(n) + 0.5, (n, k), k, unit=1 / 127)
+    blocks = -(-n * k // block)
+    codes = torch.randint(0, 256, (-(-n * k // 2), 1), dtype=torch.uint8)
+    if kind == "flat":
+        return QuantizedWeight(codes, torch.rand(blocks) + 0.5, (n, k), block, BOOK)
+    scale_codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+    book = torch.linspace(-1, 1, 256)
+    nested = NestedScales(torch.rand(-(-blocks // 256)) + 0.5, book, 256, torch.tensor(2.0))
+    return QuantizedWeight(codes, scale_codes, (n, k), block, BOOK, nested=nested)
+
+
+def problem(m, n, k, dtype=torch.float32, r=6):
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    return x, torch.randn(r, k).div(k**0.5), torch.randn(n, r), bias
+
+
+def run(x, weight, a, b, bias, dy, **options):
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, a, b, bias)]
+    y = lora_linear(leaves[0], weight, leaves[1], leaves[2], bias=leaves[3], scale=0.5, **options)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def element(weight, i, j):
+    """One element, by the definition."""
+    e = i * weight.shape[1] + j
+    scale = weight.scales.flatten()[e // weight.block]
+    if weight.nested is not None:
+        nested = weight.nested
+        each = nested.scales[e // weight.block // nested.block]
+        scale = nested.book[int(scale)] * each + nested.offset
+    if weight.book is None:
+        return weight.codes.flatten()[e] * weight.unit * scale
+    byte = int(weight.codes.flatten()[e // 2])
+    return weight.book[byte & 15 if e % 2 else byte >> 4] * scale
+
+
+@pytest.mark.parametrize("kind", ["flat", "nested", "int8"])
+def test_dequantize_is_the_definition(kind):
+    weight = weight_of(5, 33, block=32, kind=kind)
+    expected = torch.stack([element(weight, i, j) for i in range(5) for j in range(33)])
+    torch.testing.assert_close(dequantize(weight), expected.view(5, 33), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["flat", "nested", "int8"])
+@pytest.mark.parametrize("m", [1, 7, 40])
+def test_against_float64(m, kind, p, backend):
+    n, k = 37, 70
+    weight = weight_of(n, k, kind=kind)
+    x, a, b, bias = problem(m, n, k)
+    dy = torch.randn(m, n)
+    with peft_kernels.backend(backend):
+        found = run(x, weight, a, b, bias, dy, dropout_p=p, seed=5)
+    plain = dequantize(weight)
+    wide = [tensor.double() for tensor in (x, plain, a, b, bias, dy)]
+    exact = run(*wide, dropout_p=p, seed=5)
+    with peft_kernels.backend("reference"):
+        eager = run(x, plain, a, b, bias, dy, dropout_p=p, seed=5)
+    names = "y", "dx", "da", "db", "d_bias"
+    for name, one, other, reference in zip(names, found, eager, exact, strict=True):
+        assert_as_good_as(one, other, reference, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_rounded_once(dtype):
+    weight = weight_of(64, 96)
+    x, a, b, bias = problem(9, 64, 96, dtype)
+    dy = torch.randn(9, 64).to(dtype)
+    found = run(x, weight, a, b, bias, dy)
+    wide = [tensor.double() for tensor in (x, dequantize(weight), a, b, bias, dy)]
+    for one, exact in zip(found, run(*wide), strict=True):
+        rtol = 1e-5 if one.dtype is torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(one.double(), exact, rtol=rtol, atol=4e-5)
+
+
+def test_nothing_of_the_weights_size_is_allocated_or_kept():
+    n = k = 1024
+    weight = weight_of(n, k)
+    x, a, b, bias = problem(16, n, k, r=8)
+    dy = torch.randn(16, n)
+    step = lambda: run(x, weight, a, b, bias, dy)  # noqa: E731
+    step()
+    held = [weight.codes, weight.scales, *weight.nested[:2], weight.book, a, b, bias, x]
+    forward = lambda: lora_linear(x, weight, a.requires_grad_(), b)  # noqa: E731
+    assert saved_bytes(forward, held) == 4 * 16 * 8  # S
+    peak = peak_bytes(step)
+    assert peak is None or peak < n * k  # a quarter of it in float32
+
+
+def test_gradients_go_on_after_evaluation():
+    weight = weight_of(32, 64)
+    x, a, b, bias = problem(4, 32, 64)
+    dy = torch.randn(4, 32)
+    before = run(x, weight, a, b, bias, dy)
+    with torch.no_grad():
+        lora_linear(x, weight, a, b, bias=bias)
+    for one, other in zip(before, run(x, weight, a, b, bias, dy), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_of_any_dimensions_and_under_vmap():
+    weight = weight_of(32, 64)
+    x, a, b, _ = problem(6, 32, 64)
+    y = lora_linear(x, weight, a, b)
+    assert torch.equal(lora_linear(x.view(2, 3, 64), weight, a, b), y.view(2, 3, 32))
+    mapped = torch.func.vmap(lambda row: lora_linear(row, weight, a, b))(x)
+    torch.testing.assert_close(mapped, y, rtol=1e-4, atol=1e-4)
+
+
+def test_ops_are_registered_as_torch_expects():
+    weight = weight_of(8, 64)
+    x, a, b, bias = problem(3, 8, 64)
+    ops = torch.ops.peft_kernels
+    options = 0.5, None, 0.0, None
+    forward = x, *_arguments(weight), bias, a, b, *options
+    torch.library.opcheck(ops.lora_linear_codes.default, forward)
+    s = x @ a.T
+    backward = torch.randn(3, 8), x, *_arguments(weight), a, b, s, *options, True, True, False
+    torch.library.opcheck(ops.lora_linear_codes_bwd.default, backward)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": 0}, "block must be at least 1"),
+        ({"codes": torch.zeros(5, dtype=torch.uint8)}, "codes must be 1024 contiguous torch.uint8"),
+        ({"scales": torch.zeros(3)}, "scales must be 32 contiguous torch.uint8"),
+        ({"book": torch.zeros(8)}, r"book must be \[16\]"),
+        ({"nested": NestedScales(torch.ones(2), torch.ones(256), 256, torch.ones(()))}, "1 scales"),
+        ({"shape": (32, 32)}, "k = 32"),
+    ],
+)
+def test_bad_weights_are_named(change, message):
+    x, a, b, _ = problem(4, 32, 64)
+    with pytest.raises(ValueError, match=message):
+        lora_linear(x, weight_of(32, 64)._replace(**change), a, b)
+
+
+def test_bad_factors_are_named():
+    x, a, b, bias = problem(4, 32, 64)
+    weight = weight_of(32, 64)
+    with pytest.raises(ValueError, match=r"\[r, 64\] and \[32, r\]"):
+        lora_linear(x, weight, a, b[1:])
+    with pytest.raises(ValueError, match=r"bias has shape \(31,\)"):
+        lora_linear(x, weight, a, b, bias=bias[1:])
+    with pytest.raises(TypeError, match="lora_a must be"):
+        lora_linear(x, weight, a.double(), b.double())
+    with pytest.raises(ValueError, match="dropout_p"):
+        lora_linear(x, weight, a, b, dropout_p=1.0)
