@@ -7,15 +7,19 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.calls.carried import carried
+
 CALLS = "_peft_kernels_calls"  # in a layer's __dict__: how many calls took which way
 WHOLE = (nn.Parameter, Tensor)
 
 
 def count(layer: nn.Module, way: str) -> None:
     """One more call of the layer that took this way."""
-    if not torch.compiler.is_compiling():  # a count is no constant of a graph
-        counts = layer.__dict__.setdefault(CALLS, {})
-        counts[way] = counts.get(way, 0) + 1
+    if torch.compiler.is_compiling():  # a count is no constant of a graph
+        carried()  # a guard: what hooks hand to the layer goes by it, and hooks aren't guarded
+        return
+    counts = layer.__dict__.setdefault(CALLS, {})
+    counts[way] = counts.get(way, 0) + 1
 
 
 def is_plain(module: nn.Module) -> bool:

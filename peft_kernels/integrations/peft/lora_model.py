@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import Any
 
 from peft import LoraModel as PeftLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from peft_kernels.calls.carried import Carried
+
+# The thread that began the call: what compiled code finds unchanged in its next call.
+_CALLER: Carried[int] = Carried("a call with adapter_names")
 
 
 class LoraModel(PeftLoraModel):
-    """PEFT's, but for one refusal: ``adapter_names`` in training.
+    """PEFT's, but for ``adapter_names``: in training too, and in the call alone that has them.
 
-    The layers below have a kernel for it, with gradients to the adapters that rows name.
+    The layers below have a kernel for it, with gradients to the adapters that rows name. PEFT hands
+    the names on by hooks, which the calls of other threads would meet as well.
     """
 
     @contextmanager
@@ -26,20 +34,21 @@ class LoraModel(PeftLoraModel):
                 "layers again in the backward, without the names: first call "
                 "gradient_checkpointing_disable()"
             )
-        model: Any = _Layers(self) if named else self
-        hooks = PeftLoraModel._enable_peft_forward_hooks(model, *args, **kwargs)
-        hooks.__enter__()
-        try:
-            yield
-        finally:
-            hooks.__exit__(None, None, None)  # an error would leave PEFT's hooks where they are
+        model: Any = _Model(self) if named else self
+        with _CALLER.within(get_ident()) if named else nullcontext():
+            hooks = PeftLoraModel._enable_peft_forward_hooks(model, *args, **kwargs)
+            hooks.__enter__()
+            try:
+                yield
+            finally:
+                hooks.__exit__(None, None, None)  # an error would leave PEFT's where they are
 
 
-class _Layers:
+class _Model:
     """A model as PEFT sees it when it hands names to its layers: not in training, where it refuses.
 
-    Its modules are those without the parts of layers: with several adapters nearly all of a model's
-    modules are parts, and PEFT walks twice over all on each call.
+    Its modules are those that take names. PEFT walks twice over all on each call, and with several
+    adapters nearly all of a model's modules are parts of layers.
     """
 
     training = False
@@ -48,9 +57,15 @@ class _Layers:
         self._model = model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        found = getattr(self._model, name)
+        if name == "model":
+            return _Model(found)
+        if name == "get_encoder":
+            encoder = found()
+            return lambda: self if encoder is self._model else encoder and _Model(encoder)
+        return found
 
-    def modules(self) -> Iterator[nn.Module]:
+    def modules(self) -> Iterator[_Layer]:
         seen: set[nn.Module] = set()
         left: list[nn.Module | None] = [self._model]
         while left:
@@ -58,10 +73,34 @@ class _Layers:
             if module is None or module in seen:
                 continue
             seen.add(module)
-            yield module
-            parts = module._modules
-            is_layer = isinstance(module, BaseTunerLayer)
+            parts, is_layer = module._modules, isinstance(module, BaseTunerLayer)
+            if is_layer or isinstance(module, AuxiliaryTrainingWrapper):
+                yield _Layer(module)
             left += (parts.get("base_layer"),) if is_layer else parts.values()
+
+
+class _Layer:
+    """One of its layers, whose hooks are of the running call."""
+
+    _layer: Any = None
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    # isinstance() asks for it.
+    __class__ = property(lambda self: type(self._layer))  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
+        caller = get_ident()
+
+        # Without kwargs where another thread is putting its hook there, or taking it away.
+        def of_this_call(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+            return hook(module, args, kwargs) if _CALLER.get() == caller else None
+
+        return self._layer.register_forward_pre_hook(of_this_call, **options)
 
 
 def _is_checkpointed(model: nn.Module) -> bool:
