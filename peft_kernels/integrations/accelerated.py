@@ -64,8 +64,11 @@ class Report:
         return dict(self._calls() - self._before)
 
     def missing(self) -> list[str]:
-        """The layers that came into the model since; another :func:`accelerate` takes them in."""
-        return [name for _, name in self._missing()]
+        """The layers that came into the model since, or that have kernels no longer.
+
+        Another :func:`accelerate` takes them in.
+        """
+        return [name for _, name, _ in self._missing()]
 
     def summary(self) -> str:
         """One line: how many layers run on kernels, and why the others don't."""
@@ -73,8 +76,9 @@ class Report:
         if not libraries:
             return "the model has no layers of PEFT's or adapters', and is as it was"
         line = "; ".join(self._summary_of(library) for library in libraries)
-        missing = len(self.missing())
-        return f"{line}; {missing} came later: accelerate() again" if missing else line
+        missing = Counter(why for _, _, why in self._missing())
+        since = ", ".join(f"{count} {why}" for why, count in missing.items())
+        return f"{line}; {since}: accelerate() again" if missing else line
 
     def _summary_of(self, library: str) -> str:
         layers = [layer for layer in self.layers if layer.library == library]
@@ -89,6 +93,8 @@ class Report:
         return f"{line}; {kept.total()} keep {owner}: {reasons}" if kept else line
 
     def __str__(self) -> str:
+        missing = self._missing()
+        names = {name for _, name, _ in missing}
         rows = [
             (
                 layer.name or "(model)",
@@ -96,9 +102,12 @@ class Report:
                 layer.backend or f"{layer.library}: {layer.reason}",
             )
             for layer in self.layers
+            if layer.name not in names
         ]
-        later = "came later, accelerate() again"
-        rows += [(name, "", f"{library}: {later}") for library, name in self._missing()]
+        rows += [
+            (name or "(model)", "", f"{library}: {why}, accelerate() again")
+            for library, name, why in missing
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -106,10 +115,14 @@ class Report:
         ]
         return "\n".join([self.summary(), *table])
 
-    def _missing(self) -> list[tuple[str, str]]:
-        """The library and the name of each."""
-        layers = _layers(self._model)
-        return [(host.LIBRARY, name) for host, name, module in layers if host.is_new(module)]
+    def _missing(self) -> list[tuple[str, str, str]]:
+        """The library and the name of each, and why it is."""
+        known = {layer.name for layer in self.layers}
+        return [
+            (host.LIBRARY, name, "no longer" if name in known else "came later")
+            for host, name, module in _layers(self._model)
+            if host.is_new(module)
+        ]
 
     def _calls(self) -> Counter[str]:
         total: Counter[str] = Counter()
@@ -150,8 +163,9 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
         strict: whether the model computes what its library computes, as it does by default. If
             False, a causal model of PEFT's with a soft prompt has the prompt directly before the
             text of each row that is padded on the left, where PEFT has it before the padding, and
-            counts positions over real tokens; its prefix is there under gradient checkpointing;
-            and a prefix of `adapters`' is attended to under sdpa as it is in eager attention.
+            counts positions over real tokens, behind a prefix too; its prefix is there under
+            gradient checkpointing; and a prefix of `adapters`' is attended to under sdpa as it is
+            in eager attention.
 
     Returns:
         A :class:`Report`. The logger "peft_kernels" has its :meth:`~Report.summary` at INFO.

@@ -532,6 +532,18 @@ def test_wrapped(caplog):
     assert "7 of 7" in report.summary()
 
 
+def test_a_report_says_what_was_given_back():
+    model = llama()
+    report = peft_kernels.accelerate(model)
+    layers = [layer.name for layer in report.layers]
+    peft_kernels.restore(model)
+    assert report.missing() == layers
+    assert report.summary().endswith("; 7 no longer: accelerate() again")
+    _, *table = str(report).splitlines()
+    assert [line.split()[0] for line in table] == layers
+    assert all(line.endswith("PEFT: no longer, accelerate() again") for line in table)
+
+
 def test_a_wrapper_that_nobody_keeps():
     model = llama()
     report = peft_kernels.accelerate(nn.Sequential(model))

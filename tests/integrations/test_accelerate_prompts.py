@@ -140,7 +140,7 @@ def test_copies_and_files(method, tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_gpt2, make_llama])
-@pytest.mark.parametrize("method", ["prompt", "mlp"])
+@pytest.mark.parametrize("method", ["prompt", "mlp", "prefix", "prefix_mlp"])
 def test_left_padding_is_no_part_of_the_text(make, method):
     """A padded row is what it is alone; PEFT's isn't."""
     model = prompted(make, method)
@@ -153,7 +153,7 @@ def test_left_padding_is_no_part_of_the_text(make, method):
     ours = model(ids, attention_mask=mask)
     torch.testing.assert_close(ours.logits[1, -4:], alone[-4:])
     torch.testing.assert_close(ours.logits[0], model(ids[:1]).logits[0])
-    if make is make_gpt2:  # whose positions are learned
+    if make is make_gpt2 or method.startswith("prefix"):  # positions are learned, or turn no prefix
         assert not torch.allclose(theirs, alone[-4:], atol=1e-3)
     peft_kernels.accelerate(model)
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[1, -4:], theirs)

@@ -68,11 +68,13 @@ def _is_checkpointed(base: Any) -> bool:
     return base.training and base.is_gradient_checkpointing
 
 
-def forward(model: Any, given: dict[str, Any]) -> Any:
+def forward(model: Any, given: dict[str, Any], of_tokens: bool = False) -> Any:
     """The model's output, or None if some attention module didn't ask for its prefix.
 
     Args:
         given: ``input_ids`` ``[B, S]`` and other arguments of the forward.
+        of_tokens: whether positions are counted over real tokens, as ``generate`` does, and not
+            over padding.
     """
     state = _room()[3]
     ids, config = given.pop("input_ids"), model.active_peft_config
@@ -85,8 +87,10 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
     mask, length = given.pop("attention_mask", None), config.num_virtual_tokens
     model._adjust_prompt_learning_kwargs(config, kwargs=given)
     if given.get("position_ids") is None:
-        text = torch.arange(length, length + ids.shape[1], device=ids.device)
-        given["position_ids"] = text[None]
+        text = torch.arange(ids.shape[1], device=ids.device)[None]
+        if of_tokens and mask is not None:
+            text = (mask.long().cumsum(1) - 1).clamp(min=0)
+        given["position_ids"] = text + length
     prefixes = state.Prefixes(pairs)
     if _is_checkpointed(base):
         for module in base.modules():

@@ -3,7 +3,7 @@
 ``[prompt; embeddings]``, its mask and its labels are one call of
 :func:`peft_kernels.ops.prompt_lookup`. With ``strict=False`` a prompt stands directly before the
 text of a row that is padded on the left, where PEFT leaves the padding between them, and positions
-are counted over real tokens.
+are counted over real tokens, behind a prefix too.
 """
 
 from __future__ import annotations
@@ -86,8 +86,10 @@ def _forward_with_prefix(
     given = {key: value for key, value in given.items() if value is not None}
     reason = prefixed.why_not_of(model, given, strict=not is_free(model))
     if reason is None:
-        decodes = isinstance(model, PeftModelForSeq2SeqLM)
-        output = (prefixed.forward_decoder if decodes else prefixed.forward)(model, given)
+        if isinstance(model, PeftModelForSeq2SeqLM):
+            output = prefixed.forward_decoder(model, given)
+        else:
+            output = prefixed.forward(model, given, of_tokens=model.__dict__.get(FREE, False))
         if output is not None:
             count(model, prefixed.KERNEL)
             return output
