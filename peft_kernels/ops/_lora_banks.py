@@ -27,7 +27,7 @@ class LoRABank(NamedTuple):
     b: Tensor  # [pages * 8, n] in the dtype of a: B transposed
     table: Tensor  # [slots, max_pages] int32
     ranks: Tensor  # [slots] int32; 0 is an adapter that leaves this layer as it is
-    scales: Tensor  # [slots] float32
+    scales: Tensor  # [slots] float32, or float64 beside matrices in float64
 
 
 class Routing(NamedTuple):
@@ -123,8 +123,13 @@ def check_banks(x: Tensor, base: Tensor, banks: Sequence[LoRABank], n: int) -> N
                 f"a bank's table and ranks must be int32; got {bank.table.dtype} and "
                 f"{bank.ranks.dtype}"
             )
-        if bank.scales.dtype is not torch.float32:
-            raise TypeError(f"a bank's scales must be float32; got {bank.scales.dtype}")
+        if bank.scales.dtype is not torch.float32 and not (
+            bank.scales.dtype is a.dtype is torch.float64
+        ):
+            raise TypeError(
+                "a bank's scales must be float32, or float64 beside matrices in float64; "
+                f"got {bank.scales.dtype}"
+            )
         for tensor in bank:
             if tensor.device != x.device:
                 raise ValueError(f"a bank must be on x's device {x.device}; got {tensor.device}")

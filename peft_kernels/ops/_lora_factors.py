@@ -132,7 +132,9 @@ def bank_of(factors: LoRAFactors) -> LoRABank:
     ranks = torch.tensor(sizes, dtype=torch.int32)
     a = torch.cat([_whole_pages(a) for a in factors.a])
     b = torch.cat([_whole_pages(b.T) for b in factors.b])
-    return LoRABank(a, b, table.to(device), ranks.to(device), _scales(factors.scales, device))
+    wide = torch.float64 if a.dtype is torch.float64 else torch.float32
+    scales = _scales(factors.scales, device, wide)
+    return LoRABank(a, b, table.to(device), ranks.to(device), scales)
 
 
 def trained_of(factors: LoRAFactors) -> Trained | None:
@@ -150,10 +152,10 @@ def trained_of(factors: LoRAFactors) -> Trained | None:
     return Trained(torch.tensor(rows, dtype=torch.int32, device=a[0].device), a, b)
 
 
-def _scales(scales: Sequence[float | Tensor], device: torch.device) -> Tensor:
+def _scales(scales: Sequence[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
     if any(isinstance(scale, Tensor) for scale in scales):
-        return torch.stack([torch.as_tensor(s).to(device, torch.float32) for s in scales])
-    return torch.tensor(scales, dtype=torch.float32, device=device)
+        return torch.stack([torch.as_tensor(s, dtype=dtype, device=device) for s in scales])
+    return torch.tensor(scales, dtype=dtype, device=device)
 
 
 def _whole_pages(rows: Tensor) -> Tensor:

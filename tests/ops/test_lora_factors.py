@@ -37,6 +37,18 @@ def no_bank(monkeypatch):
     monkeypatch.setattr(_lora_factors, "bank_of", refuse)
 
 
+@pytest.mark.parametrize("kind", [float, lambda scale: torch.tensor(scale, dtype=torch.float64)])
+def test_scales_are_as_precise_as_float64_is(kind):
+    x, weight, bias, factors = problem(dtype=torch.float64)
+    ids = torch.tensor([0, 1, 2, 0, 1, 2, -1])
+    y = multi_lora_linear(x, weight, factors._replace(scales=[1 / 3, 0.1, 5 / 11]), ids, bias=bias)
+    copied = factors._replace(scales=[kind(scale) for scale in (1 / 3, 0.1, 5 / 11)])
+    for one in copied.a:
+        one.requires_grad_()
+    found = multi_lora_linear(x, weight, copied, ids, bias=bias)
+    torch.testing.assert_close(found, y, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("ids", [(2, -1, 0, 2, 1, 0, 2), (-1,) * 7, (1,) * 7, (2,)])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
