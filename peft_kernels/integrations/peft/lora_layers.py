@@ -10,22 +10,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraModel as PeftLoraModel
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
+from peft_kernels.integrations.peft import four_bit
 from peft_kernels.integrations.peft.dora import NORMS, dora
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.lora_model import LoraModel
 from peft_kernels.integrations.peft.plain import read_plain
 from peft_kernels.integrations.peft.rows import rows_linear
+from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.peft.state import (
     Adapter,
     Base,
-    are_apart,
     read,
     read_adapters,
     read_base,
@@ -73,18 +73,18 @@ class Linear(peft_lora.Linear):
             count(self, DORA)
             return dora(self, x, base, adapters[0])
         count(self, KERNEL)
-        first, others = _together(adapters)
+        first, others = together(adapters)
         y = lora_linear(
             x,
             base.weight,
             first.a,
             first.b,
-            bias=_sum_of_biases(base.bias, adapters, x.dtype),
+            bias=sum_of_biases(base.bias, adapters, x.dtype),
             scale=first.scale,
             dropout_p=first.dropout_p,
         )
         for adapter in others:
-            _add(y, x, adapter)
+            add(y, x, adapter)
         return y
 
 
@@ -93,6 +93,7 @@ SERVED: dict[type, type] = {
     peft_lora.Linear: Linear,
     peft_lora.Embedding: Embedding,
     PeftLoraModel: LoraModel,
+    **four_bit.SERVED,
 }
 _OWN = {ours: theirs for theirs, ours in SERVED.items()}
 
@@ -120,11 +121,13 @@ def serve(module: nn.Module, strict: bool = True) -> None:
     """Puts kernels under a module, if there are any for its class."""
     if is_new(module):
         module.__class__ = SERVED[type(module)]
+        four_bit.keep_codes(module)
 
 
 def restore(module: nn.Module) -> None:
     """Takes them away again."""
     if type(module) in _OWN:
+        four_bit.give_back(module)
         module.__class__ = _OWN[type(module)]
         module.__dict__.pop(CALLS, None)
         module.__dict__.pop(NORMS, None)
@@ -140,6 +143,9 @@ def backend(layer: Any) -> str:
     if isinstance(layer, Embedding):
         return "torch"
     weight = layer.get_base_layer().weight
+    if four_bit.is_served(layer):  # in codes only a CPU has kernels
+        on_cpu = weight.device.type == "cpu"
+        return backend_of(KERNEL, "cpu", torch.float32) if on_cpu else "reference"
     return backend_of(KERNEL, weight.device, weight.dtype)
 
 
@@ -155,6 +161,8 @@ def why_not(layer: Any) -> str | None:
     if isinstance(layer, Embedding):
         factors = read_factors(layer)
         return factors if isinstance(factors, str) else None
+    if four_bit.is_served(layer):
+        return four_bit.why_not(layer)
     base = read_base(layer)
     if isinstance(base, str):
         return base
@@ -162,42 +170,3 @@ def why_not(layer: Any) -> str | None:
     if isinstance(adapters, str):
         return adapters
     return why_not_in(base.weight.dtype, adapters)
-
-
-# ---- calls -------------------------------------------------------------------------------------
-
-
-def _together(adapters: list[Adapter]) -> tuple[Adapter, list[Adapter]]:
-    """One adapter that adds what all of these do, or the first and the rest."""
-    first, *others = adapters
-    if not others or are_apart(adapters):
-        return first, others
-    scales = [adapter.scale for adapter in adapters]
-    alike = not any(isinstance(s, Tensor) for s in scales) and len(set(scales)) == 1
-    b = [one.b if alike else one.b * one.scale for one in adapters]
-    a = torch.cat([adapter.a for adapter in adapters])
-    return Adapter("", a, torch.cat(b, dim=1), None, first.scale if alike else 1.0, 0.0), []
-
-
-def _add(y: Tensor, x: Tensor, adapter: Adapter) -> None:
-    """``y += scale dropout(x) A^T B^T``, in place, for y that a kernel computed.
-
-    Products of PyTorch's, which take less time than a kernel for rows of several adapters does on
-    the one that all of these rows have.
-    """
-    dropped = F.dropout(x.to(adapter.a.dtype), adapter.dropout_p)
-    y += F.linear(F.linear(dropped, adapter.a) * adapter.scale, adapter.b)
-
-
-def _sum_of_biases(
-    bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype
-) -> Tensor | None:
-    """The base's bias, and that of each B at its adapter's scale."""
-    for adapter in adapters:
-        if adapter.bias is not None:
-            if bias is None or isinstance(adapter.scale, Tensor):
-                own = (adapter.bias * adapter.scale).to(dtype)
-                bias = own if bias is None else bias + own
-            else:
-                bias = torch.add(bias, adapter.bias.to(dtype), alpha=adapter.scale)
-    return bias

@@ -1,0 +1,161 @@
+"""accelerate(): PEFT's LoRA over bitsandbytes' 4-bit layers, against the weights dequantised."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import peft_kernels
+
+peft = pytest.importorskip("peft")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+KERNEL = "lora_linear"
+N, K = 128, 192  # whole blocks: the CPU code of bitsandbytes 0.50 mixes up the scales of other rows
+
+
+class Net(nn.Module):
+    """Two layers, so that the first learns by what the second hands back."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, make):
+        super().__init__()
+        self.up, self.down = make(K, N), make(N, K)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def in_codes(quant_type="nf4", nested=True):
+    torch.manual_seed(0)
+
+    def make(inputs, outputs):
+        layer = bitsandbytes.nn.Linear4bit(
+            inputs, outputs, compress_statistics=nested, quant_type=quant_type
+        )
+        return layer.to("cpu")
+
+    return Net(make)
+
+
+def lora(net, **options):
+    torch.manual_seed(1)
+    settings = {"r": 4, "target_modules": ["up", "down"], "init_lora_weights": False}
+    return peft.get_peft_model(net, peft.LoraConfig(**{**settings, **options}))
+
+
+def dequantised(net):
+    """The same layers, as nn.Linear in float64."""
+    plain = Net(nn.Linear).double()
+    for name in ("up", "down"):
+        own, layer = getattr(net, name), getattr(plain, name)
+        weight = bitsandbytes.functional.dequantize_4bit(own.weight.data, own.weight.quant_state)
+        layer.weight.data, layer.bias.data = weight.double(), own.bias.data.double()
+    plain.is_loaded_in_4bit = False
+    return plain
+
+
+def step(model, x):
+    model.zero_grad()
+    y = model(x)
+    y.sin().sum().backward()
+    return [y.detach(), *(p.grad for n, p in model.named_parameters() if "lora_" in n)]
+
+
+def assert_equal(found, expected, rtol=1e-4):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_trains_as_the_weights_do_in_float64(quant_type, nested, options):
+    net = in_codes(quant_type, nested)
+    exact, model = lora(dequantised(net), **options).double(), lora(net, **options)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    assert_equal(step(model, x), step(exact, x.double()))
+    assert report.counts() == {KERNEL: 2} and not report.missing()
+
+
+def test_training_goes_on_after_evaluation():
+    """Which packs the codes in place under PEFT alone; the layers below get no gradient then."""
+    net = in_codes()
+    exact, model = lora(dequantised(net)).double(), lora(net)
+    peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    step(model, x)
+    with torch.no_grad():
+        model.eval()(x)
+        with model.disable_adapter():  # calls of bitsandbytes' own
+            model(x)
+    assert_equal(step(model.train(), x), step(exact, x.double()))
+
+
+def test_evaluation_is_as_right_as_training():
+    net = in_codes()
+    exact, model = lora(dequantised(net)).double(), lora(net)
+    peft_kernels.accelerate(model)
+    x = torch.randn(1, K)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.eval()(x).double(), exact(x.double()), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_several_adapters_dropout_and_bfloat16():
+    model = lora(in_codes(), lora_dropout=0.3)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    theirs = copy.deepcopy(model)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    assert_equal(step(model.eval(), x), step(theirs.eval(), x.requires_grad_()))
+    assert not torch.equal(model.train()(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), theirs.train(False)(x), rtol=0.1, atol=0.5)
+    assert set(report.counts()) == {KERNEL}
+
+
+def test_what_is_not_served_is_counted_and_is_peft_s():
+    model = lora(in_codes())
+    theirs = copy.deepcopy(model)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K, requires_grad=True)
+    names = ["default", "__base__", "default", "default", "__base__"]
+    for one in (model.eval(), theirs.eval()):
+        one.found = one(x, adapter_names=names)
+    torch.testing.assert_close(model.found, theirs.found)
+    with model.disable_adapter(), theirs.disable_adapter():
+        torch.testing.assert_close(model(x), theirs(x))
+    assert set(report.counts()) == {"other arguments", "disabled"}
+
+
+def test_codes_that_are_packed_already_stay_pefts():
+    model = lora(in_codes()).eval()
+    layer = model.base_model.model.up.get_base_layer()
+    if not bitsandbytes.functional.has_avx512bf16():
+        layer.weight.quant_state.packing_format_for_cpu = True
+    else:
+        with torch.no_grad():
+            model(torch.randn(1, K))
+    assert "packed for bfloat16" in str(peft_kernels.accelerate(model))
+
+
+def test_copies_pickles_and_restore():
+    model = lora(in_codes())
+    x = torch.randn(5, K)
+    expected = step(model, x.requires_grad_())
+    peft_kernels.accelerate(model)
+    assert repr(model.base_model.model.up).startswith("lora.Linear4bit(")
+    copied = copy.deepcopy(model)
+    assert_equal(step(copied, x), expected)
+    assert pickle.loads(pickle.dumps(model.state_dict())).keys() == model.state_dict().keys()
+    peft_kernels.restore(model)
+    layer = model.base_model.model.up
+    assert type(layer) is peft.tuners.lora.Linear4bit
+    packs = layer.get_base_layer().support_avx512bf16_for_cpu
+    assert packs == bitsandbytes.functional.has_avx512bf16()
