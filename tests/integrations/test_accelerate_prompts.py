@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,3 +186,23 @@ def test_labels_follow_the_prompt():
     counts = [6, 4, 6, 6]  # a text's first token is predicted from the prompt's last
     expected = sum(loss * count for loss, count in zip(rows, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(found, expected)
+
+
+# ---- threads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_threads_generate_in_turns(method):
+    """PEFT's model leaves the prompt out of one generation as another ends."""
+    model = prompted(make_llama, method)
+    peft_kernels.accelerate(model)
+    arguments = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate(i, length):
+        return model.generate(input_ids=IDS[i : i + 1], max_new_tokens=length, **arguments)
+
+    calls = [(i, length) for i in range(4) for length in (2, 5, 9)]
+    alone = [generate(*call) for call in calls]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda call: generate(*call), calls))
+    assert all(map(torch.equal, found, alone))

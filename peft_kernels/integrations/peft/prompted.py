@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import peft
 import torch
@@ -230,8 +232,19 @@ def why_not(model: Any) -> str | None:
 
 
 def _generate(model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    config = model.active_peft_config
-    if config.peft_type == PeftType.PREFIX_TUNING:
+    if not model.active_peft_config.is_prompt_learning:
+        return theirs(model, *args, **kwargs)
+    with _TURNS.setdefault(model, threading.RLock()):
+        return _generate_alone(model, theirs, args, kwargs)
+
+
+# PEFT gives the base a method while a prompted model generates, and takes it away behind that: from
+# other threads that generate with the model, too, if they didn't take turns.
+_TURNS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _generate_alone(model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
         reason = why_not(model) or prefixed.why_not_generate(model, kwargs)
         if reason is None:
             output = prefixed.generate(model, theirs, args, kwargs)
@@ -239,7 +252,7 @@ def _generate(model: Any, theirs: Callable[..., Any], args: tuple, kwargs: dict)
                 return output
             reason = NOT_ASKED
         count(model, reason)
-    elif config.is_prompt_learning:
+    else:
         count(model, "generate")  # PEFT puts the prompt before the text, once for all steps
     return theirs(model, *args, **kwargs)
 
