@@ -6,13 +6,14 @@
 #include <tuple>
 
 #include "../common.h"
-#include "matrix/isa.h"
 #include "options.h"
 
 namespace peft_kernels {
 
-const LoRALinearKernels& lora_linear_kernels() {
-  switch (chosen_isa()) {
+const LoRALinearKernels& lora_linear_kernels() { return lora_linear_kernels(chosen_isa()); }
+
+const LoRALinearKernels& lora_linear_kernels(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx512: return lora_linear_avx512;
     case Isa::avx2: return lora_linear_avx2;

@@ -5,10 +5,12 @@
 
 #include "../common.h"
 #include "lora_linear.h"
+#include "matrix/isa.h"
 
 namespace peft_kernels {
 
 const LoRALinearKernels& lora_linear_kernels();  // the build for this processor
+const LoRALinearKernels& lora_linear_kernels(Isa isa);
 
 float scale_of(double scale, const std::optional<Tensor>& scale_t);
 

@@ -1,5 +1,7 @@
 // Rows of a weight that lies in codes, widened to floats where a kernel needs them.
 #pragma once
+#include <utility>
+
 #include "tile.h"
 
 namespace peft_kernels::PK_ISA {
@@ -95,5 +97,117 @@ inline void pack_code_columns(const Codes& c, int64_t depth, int64_t col, int64_
                   std::min<int64_t>(LANES, count - j) * sizeof(float));
   }
 }
+
+// ---- a few rows --------------------------------------------------------------------------------
+// Codes are looked up where they lie, a vector of bytes at a time. That gives the first codes of V
+// bytes and then the second ones, so what is multiplied with them lies in that order too: split.
+
+constexpr int64_t CHUNK = 2 * V;       // codes
+constexpr int64_t SPLIT_RUN = 64 * V;  // products of V lanes that are summed one after the other
+
+#if defined(__AVX2__)
+constexpr bool READS_CODES = true;
+#else
+constexpr bool READS_CODES = false;  // without vectors' shuffles a table is read one by one
+#endif
+
+// Whether the lines of such a weight are whole chunks of one scale each.
+inline bool is_split_easily(const Codes& c) {
+  return READS_CODES && c.book && c.cols % CHUNK == 0 && c.block % CHUNK == 0 &&
+         (c.cols % c.block == 0 || c.block % c.cols == 0);
+}
+
+#if defined(__AVX512F__)
+struct Book {
+  Vec values;
+  explicit Book(const float* from) : values(load(from)) {}
+  PK_INLINE Book times(float factor) const { return Book(values * splat(factor)); }
+  PK_INLINE Vec at(WordVec codes) const {  // by the low four bits
+    return (Vec)_mm512_permutexvar_ps((__m512i)codes, (__m512)values);
+  }
+
+ private:
+  explicit Book(Vec v) : values(v) {}
+};
+PK_INLINE WordVec bytes(const uint8_t* from) {
+  return (WordVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#elif defined(__AVX2__)
+struct Book {
+  Vec front, back;
+  explicit Book(const float* from) : front(load(from)), back(load(from + 8)) {}
+  PK_INLINE Book times(float factor) const { return Book(front * factor, back * factor); }
+  PK_INLINE Vec at(WordVec codes) const {  // by the low four bits
+    const __m256 low = _mm256_permutevar8x32_ps((__m256)front, (__m256i)codes);
+    const __m256 high = _mm256_permutevar8x32_ps((__m256)back, (__m256i)codes);
+    return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps((__m256i)(codes << 28)));
+  }
+
+ private:
+  Book(Vec f, Vec b) : front(f), back(b) {}
+};
+PK_INLINE WordVec bytes(const uint8_t* from) {
+  return (WordVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
+// A row with the even and the odd places of each chunk apart, and back.
+inline void split_row(const float* from, int64_t count, float* to) {
+  for (int64_t p = 0; p < count; p += CHUNK)
+    for (int64_t i = 0; i < V; i++)
+      to[p + i] = from[p + 2 * i], to[p + V + i] = from[p + 2 * i + 1];
+}
+inline void unsplit_row(const float* from, int64_t count, float* to) {
+  for (int64_t p = 0; p < count; p += CHUNK)
+    for (int64_t i = 0; i < V; i++)
+      to[p + 2 * i] = from[p + i], to[p + 2 * i + 1] = from[p + V + i];
+}
+
+#if defined(__AVX2__)
+// totals[i][0] += x[i] . line, for R split rows of x and a line of the weight.
+template <int R>
+PK_INLINE void add_code_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+  const int64_t d = c.cols, stretch = std::min(c.block, d);
+  const uint8_t* from = c.data + line * d / 2;
+  const Book book(c.book);
+  Vec sums[R]{};
+  for (int64_t p = 0; p < d; p += stretch) {
+    const Book scaled = book.times(block_scale(c, (line * d + p) / c.block));
+    for (int64_t q = p; q < p + stretch; q += CHUNK) {
+      const WordVec codes = bytes(from + q / 2);
+      const Vec even = scaled.at(codes >> 4), odd = scaled.at(codes);
+      for (int i = 0; i < R; i++) {
+        sums[i] += load(x + i * d + q) * even;
+        sums[i] += load(x + i * d + q + V) * odd;
+      }
+    }
+    if ((p + stretch) % SPLIT_RUN == 0 || p + stretch == d)
+      for (int i = 0; i < R; i++) totals[i][0] += std::exchange(sums[i], Vec{});
+  }
+}
+
+// sums[i] += x[i] line, for R rows of split sums and the columns [col, col + count) of a line.
+template <int R>
+PK_INLINE void add_code_line(const Codes& c, int64_t line, int64_t col, int64_t count,
+                             const float* x, int64_t x_row, float* sums, int64_t sums_row) {
+  const Book book(c.book);
+  int64_t element = line * c.cols + col;
+  for (int64_t j = 0; j < count;) {
+    const int64_t end = std::min(count, j + c.block - element % c.block);
+    const Book scaled = book.times(block_scale(c, element / c.block));
+    element += end - j;
+    for (; j < end; j += CHUNK) {
+      const WordVec codes = bytes(c.data + (line * c.cols + col + j) / 2);
+      const Vec even = scaled.at(codes >> 4), odd = scaled.at(codes);
+      for (int i = 0; i < R; i++) {
+        float* to = sums + i * sums_row + j;
+        const Vec factor = splat(x[i * x_row]);
+        store(to, load(to) + factor * even);
+        store(to + V, load(to + V) + factor * odd);
+      }
+    }
+  }
+}
+#endif
 
 }  // namespace peft_kernels::PK_ISA

@@ -173,11 +173,50 @@ inline void few_project(const Sweep& s, const float* x, const Parallel& parallel
   for (int64_t i = 0; i < m * s.r; i++) s.z[i] = p.scale * p.s[i];
 }
 
+#if defined(__AVX2__)
+// out(row + i, col) for R rows: split x with a line of the weight, which is a column of G.
+template <int R>
+PK_INLINE void few_code_dots(const Sweep& s, const float* x, int64_t row, int64_t col) {
+  float dots[4][4];
+  Vec totals[R][1]{};
+  for (int i = 0; i < R; i++) dots[i][0] = s.gain ? 0 : bias_at(s, col);
+  add_code_dots<R>(*s.codes, col, x + row * s.x.cols, totals);
+  with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
+    add_dots<R, 1>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, totals, dots);
+  });
+  for (int i = 0; i < R; i++) {
+    dots[i][0] += sum(totals[i][0]);
+    if (s.gain) end_sums(s, col, 1, dots[i]);
+    store_row(s.out, row + i, col, dots[i], 1);
+  }
+}
+
+// The product with a weight in codes, of which each is looked up once for 4 rows.
+inline void few_code_dot(const Sweep& s, const float* x, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
+  const Scratch split(m * d);
+  for (int64_t i = 0; i < m; i++) split_row(x + i * d, d, split + i * d);
+  const int64_t tasks = std::min<int64_t>(parallel.threads, c);
+  parallel(tasks, [&](int64_t task) {
+    for (int64_t col = c * task / tasks; col < c * (task + 1) / tasks; col++)
+      for (int64_t row = 0; row < m; row += 4) switch (m - row) {
+          case 1: few_code_dots<1>(s, split, row, col); break;
+          case 2: few_code_dots<2>(s, split, row, col); break;
+          case 3: few_code_dots<3>(s, split, row, col); break;
+          default: few_code_dots<4>(s, split, row, col);
+        }
+  });
+}
+#endif
+
 // G with d contiguous: dot products of rows of X with columns of G. H too must have r contiguous.
 inline void sweep_few_dot(const Sweep& s, const Parallel& parallel) {
   const Scratch buffer(s.x.rows * s.x.cols);
   const float* x = contiguous_rows(s.x, buffer);
   if (s.projection) few_project(s, x, parallel);
+#if defined(__AVX2__)
+  if (s.codes && is_split_easily(*s.codes)) return few_code_dot(s, x, parallel);
+#endif
   few_dot(s, x, parallel);
 }
 
@@ -240,6 +279,57 @@ inline Matrix rows_of_g(const Sweep& s, int64_t row, int64_t rows, int64_t col, 
   return {buffer, DType::f32, rows, cols, cols, 1};
 }
 
+#if defined(__AVX2__)
+// totals[i][0, cols) += x[i] W for a block of the weight's columns; sums has room for two such.
+inline void few_code_axpy(const Sweep& s, const float* x, int64_t col, int64_t cols, int64_t width,
+                          float* sums, float* totals) {
+  const int64_t m = s.x.rows, d = s.x.cols;
+  float* split = sums + m * width;
+  std::memset(sums, 0, 2 * m * width * sizeof(float));
+  for (int64_t p = 0; p < d; p++) {
+    if (p && p % AXPY_RUN == 0) end_run(m * width, sums, split);
+    for (int64_t i = 0; i < m; i += 4) {
+      const auto add = [&]<int R>(std::integral_constant<int, R>) {
+        add_code_line<R>(*s.codes, p, col, cols, x + i * d + p, d, sums + i * width, width);
+      };
+      switch (m - i) {
+        case 1: add(std::integral_constant<int, 1>{}); break;
+        case 2: add(std::integral_constant<int, 2>{}); break;
+        case 3: add(std::integral_constant<int, 3>{}); break;
+        default: add(std::integral_constant<int, 4>{});
+      }
+    }
+  }
+  end_run(m * width, sums, split);
+  for (int64_t i = 0; i < m; i++) {
+    unsplit_row(split + i * width, cols, sums);
+    for (int64_t j = 0; j < cols; j++) totals[i * width + j] += sums[j];
+  }
+}
+#endif
+
+// The same of any G: AXPY_DEPTH rows at a time, and those that are left.
+inline void few_axpy(const Sweep& s, const float* x, int64_t col, int64_t cols, int64_t width,
+                     float* sums, float* totals, float* widened) {
+  const int64_t m = s.x.rows, d = s.x.cols, whole = d / AXPY_DEPTH * AXPY_DEPTH;
+  std::memset(sums, 0, m * width * sizeof(float));
+  for (int64_t p = 0; p < whole; p += AXPY_DEPTH) {
+    if (p && p % AXPY_RUN == 0) end_run(m * width, sums, totals);
+    const Matrix g = rows_of_g(s, p, AXPY_DEPTH, col, cols, widened);
+    with_type(g.dtype, g.data, [&](auto* from) {
+      axpy_block(m, x + p, d, from, g.row_stride, cols, width, sums);
+    });
+  }
+  for (int64_t p = whole; p < d; p++) {
+    const Matrix g = rows_of_g(s, p, 1, col, cols, widened);
+    with_type(g.dtype, g.data, [&](auto* from) {
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < cols; j++) sums[i * width + j] += x[i * d + p] * widen(from[j]);
+    });
+  }
+  end_run(m * width, sums, totals);
+}
+
 // G with c contiguous: rows of G scaled by elements of X and summed, in runs as in tile.h.
 inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
@@ -249,31 +339,20 @@ inline void sweep_few_axpy(const Sweep& s, const Parallel& parallel) {
   const int64_t width = round_up(std::max<int64_t>(MIN_AXPY_COLUMNS, AXPY_SUMS / m), LANES);
   const int64_t units = round_up(c, LANES) / LANES;
   const int64_t tasks = std::min<int64_t>(parallel.threads, units);
+  [[maybe_unused]] const bool in_place = s.codes && is_split_easily(*s.codes);
   parallel(tasks, [&](int64_t task) {
-    const Scratch panel(s.r * LANES), sums(m * width), totals(m * width);
+    const Scratch panel(s.r * LANES), sums(2 * m * width), totals(m * width);
     const Scratch widened(s.codes ? AXPY_DEPTH * width : 0);
     const int64_t end = std::min(c, units * (task + 1) / tasks * LANES);
     for (int64_t col = units * task / tasks * LANES; col < end; col += width) {
       const int64_t cols = std::min(width, end - col);
       few_axpy_start(s, col, cols, width, panel, totals);
-      std::memset(sums, 0, m * width * sizeof(float));
-      const int64_t whole = d / AXPY_DEPTH * AXPY_DEPTH;
-      for (int64_t p = 0; p < whole; p += AXPY_DEPTH) {
-        if (p && p % AXPY_RUN == 0) end_run(m * width, sums, totals);
-        const Matrix g = rows_of_g(s, p, AXPY_DEPTH, col, cols, widened);
-        with_type(g.dtype, g.data, [&](auto* from) {
-          axpy_block(m, x + p, d, from, g.row_stride, cols, width, sums);
-        });
-      }
-      for (int64_t p = whole; p < d; p++) {
-        const Matrix g = rows_of_g(s, p, 1, col, cols, widened);
-        with_type(g.dtype, g.data, [&](auto* from) {
-          for (int64_t i = 0; i < m; i++)
-            for (int64_t j = 0; j < cols; j++)
-              sums[i * width + j] += x[i * d + p] * widen(from[j]);
-        });
-      }
-      end_run(m * width, sums, totals);
+#if defined(__AVX2__)
+      if (in_place)
+        few_code_axpy(s, x, col, cols, width, sums, totals);
+      else
+#endif
+        few_axpy(s, x, col, cols, width, sums, totals, widened);
       for (int64_t i = 0; i < m; i++) {
         if (s.gain) end_sums(s, col, cols, totals + i * width);
         store_row(s.out, i, col, totals + i * width, cols);

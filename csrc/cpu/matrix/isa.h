@@ -10,5 +10,6 @@ bool isa_is_asked();
 
 // The build for this processor. Where it can't run the one asked for, the next smaller one serves.
 Isa chosen_isa();
+Isa widest_isa();  // for what a wider vector does more of in one instruction
 
 }  // namespace peft_kernels
