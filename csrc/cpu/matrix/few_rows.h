@@ -65,16 +65,20 @@ inline void end_sums(const Sweep& s, int64_t j, int64_t count, float* values) {
 }
 
 // totals[i][j] + dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g: what fills vectors
-// into totals, by lanes, and the rest into dots.
-template <int R, int C, class T>
+// into totals, by lanes, and the rest into dots. AHEAD fetches the C rows after these: rows are too
+// short for the processor to see where the next ones begin.
+template <int R, int C, bool AHEAD = false, class T>
 PK_INLINE void add_dots(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
                         Vec (&totals)[R][C], float (&dots)[4][4]) {
+  constexpr int64_t LINE = 64 / sizeof(T);
   const int64_t whole = depth / V * V;
   for (int64_t p = 0; p < whole;) {
     Vec acc[R][C]{};
     for (const int64_t end = std::min(whole, p + DOT_RUN * V); p < end; p += V) {
       Vec gs[C];
       for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
+      if (AHEAD && p % LINE == 0)
+        for (int j = 0; j < C; j++) __builtin_prefetch(g + (C + j) * g_row + p);
       for (int i = 0; i < R; i++) {
         const Vec xs = load(x + i * x_row + p);
         for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
@@ -102,7 +106,10 @@ PK_INLINE void few_dot_block(const Sweep& s, const Matrix& g, const float* x, in
   const int64_t d = s.x.cols;
   Vec totals[R][C]{};
   with_type(g.dtype, g.data, [&](auto* from) {
-    add_dots<R, C>(d, x + row * d, d, from, g.col_stride, totals, dots);
+    if (row == 0)
+      add_dots<R, C, true>(d, x, d, from, g.col_stride, totals, dots);
+    else
+      add_dots<R, C>(d, x + row * d, d, from, g.col_stride, totals, dots);
   });
   if (s.r)
     with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
