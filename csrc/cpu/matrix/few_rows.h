@@ -37,7 +37,7 @@ struct Sweep {
   const Finish* finish;    // with uniform only; null for none
 };
 
-constexpr int64_t FEW_ROWS_DOT = 8;
+constexpr int64_t FEW_ROWS_DOT = 8;  // two blocks of 4
 constexpr int64_t FEW_ROWS_AXPY = 8;
 constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
 constexpr int64_t MIN_AXPY_COLUMNS = 256;
@@ -65,11 +65,11 @@ inline void end_sums(const Sweep& s, int64_t j, int64_t count, float* values) {
 }
 
 // totals[i][j] + dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g: what fills vectors
-// into totals, by lanes, and the rest into dots. AHEAD fetches the C rows after these: rows are too
-// short for the processor to see where the next ones begin.
-template <int R, int C, bool AHEAD = false, class T>
+// into totals, by lanes, and the rest into dots. The C rows after these are fetched ahead, from line
+// `ahead` on each EVERY-th: rows are too short for the processor to see where the next ones begin.
+template <int R, int C, int EVERY = 0, class T>
 PK_INLINE void add_dots(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
-                        Vec (&totals)[R][C], float (&dots)[4][4]) {
+                        Vec (&totals)[R][C], float (&dots)[4][4], int64_t ahead = 0) {
   constexpr int64_t LINE = 64 / sizeof(T);
   const int64_t whole = depth / V * V;
   for (int64_t p = 0; p < whole;) {
@@ -77,7 +77,7 @@ PK_INLINE void add_dots(int64_t depth, const float* x, int64_t x_row, const T* g
     for (const int64_t end = std::min(whole, p + DOT_RUN * V); p < end; p += V) {
       Vec gs[C];
       for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
-      if (AHEAD && p % LINE == 0)
+      if (EVERY && p % (EVERY * LINE) == ahead * LINE)
         for (int j = 0; j < C; j++) __builtin_prefetch(g + (C + j) * g_row + p);
       for (int i = 0; i < R; i++) {
         const Vec xs = load(x + i * x_row + p);
@@ -106,10 +106,10 @@ PK_INLINE void few_dot_block(const Sweep& s, const Matrix& g, const float* x, in
   const int64_t d = s.x.cols;
   Vec totals[R][C]{};
   with_type(g.dtype, g.data, [&](auto* from) {
-    if (row == 0)
-      add_dots<R, C, true>(d, x, d, from, g.col_stride, totals, dots);
+    if (s.x.rows > 4)  // in two blocks, of which each fetches half
+      add_dots<R, C, 2>(d, x + row * d, d, from, g.col_stride, totals, dots, row / 4);
     else
-      add_dots<R, C>(d, x + row * d, d, from, g.col_stride, totals, dots);
+      add_dots<R, C, 1>(d, x, d, from, g.col_stride, totals, dots);
   });
   if (s.r)
     with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
