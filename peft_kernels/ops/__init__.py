@@ -2,6 +2,7 @@
 
 from peft_kernels.ops._lora_banks import BankDropout, LoRABank, Routing, Trained, route
 from peft_kernels.ops._lora_factors import LoRAFactors
+from peft_kernels.ops._quantize import quantize
 from peft_kernels.ops._quantized import NestedScales, QuantizedWeight, dequantize
 from peft_kernels.ops.adapter import adapter
 from peft_kernels.ops.adapter_fusion import Absorbed, absorb, adapter_fusion
@@ -33,5 +34,6 @@ __all__ = [
     "multi_lora_linear",
     "prefix_attention",
     "prompt_lookup",
+    "quantize",
     "route",
 ]

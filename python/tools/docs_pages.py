@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(Path(__file__).parent))
 
 import _results
+import four_bit
 import headline
 import peft_models
 import peft_overhead
@@ -107,6 +108,11 @@ def _peft_models() -> str:
     return peft_models.table(json.loads(_results.PEFT_MODELS.read_text()))
 
 
+def _four_bit() -> str:
+    """LoRA over 4-bit weights."""
+    return four_bit.table(json.loads(_results.FOUR_BIT.read_text()))
+
+
 def _peft_overhead() -> str:
     """What one of their layers costs beside its operations."""
     return peft_overhead.table(json.loads(_results.PEFT_OVERHEAD.read_text()))
@@ -146,5 +152,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "traffic": _traffic,
     "peft_models": _peft_models,
     "peft_overhead": _peft_overhead,
+    "four_bit": _four_bit,
     "commands": _commands,
 }

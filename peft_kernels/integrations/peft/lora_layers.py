@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
-from peft_kernels.integrations.peft import four_bit
+from peft_kernels.integrations.peft import over_codes
 from peft_kernels.integrations.peft.dora import NORMS, dora
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.lora_model import LoraModel
@@ -93,7 +93,7 @@ SERVED: dict[type, type] = {
     peft_lora.Linear: Linear,
     peft_lora.Embedding: Embedding,
     PeftLoraModel: LoraModel,
-    **four_bit.SERVED,
+    **over_codes.SERVED,
 }
 _OWN = {ours: theirs for theirs, ours in SERVED.items()}
 
@@ -121,13 +121,13 @@ def serve(module: nn.Module, strict: bool = True) -> None:
     """Puts kernels under a module, if there are any for its class."""
     if is_new(module):
         module.__class__ = SERVED[type(module)]
-        four_bit.keep_codes(module)
+        over_codes.keep_codes(module)
 
 
 def restore(module: nn.Module) -> None:
     """Takes them away again."""
     if type(module) in _OWN:
-        four_bit.give_back(module)
+        over_codes.give_back(module)
         module.__class__ = _OWN[type(module)]
         module.__dict__.pop(CALLS, None)
         module.__dict__.pop(NORMS, None)
@@ -143,7 +143,7 @@ def backend(layer: Any) -> str:
     if isinstance(layer, Embedding):
         return "torch"
     weight = layer.get_base_layer().weight
-    if four_bit.is_served(layer):  # in codes only a CPU has kernels
+    if over_codes.is_served(layer):  # in codes only a CPU has kernels
         on_cpu = weight.device.type == "cpu"
         return backend_of(KERNEL, "cpu", torch.float32) if on_cpu else "reference"
     return backend_of(KERNEL, weight.device, weight.dtype)
@@ -161,8 +161,8 @@ def why_not(layer: Any) -> str | None:
     if isinstance(layer, Embedding):
         factors = read_factors(layer)
         return factors if isinstance(factors, str) else None
-    if four_bit.is_served(layer):
-        return four_bit.why_not(layer)
+    if over_codes.is_served(layer):
+        return over_codes.why_not(layer)
     base = read_base(layer)
     if isinstance(base, str):
         return base

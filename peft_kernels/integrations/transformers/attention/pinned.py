@@ -86,6 +86,9 @@ def view_of(config: Any, when: Callable[[], bool] | None = None, name: str = NAM
     return view
 
 
+_view_of = view_of  # as models name it that were saved by 0.1
+
+
 @cache
 def _class_of(kind: Any, when: Callable[[], bool] | None, name: str) -> Any:
     """The class of views of a config's class. Auto classes know a config by its class' name."""

@@ -1,7 +1,8 @@
-"""PEFT's LoRA over bitsandbytes' 4-bit layers: the kernel reads their codes where they lie.
+"""PEFT's LoRA over bitsandbytes' layers of 4 and 8 bits: the kernel reads codes where they lie.
 
 x decides in which dtype is computed, with sums in float32, whatever ``compute_dtype`` says
-(Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs").
+(Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"). The weight alone is in
+codes: where bitsandbytes rounds x to int8 as well, x is taken as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from peft.import_utils import is_bnb_4bit_available
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -21,6 +22,7 @@ from peft_kernels.ops import NestedScales, QuantizedWeight, lora_linear
 
 KERNEL = "lora_linear"
 PACKED = "base_layer: codes packed for bfloat16"
+NOT_YET = "base_layer: a weight that isn't in codes yet"
 # Of a layer of bitsandbytes': whether evaluation may pack its codes in place, for a product in
 # bfloat16, after which training has no gradient for x.
 _PACKS = "support_avx512bf16_for_cpu"
@@ -39,10 +41,15 @@ def read_base(layer: nn.Module) -> Base | str:
     kinds = _kinds()
     if type(module) not in kinds or not is_plain(module) or _has_any_global_hook():
         return f"base_layer: {what_is_called(module, kinds)}"
+    found = _bytes_of(module) if type(module) is kinds[-1] else _nibbles_of(module)
+    return found if isinstance(found, str) else Base(found, module._parameters["bias"])
+
+
+def _nibbles_of(module: Any) -> QuantizedWeight | str:
     weight = module._parameters["weight"]
     quantised = getattr(weight, "quant_state", None)
     if quantised is None:
-        return "base_layer: a weight that isn't in codes yet"
+        return NOT_YET
     if getattr(quantised, "packing_format_for_cpu", False):
         return PACKED
     nested = None
@@ -50,13 +57,22 @@ def read_base(layer: nn.Module) -> Base | str:
         own = quantised.state2
         nested = NestedScales(own.absmax, own.code, own.blocksize, quantised.offset)
     n, k = quantised.shape
-    codes = weight.data.view(torch.uint8)
-    return Base(
-        QuantizedWeight(
-            codes, quantised.absmax, (n, k), quantised.blocksize, quantised.code, nested=nested
-        ),
-        module._parameters["bias"],
-    )
+    codes, block = weight.data.view(torch.uint8), quantised.blocksize
+    return QuantizedWeight(codes, quantised.absmax, (n, k), block, quantised.code, nested=nested)
+
+
+def _bytes_of(module: Any) -> QuantizedWeight | str:
+    kept, weight = module.state, module._parameters["weight"]
+    if kept.has_fp16_weights:
+        return NOT_YET
+    if kept.threshold:
+        return "base_layer: outliers beyond a threshold"
+    # Until the first call of bitsandbytes' own the weight has them, then the layer's state.
+    codes, scales = (weight.CB, weight.SCB) if kept.CB is None else (kept.CB, kept.SCB)
+    if codes is None:
+        return NOT_YET
+    n, k = codes.shape
+    return QuantizedWeight(codes, scales, (n, k), k, unit=1 / 127)
 
 
 def read(layer: nn.Module, x: Tensor) -> tuple[Base, list[state.Adapter]] | str:
@@ -94,38 +110,51 @@ def _read_parts(layer: nn.Module) -> tuple[Base, list[state.Adapter]] | str:
 
 # ---- layers ------------------------------------------------------------------------------------
 
+
+class _OverCodes(nn.Module):
+    """PEFT's layer of this name, on :func:`peft_kernels.ops.lora_linear` over a weight in codes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = "other arguments" if args or kwargs else read(self, x)
+        if isinstance(found, str):
+            count(self, found)
+            return super().forward(x, *args, **kwargs)
+        count(self, KERNEL)
+        base, adapters = found
+        first, others = together(adapters)
+        dtype = x.dtype if base.bias is None else base.bias.dtype
+        bias = sum_of_biases(base.bias, adapters, dtype)
+        y = lora_linear(
+            x,
+            base.weight,
+            first.a,
+            first.b,
+            bias=None if bias is None else bias.to(x.dtype),
+            scale=first.scale,
+            dropout_p=first.dropout_p,
+        )
+        for adapter in others:
+            add(y, x, adapter)
+        return y.to(x.dtype)
+
+
 SERVED: dict[type, type] = {}
 
 if is_bnb_4bit_available():
     from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
-    class Linear4bit(PeftLinear4bit):
-        """PEFT's, on :func:`peft_kernels.ops.lora_linear` over a weight in codes."""
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            found = "other arguments" if args or kwargs else read(self, x)
-            if isinstance(found, str):
-                count(self, found)
-                return super().forward(x, *args, **kwargs)
-            count(self, KERNEL)
-            base, adapters = found
-            first, others = together(adapters)
-            dtype = x.dtype if base.bias is None else base.bias.dtype
-            bias = sum_of_biases(base.bias, adapters, dtype)
-            y = lora_linear(
-                x,
-                base.weight,
-                first.a,
-                first.b,
-                bias=None if bias is None else bias.to(x.dtype),
-                scale=first.scale,
-                dropout_p=first.dropout_p,
-            )
-            for adapter in others:
-                add(y, x, adapter)
-            return y.to(x.dtype)
+    class Linear4bit(_OverCodes, PeftLinear4bit):
+        __doc__ = _OverCodes.__doc__
 
     SERVED[PeftLinear4bit] = Linear4bit
+
+if is_bnb_available():
+    from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bitLt
+
+    class Linear8bitLt(_OverCodes, PeftLinear8bitLt):
+        __doc__ = _OverCodes.__doc__
+
+    SERVED[PeftLinear8bitLt] = Linear8bitLt
 
 
 def is_served(layer: nn.Module) -> bool:
@@ -137,20 +166,21 @@ def keep_codes(layer: nn.Module) -> None:
     """Has evaluation of the layer below leave its codes as they are, in PEFT's own calls too."""
     if is_served(layer):
         base: Any = layer.get_base_layer()  # type: ignore[operator]
-        base.__dict__[_PACKS] = False
+        if _PACKS in base.__dict__:
+            base.__dict__[_PACKS] = False
 
 
 def give_back(layer: nn.Module) -> None:
     """Lets it pack them again."""
     if is_served(layer):
         base: Any = layer.get_base_layer()  # type: ignore[operator]
-        base.__dict__[_PACKS] = sys.modules["bitsandbytes"].functional.has_avx512bf16()
+        if _PACKS in base.__dict__:
+            base.__dict__[_PACKS] = sys.modules["bitsandbytes"].functional.has_avx512bf16()
 
 
 def _kinds() -> tuple[type, ...]:
     library: Any = sys.modules.get("bitsandbytes")
-    return (
-        ()
-        if library is None
-        else (library.nn.Linear4bit, library.nn.LinearNF4, library.nn.LinearFP4)
-    )
+    if library is None:
+        return ()
+    own = library.nn
+    return own.Linear4bit, own.LinearNF4, own.LinearFP4, own.Linear8bitLt

@@ -1,4 +1,4 @@
-"""accelerate(): PEFT's LoRA over bitsandbytes' 4-bit layers, against the weights dequantised."""
+"""accelerate(): PEFT's LoRA over bitsandbytes' layers, against the weights dequantised."""
 
 import copy
 import pickle
@@ -159,3 +159,53 @@ def test_copies_pickles_and_restore():
     assert type(layer) is peft.tuners.lora.Linear4bit
     packs = layer.get_base_layer().support_avx512bf16_for_cpu
     assert packs == bitsandbytes.functional.has_avx512bf16()
+
+
+# ---- 8 bits ------------------------------------------------------------------------------------
+
+
+def in_bytes(threshold=0.0):
+    torch.manual_seed(0)
+
+    def make(inputs, outputs):
+        layer = bitsandbytes.nn.Linear8bitLt(
+            inputs, outputs, has_fp16_weights=False, threshold=threshold
+        )
+        return layer.to("cpu")
+
+    net = Net(make)
+    net.is_loaded_in_4bit, net.is_loaded_in_8bit = False, True
+    return net
+
+
+def from_bytes(net):
+    plain = Net(nn.Linear).double()
+    plain.is_loaded_in_4bit = False
+    for name in ("up", "down"):
+        own, layer = getattr(net, name), getattr(plain, name)
+        layer.weight.data = own.weight.CB.double() * own.weight.SCB.double()[:, None] / 127
+        layer.bias.data = own.bias.data.double()
+    return plain
+
+
+def test_eight_bits_train_as_the_weights_do_in_float64():
+    """Before bitsandbytes' own first call, which moves the codes, and after."""
+    net = in_bytes()
+    exact, model = lora(from_bytes(net)).double(), lora(net)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    expected = step(exact, x.double())
+    assert_equal(step(model, x), expected)
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    assert_equal(step(model, x), expected)
+    assert report.counts() == {KERNEL: 4, "disabled": 2}
+
+
+def test_outliers_stay_bitsandbytes_own():
+    model = lora(in_bytes(threshold=6.0))
+    theirs = copy.deepcopy(model)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    torch.testing.assert_close(model(x), theirs(x))
+    assert report.counts() == {"base_layer: outliers beyond a threshold": 2}

@@ -1,0 +1,71 @@
+"""quantize: each code is the nearest, each scale the largest magnitude of its block.
+
+Bit by bit as bitsandbytes, in integrations/test_bitsandbytes_codes.py.
+"""
+
+import pytest
+import torch
+
+from peft_kernels.ops import dequantize, quantize
+
+
+def flat_codes(weight):
+    codes = weight.codes.flatten()
+    n, k = weight.shape
+    return torch.stack((codes >> 4, codes & 15), 1).flatten()[: n * k].long()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("n", "k", "block"), [(8, 64, 64), (5, 33, 32), (3, 100, 128)])
+def test_each_code_is_the_nearest(kind, n, k, block):
+    torch.manual_seed(0)
+    plain = torch.randn(n, k)
+    plain[0, :2] = 0
+    weight = quantize(plain, kind, block=block, nested=False)
+    flat = torch.nn.functional.pad(plain.flatten(), (0, -n * k % block)).view(-1, block)
+    assert torch.equal(weight.scales, flat.abs().amax(1))
+    parts = plain.flatten() / weight.scales.repeat_interleave(block)[: n * k]
+    far = (parts[:, None] - weight.book).abs()
+    chosen = far.gather(1, flat_codes(weight)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, far.amin(1), rtol=0, atol=1e-6)
+
+
+def test_scales_in_codes_are_near_to_what_they_stand_for():
+    torch.manual_seed(0)
+    plain = torch.randn(64, 256)
+    flat, nested = (quantize(plain, nested=nested) for nested in (False, True))
+    assert torch.equal(flat.codes, nested.codes) and nested.scales.dtype is torch.uint8
+    error = (dequantize(flat) - dequantize(nested)).norm() / dequantize(flat).norm()
+    assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.11), ("fp4", 0.15), ("int8", 0.01)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_lost(kind, most, dtype):
+    torch.manual_seed(0)
+    plain = torch.randn(32, 256).to(dtype)
+    found = dequantize(quantize(plain, kind), dtype)
+    assert found.dtype is dtype
+    assert ((found - plain).float().norm() / plain.float().norm()) < most
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_zeros_stay_zeros(kind):
+    plain = torch.zeros(3, 64)
+    plain[1] = torch.randn(64)
+    found = dequantize(quantize(plain, kind, nested=False))
+    assert found[0].eq(0).all() and found[2].eq(0).all() and found[1].ne(0).any()
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "error", "message"),
+    [
+        (torch.zeros(2, 64), {"kind": "nf5"}, ValueError, "kind must be one of nf4, fp4, int8"),
+        (torch.zeros(64), {}, ValueError, r"weight must be \[n, k\]; got shape \(64,\)"),
+        (torch.zeros(2, 64).double(), {}, TypeError, "got torch.float64"),
+        (torch.zeros(2, 64), {"block": 48}, ValueError, "block must be a power of 2"),
+    ],
+)
+def test_bad_input_is_named(weight, options, error, message):
+    with pytest.raises(error, match=message):
+        quantize(weight, **options)
