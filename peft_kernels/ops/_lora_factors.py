@@ -52,17 +52,18 @@ def check_factors(x: Tensor, n: int, factors: LoRAFactors) -> None:
     dtype, k = a[0].dtype, x.shape[-1]
     if dtype is not x.dtype and dtype is not acc_dtype(x):
         raise TypeError(f"a must be {acc_dtype(x)} or have x's dtype {x.dtype}; got {dtype}")
+    device = x.device
     for one, other in zip(a, b, strict=True):
-        r = one.shape[0]
-        if one.shape != (r, k) or other.shape != (n, r):
+        a_shape, b_shape = one.shape, other.shape
+        if len(a_shape) != 2 or a_shape[1] != k or b_shape != (n, a_shape[0]):
             raise ValueError(
                 f"a and b of an adapter must be [r, {k}] and [{n}, r]; "
-                f"got {tuple(one.shape)} and {tuple(other.shape)}"
+                f"got {tuple(a_shape)} and {tuple(b_shape)}"
             )
         if one.dtype is not dtype or other.dtype is not dtype:
             raise TypeError(f"all a and b must have one dtype; got {one.dtype} and {other.dtype}")
-        if one.device != x.device or other.device != x.device:
-            raise ValueError(f"a and b must be on x's device {x.device}; got {one.device}")
+        if one.device != device or other.device != device:
+            raise ValueError(f"a and b must be on x's device {device}; got {one.device}")
 
 
 def linear_of_factors(
