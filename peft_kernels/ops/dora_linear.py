@@ -27,16 +27,15 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._checks import check_devices
 from peft_kernels.ops._dispatch import define_call, wants_function
-from peft_kernels.ops._dropout import seed_tensor
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded, lora_linear_sharded, norm_of_shards
 from peft_kernels.ops._transforms import gradients_of, wants_gradient_composition
 from peft_kernels.ops.lora_linear import (
-    check_gradient_of_scale,
     check_lora,
     dropped,
     lora_linear_bwd_ref,
+    read_options,
     scale_of,
 )
 from peft_kernels.ops.lora_linear import example_inputs as lora_inputs
@@ -273,20 +272,12 @@ def dora_linear(
             dora_linear, x, weight, lora_a, lora_b, magnitude=magnitude, norm=norm,
             bias=bias, scale=scale, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    scale_t = None
-    if isinstance(scale, Tensor):
-        if scale.requires_grad:
-            check_gradient_of_scale()
-        scale, scale_t = 1.0, scale
+    options = read_options(x, scale, dropout_p, seed)
     if norm is None:
-        norm = dora_norm(stored, lora_a, lora_b, scale if scale_t is None else scale_t)
+        norm = dora_norm(stored, lora_a, lora_b, scale)
     _check_rows("norm", norm, weight)
     gain = _gain(magnitude, norm, acc_dtype(x))
-    inputs = (
-        rows_of(x), weight, bias, lora_a, lora_b, gain, float(scale), scale_t, float(dropout_p),
-        seed,
-    )  # fmt: skip
+    inputs = rows_of(x), weight, bias, lora_a, lora_b, gain, *options
     if wants_function(*inputs):
         y = _DoRALinear.apply(*inputs, _library.variant(x.dtype))
     else:

@@ -250,15 +250,19 @@ def lora_linear(
             lora_linear, x, base, lora_a, lora_b,
             bias=bias, scale=scale, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
+    return _served(x, base, bias, lora_a, lora_b, *read_options(x, scale, dropout_p, seed))
+
+
+def read_options(
+    x: Tensor, scale: float | Tensor, dropout_p: float, seed: int | Tensor | None
+) -> tuple[float, Tensor | None, float, Tensor | None]:
+    """``scale``, ``scale_t``, ``dropout_p`` and ``seed`` as the ops take them."""
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    scale_t = None
-    if isinstance(scale, Tensor):
-        if scale.requires_grad:
-            check_gradient_of_scale()
-        scale, scale_t = 1.0, scale
-    return _served(
-        x, base, bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed
-    )  # fmt: skip
+    if not isinstance(scale, Tensor):
+        return float(scale), None, float(dropout_p), seed
+    if scale.requires_grad:
+        _check_gradient_of_scale()
+    return 1.0, scale, float(dropout_p), seed
 
 
 def _over_codes(x, weight, lora_a, lora_b, *, bias, scale, dropout_p, seed) -> Tensor:
@@ -269,13 +273,7 @@ def _over_codes(x, weight, lora_a, lora_b, *, bias, scale, dropout_p, seed) -> T
     if is_special():
         options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "seed": seed}
         return lora_linear(x, dequantize(weight, x.dtype), lora_a, lora_b, **options)
-    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    scale_t = None
-    if isinstance(scale, Tensor):
-        if scale.requires_grad:
-            check_gradient_of_scale()
-        scale, scale_t = 1.0, scale
-    rest = bias, lora_a, lora_b, float(scale), scale_t, float(dropout_p), seed
+    rest = bias, lora_a, lora_b, *read_options(x, scale, dropout_p, seed)
     return in_shape_of(x, lora_linear_codes(rows_of(x), weight, *rest))
 
 
@@ -365,7 +363,7 @@ def _check_types(x, base, lora_a, lora_b) -> None:
     check_devices("x", x, (*base, ("lora_a", lora_a), ("lora_b", lora_b)))
 
 
-def check_gradient_of_scale() -> None:
+def _check_gradient_of_scale() -> None:
     """Raises a ValueError where the gradient that scale requires would be none."""
     if torch.is_grad_enabled() and not wants_composition():
         raise ValueError(
