@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import LoraModel as PeftLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -34,14 +35,36 @@ class LoraModel(PeftLoraModel):
                 "layers again in the backward, without the names: first call "
                 "gradient_checkpointing_disable()"
             )
-        model: Any = _Model(self) if named else self
-        with _CALLER.within(get_ident()) if named else nullcontext():
-            hooks = PeftLoraModel._enable_peft_forward_hooks(model, *args, **kwargs)
-            hooks.__enter__()
-            try:
+        if not named:
+            with PeftLoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
                 yield
-            finally:
-                hooks.__exit__(None, None, None)  # an error would leave PEFT's where they are
+            return
+        # Not compiled: only what the hooks are put around is.
+        hooks = torch.compiler.disable(_HandingNames)(self, args, kwargs)
+        try:
+            yield
+        finally:
+            torch.compiler.disable(hooks.end)()
+
+
+class _HandingNames:
+    """PEFT's hooks, from where they are put on a model's layers to :meth:`end`."""
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._frame = _CALLER.enter(get_ident())
+        try:
+            hooks = PeftLoraModel._enable_peft_forward_hooks
+            self._hooks = hooks(cast(Any, _Model(model)), *args, **kwargs)
+            self._hooks.__enter__()
+        except BaseException:
+            _CALLER.leave(self._frame)
+            raise
+
+    def end(self) -> None:
+        try:
+            self._hooks.__exit__(None, None, None)
+        finally:
+            _CALLER.leave(self._frame)
 
 
 class _Model:
