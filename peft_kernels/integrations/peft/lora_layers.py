@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
-from peft_kernels.integrations.peft import over_codes
+from peft_kernels.integrations.peft.codes import layers as over_codes
 from peft_kernels.integrations.peft.dora import NORMS, dora
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.lora_model import LoraModel

@@ -1,0 +1,112 @@
+"""PEFT's LoRA layers over weights in codes: the kernel reads codes where they lie.
+
+x decides in which dtype is computed, with sums in float32, whatever ``compute_dtype`` says
+(Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.integrations.peft import state
+from peft_kernels.integrations.peft.codes import bitsandbytes
+from peft_kernels.integrations.peft.codes.bases import LIBRARIES, Base, read_base
+from peft_kernels.integrations.peft.several import add, sum_of_biases, together
+from peft_kernels.integrations.served import count
+from peft_kernels.ops import lora_linear
+
+KERNEL = "lora_linear"
+
+
+def read(layer: nn.Module, x: Tensor) -> tuple[Base, list[state.Adapter]] | str:
+    """What kernels need to serve a call with x, or why they can't."""
+    alone = state.why_base_alone(layer)
+    if alone is not None:
+        return alone
+    found = _read_parts(layer)
+    if isinstance(found, str):
+        return found
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return state.why_not_in(dtype, found[1]) or found
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a call with x in the adapters' dtype would be PEFT's own, or None."""
+    found = _read_parts(layer)
+    return found if isinstance(found, str) else state.why_not_in(found[1][0].a.dtype, found[1])
+
+
+def _read_parts(layer: nn.Module) -> tuple[Base, list[state.Adapter]] | str:
+    base = read_base(layer)
+    if isinstance(base, str):
+        return base
+    active = layer.__dict__["_active_adapter"]
+    adapters = state.read_adapters(layer, (active,) if isinstance(active, str) else active)
+    if isinstance(adapters, str):
+        return adapters
+    if any(adapter.magnitude is not None for adapter in adapters):
+        return "DoRA over codes"
+    return base, adapters
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+class _OverCodes(nn.Module):
+    """PEFT's layer of this name, on :func:`peft_kernels.ops.lora_linear` over a weight in codes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = "other arguments" if args or kwargs else read(self, x)
+        if isinstance(found, str):
+            count(self, found)
+            return super().forward(x, *args, **kwargs)
+        count(self, KERNEL)
+        base, adapters = found
+        first, others = together(adapters)
+        dtype = x.dtype if base.bias is None else base.bias.dtype
+        bias = sum_of_biases(base.bias, adapters, dtype)
+        y = lora_linear(
+            x,
+            base.weight,
+            first.a,
+            first.b,
+            bias=None if bias is None else bias.to(x.dtype),
+            scale=first.scale,
+            dropout_p=first.dropout_p,
+        )
+        for adapter in others:
+            add(y, x, adapter)
+        return y.to(x.dtype)
+
+
+def _over_codes(kind: type) -> type:
+    """The class of PEFT's on the kernel."""
+    members = {"__doc__": _OverCodes.__doc__, "__module__": __name__}
+    return type(kind.__name__, (_OverCodes, kind), members)
+
+
+SERVED = {kind: _over_codes(kind) for library in LIBRARIES for kind in library.LAYERS}
+# A pickle finds a class by its name in its module.
+globals().update({ours.__name__: ours for ours in SERVED.values()})
+
+
+def is_served(layer: nn.Module) -> bool:
+    """Whether this is one of the layers above."""
+    return type(layer) in SERVED.values()
+
+
+def keep_codes(layer: Any) -> None:
+    """Has calls of PEFT's own leave the codes of the layer below as they are."""
+    if is_served(layer):
+        bitsandbytes.keep_codes(layer.get_base_layer())
+
+
+def give_back(layer: Any) -> None:
+    """Lets them do as they do without kernels."""
+    if is_served(layer):
+        bitsandbytes.give_back(layer.get_base_layer())

@@ -1,0 +1,13 @@
+"""What the readers of every library share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft_kernels.ops import QuantizedWeight
+
+# The weight in codes of a layer below, or why kernels can't take it.
+Reader = Callable[[Any], "QuantizedWeight | str"]
+
+NOT_YET = "base_layer: a weight that isn't in codes yet"
