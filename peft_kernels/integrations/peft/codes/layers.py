@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.peft import state
 from peft_kernels.integrations.peft.codes import bitsandbytes
-from peft_kernels.integrations.peft.codes.bases import LIBRARIES, Base, read_base
+from peft_kernels.integrations.peft.codes.bases import Base, read_base
 from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.served import count
 from peft_kernels.ops import lora_linear
 
 KERNEL = "lora_linear"
+LIBRARIES = (bitsandbytes,)
 
 
 def read(layer: nn.Module, x: Tensor) -> tuple[Base, list[state.Adapter]] | str:

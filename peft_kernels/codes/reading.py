@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_kernels.ops import QuantizedWeight
 
-# The weight in codes of a layer below, or why kernels can't take it.
+# The weight in codes of a layer, or why kernels can't take it.
 Reader = Callable[[Any], "QuantizedWeight | str"]
 
-NOT_YET = "base_layer: a weight that isn't in codes yet"
+NOT_YET = "a weight that isn't in codes yet"

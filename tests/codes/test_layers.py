@@ -1,0 +1,41 @@
+"""read_codes: the library's own tensors, and the values that the library makes of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft_kernels.codes.layers import is_in_codes, read_codes
+from peft_kernels.ops import dequantize
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_four_bits(nested, storage):
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 32, compress_statistics=nested, quant_type="nf4", quant_storage=storage
+    )
+    assert is_in_codes(layer) and "isn't in codes yet" in read_codes(layer)
+    layer = layer.to("cpu")
+    found = read_codes(layer)
+    assert found.codes.data_ptr() == layer.weight.data_ptr()
+    expected = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(dequantize(found), expected)
+
+
+def test_eight_bits_before_the_first_call_and_after():
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    before = dequantize(read_codes(layer))
+    layer(torch.randn(1, 64))
+    found = read_codes(layer)
+    assert found.codes.data_ptr() == layer.state.CB.data_ptr()
+    assert torch.equal(dequantize(found), before)
+
+
+def test_other_layers_are_none_s():
+    class Own(bitsandbytes.nn.Linear4bit):
+        pass
+
+    for layer in (nn.Linear(4, 4), Own(64, 32)):
+        assert not is_in_codes(layer) and read_codes(layer) is None
