@@ -5,49 +5,10 @@
 
 #include "lora_linear_op.h"
 #include "options.h"
+#include "quantized.h"
 
 namespace peft_kernels {
 namespace {
-
-const float* floats_of(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float &&
-                      tensor.numel() == count,
-                  name, " must be ", count, " contiguous float32; got ", tensor.numel());
-  return tensor.const_data_ptr<float>();
-}
-
-const uint8_t* bytes_of(const Tensor& tensor, int64_t count, const char* name) {
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count &&
-                      (dtype == ScalarType::Byte || dtype == ScalarType::Char),
-                  name, " must be ", count, " contiguous bytes; got ", tensor.numel());
-  return static_cast<const uint8_t*>(tensor.const_data_ptr());
-}
-
-Codes codes_of(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& book,
-               const std::optional<Tensor>& nested_scales, const std::optional<Tensor>& nested_book,
-               int64_t n, int64_t k, int64_t block, int64_t nested_block, double unit,
-               double offset) {
-  STD_TORCH_CHECK(block > 0, "block must be positive; got ", block);
-  const int64_t elements = n * k, blocks = (elements + block - 1) / block;
-  Codes found{.data = bytes_of(codes, book ? (elements + 1) / 2 : elements, "codes"),
-              .book = book ? floats_of(*book, 16, "book") : nullptr,
-              .block = block,
-              .cols = k,
-              .unit = static_cast<float>(unit),
-              .offset = static_cast<float>(offset)};
-  if (!nested_scales) {
-    found.scales = floats_of(scales, blocks, "scales");
-    return found;
-  }
-  STD_TORCH_CHECK(nested_book && nested_block > 0, "nested scales need a book and a block");
-  found.scale_codes = bytes_of(scales, blocks, "scales");
-  found.nested_block = nested_block;
-  found.nested_scales =
-      floats_of(*nested_scales, (blocks + nested_block - 1) / nested_block, "nested_scales");
-  found.nested_book = floats_of(*nested_book, 256, "nested_book");
-  return found;
-}
 
 // Up to 8 rows looking up codes is all there is: AVX-512 does 16 at once, which took 0.45 to 0.9 of
 // AVX2's time on Zen 4, too. Beyond, the build that is best for products.
@@ -64,17 +25,18 @@ void check_shapes(const Tensor& x, int64_t n, const Tensor& lora_a, const Tensor
 }
 
 std::tuple<Tensor, Tensor> lora_linear_codes(
-    Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> book,
+    Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> shifts, std::optional<Tensor> book,
     std::optional<Tensor> nested_scales, std::optional<Tensor> nested_book, int64_t n,
-    int64_t block, int64_t nested_block, double unit, double offset, std::optional<Tensor> bias,
-    Tensor lora_a, Tensor lora_b, double scale, std::optional<Tensor> scale_t, double dropout_p,
+    int64_t block, int64_t block_rows, int64_t nested_block, double unit, double offset,
+    std::string layout, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scale, std::optional<Tensor> scale_t, double dropout_p,
     std::optional<Tensor> seed) {
   check_shapes(x, n, lora_a, lora_b);
   x = with_unit_stride(x, true);
   lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
   const int64_t m = x.size(0), k = x.size(1), r = lora_a.size(0);
-  const Codes weight = codes_of(codes, scales, book, nested_scales, nested_book, n, k, block,
-                                nested_block, unit, offset);
+  const Codes weight = codes_of({codes, scales, shifts, book, nested_scales, nested_book, n, block,
+                                 block_rows, nested_block, unit, offset, layout},
+                                k);
   Tensor y = torch::stable::new_empty(x, {m, n});
   Tensor s = torch::stable::new_empty(x, {m, r}, ScalarType::Float);
   const auto dropout = dropout_of(dropout_p, seed);
@@ -94,9 +56,10 @@ std::tuple<Tensor, Tensor> lora_linear_codes(
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_codes_bwd(
-    Tensor dy, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> book,
-    std::optional<Tensor> nested_scales, std::optional<Tensor> nested_book, int64_t n,
-    int64_t block, int64_t nested_block, double unit, double offset, Tensor lora_a, Tensor lora_b,
+    Tensor dy, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> shifts,
+    std::optional<Tensor> book, std::optional<Tensor> nested_scales,
+    std::optional<Tensor> nested_book, int64_t n, int64_t block, int64_t block_rows,
+    int64_t nested_block, double unit, double offset, std::string layout, Tensor lora_a, Tensor lora_b,
     Tensor s, double scale, std::optional<Tensor> scale_t, double dropout_p,
     std::optional<Tensor> seed, bool needs_x, bool needs_a, bool needs_b) {
   check_shapes(x, n, lora_a, lora_b);
@@ -106,8 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_codes_bwd(
   x = with_unit_stride(x, true), dy = with_unit_stride(dy, true);
   lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
   const int64_t k = x.size(1);
-  const Codes weight = codes_of(codes, scales, book, nested_scales, nested_book, n, k, block,
-                                nested_block, unit, offset);
+  const Codes weight = codes_of({codes, scales, shifts, book, nested_scales, nested_book, n, block,
+                                 block_rows, nested_block, unit, offset, layout},
+                                k);
   const auto shaped = [](const Tensor& like, bool needed) {
     if (!needed) return torch::stable::new_empty(like, {0});
     return torch::stable::new_empty(like, {like.size(0), like.size(1)});

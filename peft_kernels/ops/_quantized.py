@@ -1,14 +1,18 @@
 """Weights in codes, and LoRA linear over them: nothing of the weight's size is ever written.
 
-Element e of a weight ``[n, k]``, counted row by row, is
+Element (i, j) of a weight ``[n, k]`` is, where codes and scales lie in planes of their own,
 
-    w[e] = book[code[e]] scale[e // block]      or      code[e] unit scale[e // block]
+    w[i, j] = value(code[i, j]) unit scale[b] + shift[b]
 
-with a book of 16 values for codes of 4 bits, two a byte and the first in the high half, and without
-one for int8. Scales may be in codes themselves (Dettmers et al. 2023, "QLoRA: Efficient Finetuning
-of Quantized LLMs", section 3, double quantization):
+with b the block of the element: ``e // block`` for element e counted row by row, or where blocks
+have several rows the one that holds row i and column j. A code is int8, e4m3, or of 4 bits, two a
+byte and the first in the high half, with a book of 16 values. Scales may be in codes themselves
+(Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3, double
+quantization):
 
     scale[b] = nested.book[scale_code[b]] nested.scale[b // nested.block] + nested.offset
+
+GGUF's layouts have codes and scales in blocks (``_gguf_blocks.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from peft_kernels import _library
 from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype
+from peft_kernels.ops._gguf_blocks import BLOCKS, dequantize_blocks
 
 
 class NestedScales(NamedTuple):
@@ -36,13 +41,19 @@ class NestedScales(NamedTuple):
 class QuantizedWeight(NamedTuple):
     """A frozen weight in codes, in the tensors of whatever library made them."""
 
-    codes: Tensor  # uint8 with two codes a byte, or int8 with one; any shape, contiguous
-    scales: Tensor  # float32, one for each block of elements; uint8 where they are nested
+    codes: Tensor  # uint8 with two codes a byte, int8 or float8_e4m3fn; any shape, contiguous
+    scales: Tensor  # of a float's dtype, one for each block; uint8 where they are nested
     shape: tuple[int, int]  # [n, k]
-    block: int
+    block: int  # elements, or of blocks of several rows the columns
     book: Tensor | None = None  # [16] float32
     unit: float = 1.0
     nested: NestedScales | None = None
+    shifts: Tensor | None = None  # as scales, one for each block
+    layout: str = "planes"  # or one of GGUF's, of which codes are the bytes
+    block_rows: int = 1
+
+
+PLANES = "planes"
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,36 +62,49 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
 
 
 def _dequantized(arguments: tuple, k: int) -> Tensor:
-    codes, scales, book, nested_scales, nested_book, n, block, nested_block, unit, offset = (
-        arguments
-    )
+    codes, scales, shifts, book, nested_scales, nested_book, n, block, block_rows = arguments[:9]
+    nested_block, unit, offset, layout = arguments[9:]
+    if layout != PLANES:
+        return dequantize_blocks(layout, codes, n, k)
+    scales = scales.flatten()
     if nested_scales is not None:
         each = nested_scales.repeat_interleave(nested_block)[: scales.numel()]
-        scales = nested_book[scales.flatten().int()] * each + offset
-    flat = codes.flatten()
+        scales = nested_book[scales.int()] * each + offset
+
+    def by_element(of_blocks: Tensor) -> Tensor:
+        if block_rows == 1:
+            return of_blocks.float().repeat_interleave(block)[: n * k].view(n, k)
+        grid = of_blocks.float().view(-(-n // block_rows), -1)
+        return grid.repeat_interleave(block_rows, 0)[:n].repeat_interleave(block, 1)[:, :k]
+
+    values = _values_of(codes.flatten(), book)[: n * k].view(n, k) * unit * by_element(scales)
+    return values if shifts is None else values + by_element(shifts.flatten())
+
+
+def _values_of(codes: Tensor, book: Tensor | None) -> Tensor:
     if book is None:
-        values = flat.view(torch.int8).float() * unit
-    else:
-        values = book[torch.stack((flat >> 4, flat & 15), 1).flatten().int()][: n * k]
-    return (values * scales.flatten().repeat_interleave(block)[: n * k]).view(n, k)
+        return codes.float()
+    return book[torch.stack((codes >> 4, codes & 15), 1).flatten().int()]
 
 
 def _arguments(weight: QuantizedWeight) -> tuple:
     """What the ops take of it."""
-    codes, scales, shape, block, book, unit, nested = weight
-    if nested is None:
-        return codes, scales, book, None, None, shape[0], block, 0, unit, 0.0
-    return (
-        codes, scales, book, nested.scales, nested.book, shape[0],
-        block, nested.block, unit, float(nested.offset),
-    )  # fmt: skip
+    codes, scales, shape, block, book, unit, nested, shifts, layout, block_rows = weight
+    own: tuple = (None, None, 0, 0.0)
+    if nested is not None:
+        own = nested.scales, nested.book, nested.block, float(nested.offset)
+    nested_scales, nested_book, nested_block, offset = own
+    tensors = codes, scales, shifts, book, nested_scales, nested_book
+    return *tensors, shape[0], block, block_rows, nested_block, unit, offset, layout
 
 
 # ---- ops ---------------------------------------------------------------------------------------
 
+_TENSORS, _COUNT = 6, 13  # of the arguments that are a weight's
 _CODES = (
-    "Tensor codes, Tensor scales, Tensor? book, Tensor? nested_scales, Tensor? nested_book, int n,"
-    " int block, int nested_block, float unit, float offset"
+    "Tensor codes, Tensor scales, Tensor? shifts, Tensor? book, Tensor? nested_scales,"
+    " Tensor? nested_book, int n, int block, int block_rows, int nested_block, float unit,"
+    " float offset, str layout"
 )
 _OPTIONS = "float scale, Tensor? scale_t, float dropout_p, Tensor? seed"
 FWD_SCHEMA = (
@@ -105,7 +129,8 @@ def _scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor
 
 
 def _fwd_ref(x, *rest):
-    arguments, (bias, lora_a, lora_b, scale, scale_t, dropout_p, seed) = rest[:10], rest[10:]
+    arguments, rest = rest[:_COUNT], rest[_COUNT:]
+    bias, lora_a, lora_b, scale, scale_t, dropout_p, seed = rest
     acc = acc_dtype(x)
     wide = x.to(acc)
     s = (wide * _factor(x, dropout_p, seed)) @ lora_a.to(acc).T
@@ -115,7 +140,7 @@ def _fwd_ref(x, *rest):
 
 
 def _bwd_ref(dy, x, *rest):
-    arguments, rest = rest[:10], rest[10:]
+    arguments, rest = rest[:_COUNT], rest[_COUNT:]
     lora_a, lora_b, s, scale, scale_t, dropout_p, seed, needs_x, needs_a, needs_b = rest
     acc = acc_dtype(x)
     scale, wide = _scale_of(scale, scale_t, x), dy.to(acc)
@@ -133,13 +158,13 @@ def _bwd_ref(dy, x, *rest):
 
 
 def _fwd_fake(x, *rest):
-    n, lora_a = rest[5], rest[11]
+    n, lora_a = rest[_TENSORS], rest[_COUNT + 1]
     m, r = x.shape[0], lora_a.shape[0]
     return x.new_empty(m, n), x.new_empty(m, r, dtype=acc_dtype(x))
 
 
 def _bwd_fake(dy, x, *rest):
-    (lora_a, lora_b), needs = rest[10:12], rest[-3:]
+    (lora_a, lora_b), needs = rest[_COUNT : _COUNT + 2], rest[-3:]
     shapes = zip((x, lora_a, lora_b), needs, strict=True)
     return tuple(like.new_empty(like.shape if needed else (0,)) for like, needed in shapes)
 
@@ -159,9 +184,9 @@ class LoRALinearCodes(torch.autograd.Function):
         variant, arguments = _library.variant(x.dtype), _arguments(weight)
         fwd = _library.get_op("lora_linear_codes", variant)
         y, s = fwd(x, *arguments, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed)
-        tensors = arguments[:5]
+        tensors = arguments[:_TENSORS]
         ctx.save_for_backward(x, lora_a, lora_b, s, scale_t, seed, *tensors)
-        ctx.options = scale, dropout_p, variant, arguments[5:]
+        ctx.options = scale, dropout_p, variant, arguments[_TENSORS:]
         return y
 
     @staticmethod
@@ -195,10 +220,10 @@ def lora_linear_codes(x, weight: QuantizedWeight, *rest) -> Tensor:
 
 def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
     """Raises a ValueError or TypeError unless these go together."""
-    codes, scales, (n, k), _, book, _, nested = weight
+    n, k = weight.shape
     if not x.dim() or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must end in weight's k = {k}")
-    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] < 1:
+    if lora_a.dim() != 2 or lora_b.dim() != 2:
         raise ValueError(
             f"lora_a and lora_b must be [r, k] and [n, r]; got {tuple(lora_a.shape)} and "
             f"{tuple(lora_b.shape)}"
@@ -214,32 +239,54 @@ def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
     check_same("x", x, [("bias", bias)])
     check_adapter("x", x, [("lora_a", lora_a)])
     check_same("lora_a", lora_a, [("lora_b", lora_b)])
-    named = {"codes": codes, "scales": scales, "book": book}
-    if nested is not None:
-        named |= {"nested.scales": nested.scales, "nested.book": nested.book}
+    named = {name: getattr(weight, name) for name in ("codes", "scales", "shifts", "book")}
+    if weight.nested is not None:
+        named |= {"nested.scales": weight.nested.scales, "nested.book": weight.nested.book}
     check_devices("x", x, [("bias", bias), ("lora_a", lora_a), *named.items()])
-    _check_layout(weight)
+    if weight.layout == PLANES:
+        _check_planes(weight)
+    else:
+        _check_blocks(weight)
 
 
-def _check_layout(weight: QuantizedWeight) -> None:
-    codes, scales, (n, k), block, book, _, nested = weight
-    if block < 1:
-        raise ValueError(f"weight.block must be at least 1; got {block}")
-    blocks = -(-n * k // block)
-    wanted, bits = (-(-n * k // 2), torch.uint8) if book is not None else (n * k, torch.int8)
-    if codes.dtype is not bits or codes.numel() != wanted or not codes.is_contiguous():
+def _check_blocks(weight: QuantizedWeight) -> None:
+    codes, (n, k), layout = weight.codes, weight.shape, weight.layout
+    if layout not in BLOCKS:
+        known = ", ".join((PLANES, *BLOCKS))
+        raise ValueError(f"weight.layout must be one of {known}; got {layout!r}")
+    elements, size = BLOCKS[layout]
+    if k % elements:
+        raise ValueError(f"{layout} has blocks of {elements}, by which k = {k} can't be divided")
+    _check_codes(codes, torch.uint8, n * k // elements * size, weight.shape)
+
+
+def _check_codes(codes: Tensor, dtype: torch.dtype, count: int, shape: tuple[int, int]) -> None:
+    if codes.dtype is not dtype or codes.numel() != count or not codes.is_contiguous():
         raise ValueError(
-            f"weight.codes must be {wanted} contiguous {bits} for a weight {[n, k]}; "
+            f"weight.codes must be {count} contiguous {dtype} for a weight {list(shape)}; "
             f"got {codes.numel()} of {codes.dtype}"
         )
-    if book is not None and (book.shape != (16,) or book.dtype is not torch.float32):
-        raise ValueError(f"weight.book must be [16] float32; got {tuple(book.shape)}, {book.dtype}")
-    kind = torch.float32 if nested is None else torch.uint8
-    if scales.dtype is not kind or scales.numel() != blocks or not scales.is_contiguous():
+
+
+def _check_planes(weight: QuantizedWeight) -> None:
+    codes, scales, (n, k), block, book, _, nested, shifts, _, block_rows = weight
+    if block < 1 or block_rows < 1:
         raise ValueError(
-            f"weight.scales must be {blocks} contiguous {kind}, one for each {block} elements; "
-            f"got {scales.numel()} of {scales.dtype}"
+            f"weight.block and weight.block_rows must be at least 1; got {block} and {block_rows}"
         )
+    blocks = -(-n * k // block) if block_rows == 1 else -(-n // block_rows) * -(-k // block)
+    if book is not None:
+        _check_codes(codes, torch.uint8, -(-n * k // 2), weight.shape)
+        if book.shape != (16,) or book.dtype is not torch.float32:
+            got = f"{tuple(book.shape)}, {book.dtype}"
+            raise ValueError(f"weight.book must be [16] float32; got {got}")
+    else:
+        in_floats = codes.dtype is torch.float8_e4m3fn
+        _check_codes(codes, codes.dtype if in_floats else torch.int8, n * k, weight.shape)
+    kind = scales.dtype if nested is None and scales.is_floating_point() else torch.float32
+    _check_scales("scales", scales, kind if nested is None else torch.uint8, blocks, block)
+    if shifts is not None:
+        _check_scales("shifts", shifts, kind, blocks, block)
     if nested is None:
         return
     wanted = -(-blocks // max(nested.block, 1))
@@ -247,4 +294,12 @@ def _check_layout(weight: QuantizedWeight) -> None:
         raise ValueError(
             f"weight.nested must have a book of 256 and {wanted} scales, one for each "
             f"{nested.block} codes; got {tuple(nested.book.shape)} and {nested.scales.numel()}"
+        )
+
+
+def _check_scales(name: str, given: Tensor, dtype: torch.dtype, count: int, block: int) -> None:
+    if given.dtype is not dtype or given.numel() != count or not given.is_contiguous():
+        raise ValueError(
+            f"weight.{name} must be {count} contiguous {dtype}, one for each {block} elements; "
+            f"got {given.numel()} of {given.dtype}"
         )

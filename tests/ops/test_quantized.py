@@ -9,6 +9,7 @@ from errors import assert_as_good_as
 
 import peft_kernels
 from peft_kernels.ops import NestedScales, QuantizedWeight, dequantize, lora_linear
+from peft_kernels.ops._gguf_blocks import BLOCKS
 from peft_kernels.ops._quantized import _arguments
 from peft_kernels.tools.bench.measure import saved_bytes
 from peft_kernels.tools.bench.peak import peak_bytes
@@ -16,20 +17,48 @@ from peft_kernels.tools.bench.peak import peak_bytes
 BOOK = torch.linspace(-1, 1, 16) ** 3
 
 
+PLANES = ["flat", "nested", "shifted", "int8", "int8 by 16", "e4m3", "e4m3 by 16 x 16"]
+
+
 def weight_of(n, k, *, block=64, kind="nested"):
-    """Random codes: with a book and scales, with scales in codes too, or int8 by rows."""
+    """Random codes: of 4 bits, with scales in codes too or with shifts, or of 8 bits."""
     torch.manual_seed(n + k)
+    if kind in BLOCKS:
+        return in_blocks(n, k, kind)
     if kind == "int8":
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
         return QuantizedWeight(codes, torch.rand(n) + 0.5, (n, k), k, unit=1 / 127)
+    if kind == "int8 by 16":
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        scales, shifts = torch.rand(2, -(-n * k // 16)).div(64).to(torch.bfloat16)
+        return QuantizedWeight(codes, scales, (n, k), 16, shifts=shifts)
+    if kind == "e4m3":
+        codes = torch.randn(n, k).to(torch.float8_e4m3fn)
+        return QuantizedWeight(codes, torch.rand(()) + 0.5, (n, k), n * k)
+    if kind == "e4m3 by 16 x 16":
+        codes = torch.randn(n, k).to(torch.float8_e4m3fn)
+        scales = torch.rand(-(-n // 16), -(-k // 16)) + 0.5
+        return QuantizedWeight(codes, scales, (n, k), 16, block_rows=16)
     blocks = -(-n * k // block)
     codes = torch.randint(0, 256, (-(-n * k // 2), 1), dtype=torch.uint8)
     if kind == "flat":
         return QuantizedWeight(codes, torch.rand(blocks) + 0.5, (n, k), block, BOOK)
+    if kind == "shifted":
+        scales, shifts = torch.rand(2, blocks).half() + 0.5
+        return QuantizedWeight(codes, scales, (n, k), block, BOOK, shifts=shifts)
     scale_codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
     book = torch.linspace(-1, 1, 256)
     nested = NestedScales(torch.rand(-(-blocks // 256)) + 0.5, book, 256, torch.tensor(2.0))
     return QuantizedWeight(codes, scale_codes, (n, k), block, BOOK, nested=nested)
+
+
+def in_blocks(n, k, layout):
+    """Random blocks of GGUF's, with halves of ordinary size where their scales are."""
+    elements, size = BLOCKS[layout]
+    blocks = torch.randint(0, 256, (n * k // elements, size), dtype=torch.uint8)
+    for at in {"q4_1": (0, 2), "q4_K": (0, 2), "q6_K": (208,)}.get(layout, (0,)):
+        blocks[:, at : at + 2] = (torch.rand(len(blocks), 1) / 64).half().view(torch.uint8)
+    return QuantizedWeight(blocks, torch.empty(0), (n, k), elements, layout=layout)
 
 
 def problem(m, n, k, dtype=torch.float32, r=6):
@@ -46,30 +75,33 @@ def run(x, weight, a, b, bias, dy, **options):
 def element(weight, i, j):
     """One element, by the definition."""
     e = i * weight.shape[1] + j
-    scale = weight.scales.flatten()[e // weight.block]
+    block = e // weight.block
+    if weight.block_rows > 1:
+        block = i // weight.block_rows * -(-weight.shape[1] // weight.block) + j // weight.block
+    scale = weight.scales.flatten()[block].float()
+    shift = 0 if weight.shifts is None else weight.shifts[block].float()
     if weight.nested is not None:
         nested = weight.nested
-        each = nested.scales[e // weight.block // nested.block]
-        scale = nested.book[int(scale)] * each + nested.offset
+        scale = nested.book[int(scale)] * nested.scales[block // nested.block] + nested.offset
     if weight.book is None:
-        return weight.codes.flatten()[e] * weight.unit * scale
+        return weight.codes.flatten()[e].float() * weight.unit * scale + shift
     byte = int(weight.codes.flatten()[e // 2])
-    return weight.book[byte & 15 if e % 2 else byte >> 4] * scale
+    return weight.book[byte & 15 if e % 2 else byte >> 4] * scale + shift
 
 
-@pytest.mark.parametrize("kind", ["flat", "nested", "int8"])
+@pytest.mark.parametrize("kind", PLANES)
 def test_dequantize_is_the_definition(kind):
     weight = weight_of(5, 33, block=32, kind=kind)
     expected = torch.stack([element(weight, i, j) for i in range(5) for j in range(33)])
-    torch.testing.assert_close(dequantize(weight), expected.view(5, 33), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dequantize(weight), expected.view(5, 33), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["flat", "nested", "int8"])
+@pytest.mark.parametrize("kind", [*PLANES, *BLOCKS])
 @pytest.mark.parametrize("m", [1, 7, 40])
 def test_against_float64(m, kind, p, backend):
-    n, k = 37, 70
+    n, k = (37, 70) if kind in PLANES else (13, 512)
     weight = weight_of(n, k, kind=kind)
     x, a, b, bias = problem(m, n, k)
     dy = torch.randn(m, n)
@@ -146,7 +178,10 @@ def test_ops_are_registered_as_torch_expects():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block": 0}, "block must be at least 1"),
+        ({"block": 0}, "block_rows must be at least 1"),
+        ({"layout": "q2_K"}, "layout must be one of planes, q8_0"),
+        ({"layout": "q4_K"}, "blocks of 256"),
+        ({"shifts": torch.zeros(3)}, "shifts must be 32 contiguous"),
         ({"codes": torch.zeros(5, dtype=torch.uint8)}, "codes must be 1024 contiguous torch.uint8"),
         ({"scales": torch.zeros(3)}, "scales must be 32 contiguous torch.uint8"),
         ({"book": torch.zeros(8)}, r"book must be \[16\]"),
@@ -171,3 +206,18 @@ def test_bad_factors_are_named():
         lora_linear(x, weight, a.double(), b.double())
     with pytest.raises(ValueError, match="dropout_p"):
         lora_linear(x, weight, a, b, dropout_p=1.0)
+
+
+@pytest.mark.parametrize("m", [1, 7, 40, 200])
+def test_rank_0_is_the_base_alone(m):
+    weight = weight_of(37, 70)
+    x, a, b, bias = problem(m, 37, 70, r=0)
+    dy = torch.randn(m, 37)
+    found = run(x, weight, a, b, bias, dy)
+    y, dx = (
+        x.double() @ dequantize(weight).double().T + bias,
+        dy.double() @ dequantize(weight).double(),
+    )
+    torch.testing.assert_close(found[0].double(), y, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found[1].double(), dx, rtol=1e-5, atol=2e-5)
+    assert found[2].shape == (0, 70) and found[3].shape == (37, 0)

@@ -2,38 +2,48 @@
 #pragma once
 #include <utility>
 
-#include "tile.h"
+#include "blocks.h"
 
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t WIDENED_DEPTH = 128;  // of a panel's columns at once: they stay in L1
 
+inline float number_at(const void* numbers, DType dtype, int64_t i) {
+  float found = 0;
+  with_type(dtype, const_cast<void*>(numbers), [&](auto* from) { found = widen(from[i]); });
+  return found;
+}
+
 inline float block_scale(const Codes& c, int64_t block) {
-  if (!c.nested_scales) return c.scales[block] * c.unit;
+  if (!c.nested_scales) return number_at(c.scales, c.scale_type, block) * c.unit;
   const float nested = c.nested_scales[block / c.nested_block];
   return c.nested_book[c.scale_codes[block]] * nested + c.offset;
 }
 
+// The block of an element, and how many elements of it follow from there on in its row.
+struct InBlock {
+  int64_t block, left;
+};
+inline InBlock in_block(const Codes& c, int64_t element) {
+  if (c.block_rows == 1) return {element / c.block, c.block - element % c.block};
+  const int64_t row = element / c.cols, col = element % c.cols;
+  const int64_t blocks = (c.cols + c.block - 1) / c.block;
+  return {row / c.block_rows * blocks + col / c.block, c.block - col % c.block};
+}
+
 // Whole runs of 16 codes, of which the first is even; returns how many it widened.
-inline int64_t widen_16s(const Codes& c, int64_t first, int64_t count, float scale, float* to) {
+inline int64_t widen_nibbles(const Codes& c, int64_t first, int64_t count, float scale, float shift,
+                             float* to) {
 #if defined(__AVX2__)
-  const __m256 factor = _mm256_set1_ps(scale);
-  int64_t i = 0;
-  if (!c.book) {
-    for (; i + 8 <= count; i += 8) {
-      const auto* from = reinterpret_cast<const __m128i*>(c.data + first + i);
-      const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));
-      _mm256_storeu_ps(to + i, _mm256_mul_ps(values, factor));
-    }
-    return i;
-  }
+  const __m256 factor = _mm256_set1_ps(scale), more = _mm256_set1_ps(shift);
   const __m256 front = _mm256_loadu_ps(c.book), back = _mm256_loadu_ps(c.book + 8);
   const auto look_up = [&](__m256i codes) {  // by the low four bits
     const __m256 low = _mm256_permutevar8x32_ps(front, codes);
     const __m256 high = _mm256_permutevar8x32_ps(back, codes);
     const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
-    return _mm256_mul_ps(_mm256_blendv_ps(low, high, is_high), factor);
+    return _mm256_fmadd_ps(_mm256_blendv_ps(low, high, is_high), factor, more);
   };
+  int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     const auto* from = reinterpret_cast<const __m128i*>(c.data + (first + i) / 2);
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from));
@@ -44,26 +54,52 @@ inline int64_t widen_16s(const Codes& c, int64_t first, int64_t count, float sca
   }
   return i;
 #else
-  (void)c, (void)first, (void)count, (void)scale, (void)to;
+  (void)c, (void)first, (void)count, (void)scale, (void)shift, (void)to;
   return 0;
 #endif
 }
 
+// 4 bits of exponent and 3 of mantissa: a float's own, but for a bias of 7 where that has 127.
+inline float widen_e4m3(uint8_t bits) {
+  const uint32_t magnitude = bits & 127, sign = bits & 128;
+  const uint32_t wide = sign << 24 | (magnitude == 127 ? 0x7fc00000 : magnitude << 20);
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value * 0x1p120f;
+}
+
 inline float value_of(const Codes& c, int64_t element) {
-  if (!c.book) return static_cast<int8_t>(c.data[element]);
+  if (c.layout == Layout::bytes) return static_cast<int8_t>(c.data[element]);
+  if (c.layout == Layout::e4m3) return widen_e4m3(c.data[element]);
   const int byte = c.data[element / 2];
   return c.book[element % 2 ? byte & 15 : byte >> 4];
 }
 
-// to[i] = element first + i, counted row by row.
+// Elements first to first + count of one block.
+inline void widen_run(const Codes& c, int64_t first, int64_t count, float scale, float shift,
+                      float* to) {
+  if (c.layout == Layout::bytes) {
+    const auto* from = reinterpret_cast<const int8_t*>(c.data) + first;
+    for (int64_t i = 0; i < count; i++) to[i] = from[i] * scale + shift;
+  } else if (c.layout == Layout::e4m3) {
+    for (int64_t i = 0; i < count; i++) to[i] = widen_e4m3(c.data[first + i]) * scale + shift;
+  } else {
+    int64_t i = 0;
+    if (first % 2 && count) to[i++] = value_of(c, first) * scale + shift;
+    i += widen_nibbles(c, first + i, count - i, scale, shift, to + i);
+    for (; i < count; i++) to[i] = value_of(c, first + i) * scale + shift;
+  }
+}
+
+// to[i] = element first + i, counted row by row, of one row.
 inline void widen_codes(const Codes& c, int64_t first, int64_t count, float* to) {
-  int64_t block = first / c.block, left = (block + 1) * c.block - first;
-  for (int64_t i = 0; i < count; left = c.block, block++) {
-    const int64_t end = std::min(count, i + left);
-    const float scale = block_scale(c, block);
-    if (c.book && (first + i) % 2 && i < end) to[i] = value_of(c, first + i) * scale, i++;
-    i += widen_16s(c, first + i, end - i, scale, to + i);
-    for (; i < end; i++) to[i] = value_of(c, first + i) * scale;
+  if (is_in_blocks(c)) return widen_blocks(c, first, count, to);
+  for (int64_t i = 0; i < count;) {
+    const auto [block, left] = in_block(c, first + i);
+    const int64_t run = std::min(count - i, left);
+    const float shift = c.shifts ? number_at(c.shifts, c.scale_type, block) : 0;
+    widen_run(c, first + i, run, block_scale(c, block), shift, to + i);
+    i += run;
   }
 }
 
@@ -113,7 +149,8 @@ constexpr bool READS_CODES = false;  // without vectors' shuffles a table is rea
 
 // Whether the lines of such a weight are whole chunks of one scale each.
 inline bool is_split_easily(const Codes& c) {
-  return READS_CODES && c.book && c.cols % CHUNK == 0 && c.block % CHUNK == 0 &&
+  return READS_CODES && c.layout == Layout::nibbles && !c.shifts && c.block_rows == 1 &&
+         c.cols % CHUNK == 0 && c.block % CHUNK == 0 &&
          (c.cols % c.block == 0 || c.block % c.cols == 0);
 }
 

@@ -23,15 +23,22 @@ struct Matrix {
   PK_INLINE Matrix transposed() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
 };
 
-// A weight [rows, cols] in codes. Element e, counted row by row, has the scale of block e / block;
-// it is book[code], or the code itself, times that scale.
+// Where codes and what they are scaled by lie: apart, or in blocks of GGUF's.
+enum class Layout { nibbles, bytes, e4m3, q8_0, q4_0, q4_1, q4_K, q6_K };
+
+// A weight in codes, of so many columns. Apart, element (i, j) is value(code) scale + shift, with the
+// scale and the shift of its block: e / block for element e counted row by row, or where blocks have
+// several rows the one that holds row i and column j.
 struct Codes {
-  const uint8_t* data;       // two codes a byte, the first in the high half; int8 without a book
-  const float* book;         // [16], or null
-  int64_t block, cols;
-  const float* scales;       // times unit; or, in codes themselves,
+  Layout layout;
+  const uint8_t* data;  // nibbles: two codes a byte, the first in the high half
+  int64_t cols;
+  const float* book;  // [16], the values of nibbles
+  int64_t block, block_rows;
+  const void *scales, *shifts;  // of scale_type; shifts null for 0. Scales are times unit; or,
+  DType scale_type;
   float unit;
-  const uint8_t* scale_codes;
+  const uint8_t* scale_codes;  // in codes themselves,
   const float *nested_scales, *nested_book;  // null without; [256]
   int64_t nested_block;
   float offset;

@@ -14,6 +14,7 @@ namespace peft_kernels::PK_ISA {
 constexpr int64_t PACKED_X = 128 * 1024;  // floats: a thread's packed rows stay in its L2
 constexpr int64_t COLUMN_PANELS = 4;      // packed at once: 256 bytes of each row of G
 constexpr int64_t DRAWN_COLUMNS = 128;    // of dropout's factors: a panel's rows of them stay in L1
+constexpr int64_t WIDENED_AGAIN = 128;    // rows of X up to which codes are widened by each block
 constexpr int64_t WIDENED_ROWS = 256;     // of 16-bit X, so that a strip of G is packed seldom
 
 // out(row + j, col + i) = tile[i][j] for R x lanes elements; floats go through B x B transposes.
@@ -90,6 +91,12 @@ inline void project_rows(const Sweep& s, const Parallel& parallel) {
   });
 }
 
+inline Rows widened_rows(const Codes& codes, int64_t row, int64_t rows, float* buffer) {
+  const int64_t d = codes.cols;
+  for (int64_t i = 0; i < rows; i++) widen_codes(codes, (row + i) * d, d, buffer + i * d);
+  return {buffer, d, 1};
+}
+
 // A range of columns for a block of rows that is packed as panels of X's lanes, then Z's.
 inline void sweep_packed(const Sweep& s, int64_t row, int64_t rows, int64_t col, int64_t end,
                          const float* panels, float* buffer) {
@@ -97,7 +104,8 @@ inline void sweep_packed(const Sweep& s, int64_t row, int64_t rows, int64_t col,
   const Matrix g_rows = s.g.transposed(), h_rows = s.h.transposed();
   for (int64_t j = col; j < end; j += ROWS)
     with_rows(end - j, [&](auto R) {
-      const Rows g = float_rows(g_rows, j, R, 0, d, buffer);
+      const Rows g = s.codes ? widened_rows(*s.codes, j, R, buffer)
+                             : float_rows(g_rows, j, R, 0, d, buffer);
       const Rows h = float_rows(h_rows, j, R, 0, s.r, buffer + ROWS * d);
       for (int64_t i = 0; i < rows; i += LANES) {
         const float* x = panels + i / LANES * panel;
@@ -227,7 +235,7 @@ inline void sweep(const Sweep& s, const Parallel& parallel) {
   if (rows_contiguous && !s.dropout) {
     const bool dot = !s.uniform && m <= FEW_ROWS_DOT && s.h.row_stride == 1;
     if (dot) return sweep_few_dot(s, parallel);
-    if (!s.codes) return sweep_rows_as_lanes(s, parallel);
+    if (!s.codes || m <= WIDENED_AGAIN) return sweep_rows_as_lanes(s, parallel);
   }
   if (!rows_contiguous && !s.uniform && m <= FEW_ROWS_AXPY) return sweep_few_axpy(s, parallel);
   sweep_columns_as_lanes(s, parallel);
