@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_kernels.codes import bitsandbytes
+from peft_kernels.codes import bitsandbytes, torchao
 from peft_kernels.codes.reading import Reader
 from peft_kernels.ops import QuantizedWeight
 
-LIBRARIES = (bitsandbytes,)
+LIBRARIES = (bitsandbytes, torchao)
 
 
 def is_in_codes(module: nn.Module) -> bool:
-    """Whether a layer is of a class whose weight :func:`read_codes` reads."""
-    return _reader_of(type(module)) is not None
+    """Whether a layer is of a class, or an nn.Linear with a weight, that :func:`read_codes` reads."""
+    return _reader_of(module, type(module)) is not None
 
 
 def read_codes(module: nn.Module, kind: type | None = None) -> QuantizedWeight | str | None:
@@ -24,11 +24,13 @@ def read_codes(module: nn.Module, kind: type | None = None) -> QuantizedWeight |
         kind: the layer's class, where ``module`` is another one.
 
     Returns:
-        The weight; why it can't be read; or None where no library known here has such a class.
+        The weight; why it can't be read; or None where no library known here has such a layer.
     """
-    reader = _reader_of(kind or type(module))
+    reader = _reader_of(module, kind or type(module))
     return None if reader is None else reader(module)
 
 
-def _reader_of(kind: type) -> Reader | None:
+def _reader_of(module: nn.Module, kind: type) -> Reader | None:
+    if kind is nn.Linear:
+        kind = type(module._parameters.get("weight"))
     return next((own[kind] for library in LIBRARIES if kind in (own := library.readers())), None)

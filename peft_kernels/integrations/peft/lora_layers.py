@@ -95,7 +95,7 @@ SERVED: dict[type, type] = {
     PeftLoraModel: LoraModel,
     **over_codes.SERVED,
 }
-_OWN = {ours: theirs for theirs, ours in SERVED.items()}
+_OWN = {ours: theirs for theirs, ours in (*SERVED.items(), *over_codes.PLAIN.items())}
 
 
 # ---- what accelerate() asks --------------------------------------------------------------------
@@ -120,7 +120,7 @@ def kind_of(layer: nn.Module) -> str:
 def serve(module: nn.Module, strict: bool = True) -> None:
     """Puts kernels under a module, if there are any for its class."""
     if is_new(module):
-        module.__class__ = SERVED[type(module)]
+        module.__class__ = over_codes.class_for(module) or SERVED[type(module)]
         over_codes.keep_codes(module)
 
 

@@ -30,4 +30,4 @@ def read_base(layer: nn.Module) -> Base | str:
         return f"base_layer: {what_is_called(module, kinds)}"
     if isinstance(found, str):
         return f"base_layer: {found}"
-    return Base(found, module._parameters["bias"])
+    return Base(found, getattr(module, "bias", None))

@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from peft_kernels.codes.layers import is_in_codes
 from peft_kernels.integrations.peft import state
-from peft_kernels.integrations.peft.codes import bitsandbytes
+from peft_kernels.integrations.peft.codes import bitsandbytes, torchao
 from peft_kernels.integrations.peft.codes.bases import Base, read_base
 from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.served import count
 from peft_kernels.ops import lora_linear
 
 KERNEL = "lora_linear"
-LIBRARIES = (bitsandbytes,)
+LIBRARIES = (bitsandbytes, torchao)
 
 
 def read(layer: nn.Module, x: Tensor) -> tuple[Base, list[state.Adapter]] | str:
@@ -92,13 +94,22 @@ def _over_codes(kind: type) -> type:
 
 
 SERVED = {kind: _over_codes(kind) for library in LIBRARIES for kind in library.LAYERS}
+# PEFT has layers of their own for some libraries; over the others' stands its plain one.
+PLAIN = {PeftLinear: _over_codes(PeftLinear)}
 # A pickle finds a class by its name in its module.
-globals().update({ours.__name__: ours for ours in SERVED.values()})
+globals().update({ours.__name__: ours for ours in (*SERVED.values(), *PLAIN.values())})
+
+
+def class_for(layer: nn.Module) -> type | None:
+    """The class above for PEFT's plain layer, where what is below it is in codes."""
+    ours = PLAIN.get(type(layer))
+    base = layer._modules.get("base_layer")
+    return ours if ours is not None and base is not None and is_in_codes(base) else None
 
 
 def is_served(layer: nn.Module) -> bool:
     """Whether this is one of the layers above."""
-    return type(layer) in SERVED.values()
+    return type(layer) in SERVED.values() or type(layer) in PLAIN.values()
 
 
 def keep_codes(layer: Any) -> None:

@@ -1,0 +1,84 @@
+"""torchao's tensors of int8, int4 in bytes, nf4 and float8, as the weights of nn.Linear.
+
+Its affine weights are (code - zero) scale, in blocks of a row, of rows or of all; with zeros that
+aren't 0 each block has the shift -zero scale, in float32. Of NF4Tensor (Dettmers et al. 2023,
+"QLoRA: Efficient Finetuning of Quantized LLMs") scales are int8 codes over a factor, plus their
+mean; torchao makes them in the tensor's dtype, and rounds them there where that is a half.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels.codes.reading import Reader
+from peft_kernels.ops import NestedScales, QuantizedWeight
+
+ROUNDS_X = "x in codes as well"
+SCALES_X = "x scaled by column"
+STRIDED = "codes that don't lie one after another"
+BLOCKS = "blocks that don't divide the weight"
+FLOAT8 = "a float8 that isn't e4m3fn"
+
+
+def readers() -> dict[type, Reader]:
+    """What reads an nn.Linear with which tensor of the library's as its weight."""
+    library: Any = sys.modules.get("torchao.quantization.quantize_.workflows")
+    if library is None:
+        return {}
+    return {
+        library.Int8Tensor: _affine_of,
+        library.IntxUnpackedToInt8Tensor: _affine_of,
+        library.Float8Tensor: _affine_of,
+        library.NF4Tensor: _nf4_of,
+    }
+
+
+def _affine_of(module: Any) -> QuantizedWeight | str:
+    weight = module._parameters["weight"]
+    own = weight.__dict__
+    if own.get("act_quant_kwargs") is not None or own.get("activation_quantization") is not None:
+        return ROUNDS_X
+    if own.get("act_pre_scale") is not None:
+        return SCALES_X
+    codes, scales, zeros, shifts = weight.qdata, weight.scale, own.get("zero_point"), None
+    if codes.dtype not in (torch.int8, torch.float8_e4m3fn):
+        return FLOAT8
+    if not (codes.is_contiguous() and scales.is_contiguous()):
+        return STRIDED
+    (n, k), (rows, block) = codes.shape, weight.block_size
+    if n % rows or k % block:
+        return BLOCKS
+    if zeros is not None and bool(zeros.any()):
+        scales = scales.float()
+        shifts = -zeros.float() * scales
+    if rows == n and block == k:
+        rows, block = 1, n * k
+    return QuantizedWeight(codes, scales, (n, k), block, shifts=shifts, block_rows=rows)
+
+
+def _nf4_of(module: Any) -> QuantizedWeight | str:
+    weight = module._parameters["weight"]
+    codes, factors = weight.quantized_data, weight.quantization_factor
+    if not (codes.is_contiguous() and weight.is_contiguous()):
+        return STRIDED
+    nested, scales = None, weight.quantized_scalers
+    if weight.dtype is torch.float32:
+        nested = NestedScales(
+            factors.reciprocal(), _signed(codes.device), weight.scaler_block_size, weight.scaler_mean
+        )
+        scales = scales.view(torch.uint8)
+    else:
+        scales = weight.dequantize_scalers(scales, factors, weight.scaler_block_size)
+    n, k = weight.shape
+    return QuantizedWeight(
+        codes, scales, (n, k), weight.block_size, weight.nf4.float(), nested=nested
+    )
+
+
+def _signed(device: torch.device) -> Tensor:
+    """What the bytes of int8 mean."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).float()
