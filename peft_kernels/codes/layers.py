@@ -12,7 +12,7 @@ LIBRARIES = (bitsandbytes, torchao)
 
 
 def is_in_codes(module: nn.Module) -> bool:
-    """Whether a layer is of a class, or an nn.Linear with a weight, that :func:`read_codes` reads."""
+    """Whether :func:`read_codes` reads such layers: their class, or an nn.Linear's weight."""
     return _reader_of(module, type(module)) is not None
 
 

@@ -68,7 +68,10 @@ def _nf4_of(module: Any) -> QuantizedWeight | str:
     nested, scales = None, weight.quantized_scalers
     if weight.dtype is torch.float32:
         nested = NestedScales(
-            factors.reciprocal(), _signed(codes.device), weight.scaler_block_size, weight.scaler_mean
+            factors.reciprocal(),
+            _signed(codes.device),
+            weight.scaler_block_size,
+            weight.scaler_mean,
         )
         scales = scales.view(torch.uint8)
     else:

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from errors import assert_as_good_as
 from torch import nn
 
 import peft_kernels
@@ -36,9 +37,9 @@ class Net(nn.Module):
         return self.down(self.up(x).relu())
 
 
-def in_codes(name="int8"):
+def in_codes(name="int8", dtype=torch.float32):
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(dtype)
     if CONFIGS[name] is not None:
         quantization.quantize_(net, CONFIGS[name])
         return net
@@ -94,6 +95,27 @@ def test_trains_evaluates_and_trains_as_the_weights_do_in_float64(name):
         )
     assert_equal(step(model.train(), x), expected)
     assert report.counts() == {KERNEL: 6} and not report.missing()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layer_in_bfloat16(name):
+    """Its adapter is in float32, as PEFT has it, and y in the dtype of x."""
+    net = in_codes(name, torch.bfloat16)
+    exact, model = lora(dequantised(net)).double(), lora(net)
+    x, dy = torch.randn(64, K).bfloat16(), torch.randn(64, N).bfloat16()
+
+    def run(model, x, dy):
+        layer, x = model.base_model.model.up, x.clone().requires_grad_()
+        y = layer(x)
+        factors = layer.lora_A.default.weight, layer.lora_B.default.weight
+        return [y, *torch.autograd.grad(y, (x, *factors), dy)]
+
+    theirs, expected = run(model, x, dy), run(exact, x.double(), dy.double())
+    report = peft_kernels.accelerate(model)
+    found = run(model, x, dy)
+    assert found[0].dtype is torch.bfloat16 and report.counts() == {KERNEL: 1}
+    for one, eager, reference in zip(found, theirs, expected, strict=True):
+        assert_as_good_as(one, eager, reference, name)
 
 
 def test_dropout_rslora_several_adapters_and_bfloat16():

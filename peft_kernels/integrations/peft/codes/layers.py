@@ -95,7 +95,7 @@ def _over_codes(kind: type) -> type:
 
 SERVED = {kind: _over_codes(kind) for library in LIBRARIES for kind in library.LAYERS}
 # PEFT has layers of their own for some libraries; over the others' stands its plain one.
-PLAIN = {PeftLinear: _over_codes(PeftLinear)}
+PLAIN: dict[type, type] = {PeftLinear: _over_codes(PeftLinear)}
 # A pickle finds a class by its name in its module.
 globals().update({ours.__name__: ours for ours in (*SERVED.values(), *PLAIN.values())})
 
