@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_kernels.codes import bitsandbytes, torchao
+from peft_kernels.codes import bitsandbytes, torchao, transformers
 from peft_kernels.codes.reading import Reader
 from peft_kernels.ops import QuantizedWeight
 
-LIBRARIES = (bitsandbytes, torchao)
+LIBRARIES = (bitsandbytes, torchao, transformers)
 
 
 def is_in_codes(module: nn.Module) -> bool:

@@ -4,7 +4,9 @@ A block's scale is its largest magnitude, and each of its elements takes the cod
 nearest to element / scale (Dettmers et al. 2023, "QLoRA", section 3 and appendix E). Nested, the
 scales less their mean are put into codes themselves, in blocks of 256 and the 8-bit dynamic type of
 Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning". int8 has a scale for each
-row, of the weight rounded to float16 (Dettmers et al. 2022, "LLM.int8()").
+row, of the weight rounded to float16 (Dettmers et al. 2022, "LLM.int8()"). fp8 is e4m3
+(Micikevicius et al. 2022, "FP8 Formats for Deep Learning"), of which the largest magnitude that
+shares a scale is 448; of float32 with the codes and scales of torchao.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from peft_kernels.ops._quantized import NestedScales, QuantizedWeight
 
-KINDS = ("nf4", "fp4", "int8")
+KINDS = ("nf4", "fp4", "int8", "fp8")
+SHARES = ("tensor", "row", "block")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FP8_BLOCK = 128
 SCALES_BLOCK = 256
 STEPS = 65535  # between -1 and 1, to one of which bitsandbytes rounds before it looks for a code
 _SMALLEST = 1e-38  # in place of the scale of a block of zeros, to divide by
@@ -34,15 +38,16 @@ FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12
 
 
 def quantize(
-    weight: Tensor, kind: str = "nf4", *, block: int = 64, nested: bool = True
+    weight: Tensor, kind: str = "nf4", *, block: int = 64, nested: bool = True, by: str = "row"
 ) -> QuantizedWeight:
     """A weight in codes of 4 or 8 bits.
 
     Args:
         weight: ``[n, k]``, float32, bfloat16 or float16.
-        kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        kind: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"fp8"``.
         block: of 4-bit codes, how many elements share a scale: a power of 2 from 32 to 4096.
         nested: of 4-bit codes, whether scales are in codes of 8 bits themselves.
+        by: of fp8, what shares a scale: ``"tensor"``, ``"row"`` or ``"block"`` of 128 x 128.
 
     Raises:
         TypeError, ValueError: what can't be done, by the argument's name.
@@ -55,6 +60,8 @@ def quantize(
         raise TypeError(f"weight must be float32, bfloat16 or float16; got {weight.dtype}")
     if kind == "int8":
         return _in_bytes(weight.detach())
+    if kind == "fp8":
+        return _in_float8(weight.detach(), by)
     if block not in BLOCKS:
         raise ValueError(f"block must be a power of 2 from 32 to 4096; got {block}")
     return _in_nibbles(weight.detach(), kind, block, nested)
@@ -66,6 +73,23 @@ def _in_bytes(weight: Tensor) -> QuantizedWeight:
     scales = half.abs().amax(1).float()
     codes = torch.round(half * (127.0 / scales[:, None])).to(torch.int8)
     return QuantizedWeight(codes, scales, (n, k), k, unit=1 / 127)
+
+
+def _in_float8(weight: Tensor, by: str) -> QuantizedWeight:
+    if by not in SHARES:
+        raise ValueError(f"by must be one of {', '.join(SHARES)}; got {by!r}")
+    (n, k), largest = weight.shape, torch.finfo(torch.float8_e4m3fn).max
+    rows, columns = {"tensor": (n, k), "row": (1, k), "block": (FP8_BLOCK, FP8_BLOCK)}[by]
+    rows, columns = max(rows, 1), max(columns, 1)
+    wide = torch.nn.functional.pad(weight.float(), (0, -k % columns, 0, -n % rows))
+    blocks = wide.view(-(-n // rows), rows, -(-k // columns), columns)
+    scales = blocks.abs().amax((1, 3), keepdim=True) / largest
+    codes = (blocks / scales.clamp(min=_SMALLEST)).clamp(-largest, largest).view_as(wide)[:n, :k]
+    codes = codes.contiguous().to(torch.float8_e4m3fn)
+    scales = scales.flatten()
+    if by == "tensor":
+        return QuantizedWeight(codes, scales, (n, k), max(n * k, 1))
+    return QuantizedWeight(codes, scales, (n, k), columns, block_rows=rows)
 
 
 def _in_nibbles(weight: Tensor, kind: str, block: int, nested: bool) -> QuantizedWeight:

@@ -74,7 +74,7 @@ def _dequantized(arguments: tuple, k: int) -> Tensor:
     def by_element(of_blocks: Tensor) -> Tensor:
         if block_rows == 1:
             return of_blocks.float().repeat_interleave(block)[: n * k].view(n, k)
-        grid = of_blocks.float().view(-(-n // block_rows), -1)
+        grid = of_blocks.float().view(-(-n // block_rows), -(-k // block))
         return grid.repeat_interleave(block_rows, 0)[:n].repeat_interleave(block, 1)[:, :k]
 
     values = _values_of(codes.flatten(), book)[: n * k].view(n, k) * unit * by_element(scales)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_kernels.codes.layers import is_in_codes, read_codes
-from peft_kernels.ops import dequantize
+from peft_kernels.ops import dequantize, quantize
 
 quantization = pytest.importorskip("torchao.quantization")
 from torchao.quantization import quant_api  # noqa: E402
@@ -91,3 +91,13 @@ def test_what_is_not_read_says_why():
 
 def test_other_weights_are_nones():
     assert not is_in_codes(linear()) and read_codes(linear()) is None
+
+
+@pytest.mark.parametrize("by", ["row", "tensor"])
+def test_our_fp8_is_torchaos(by):
+    share = quantization.PerRow() if by == "row" else quantization.PerTensor()
+    plain = linear().weight.detach()
+    theirs = quantization.Float8Tensor.from_hp(plain, granularity=share)
+    found = quantize(plain, "fp8", by=by)
+    assert torch.equal(found.codes.view(torch.uint8), theirs.qdata.view(torch.uint8))
+    assert torch.equal(found.scales, theirs.scale.flatten())

@@ -6,7 +6,9 @@ Bit by bit as bitsandbytes, in integrations/test_bitsandbytes_codes.py.
 import pytest
 import torch
 
-from peft_kernels.ops import dequantize, quantize
+from peft_kernels.ops import dequantize, lora_linear, quantize
+
+FLOAT8 = torch.float8_e4m3fn
 
 
 def flat_codes(weight):
@@ -39,7 +41,9 @@ def test_scales_in_codes_are_near_to_what_they_stand_for():
     assert 0 < error < 0.01
 
 
-@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.11), ("fp4", 0.15), ("int8", 0.01)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("nf4", 0.11), ("fp4", 0.15), ("int8", 0.01), ("fp8", 0.04)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_lost(kind, most, dtype):
     torch.manual_seed(0)
@@ -49,7 +53,30 @@ def test_what_is_lost(kind, most, dtype):
     assert ((found - plain).float().norm() / plain.float().norm()) < most
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize(("n", "k"), [(256, 128), (130, 300), (3, 5), (1, 1), (0, 4), (4, 0)])
+@pytest.mark.parametrize("by", ["tensor", "row", "block"])
+def test_fp8_is_the_nearest_by_its_scale(by, n, k):
+    torch.manual_seed(0)
+    plain = torch.randn(n, k) * torch.rand(n, 1)
+    rows, columns = {"tensor": (n, k), "row": (1, k), "block": (128, 128)}[by]
+    expected = torch.empty(n, k)
+    for i in range(0, n, max(rows, 1)):
+        for j in range(0, k, max(columns, 1)):
+            part = plain[i : i + rows, j : j + columns]
+            scale = part.abs().max() / 448
+            expected[i : i + rows, j : j + columns] = (part / scale).to(FLOAT8).float() * scale
+    weight = quantize(plain, "fp8", by=by)
+    assert weight.codes.dtype is FLOAT8 and torch.equal(dequantize(weight), expected)
+
+
+def test_fp8_computes():
+    weight = quantize(torch.randn(130, 200), "fp8", by="block")
+    x, a, b = torch.randn(5, 200), torch.randn(4, 200), torch.randn(130, 4)
+    y = lora_linear(x.double(), weight, a.double(), b.double())
+    torch.testing.assert_close(lora_linear(x, weight, a, b).double(), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
 def test_zeros_stay_zeros(kind):
     plain = torch.zeros(3, 64)
     plain[1] = torch.randn(64)
@@ -64,6 +91,12 @@ def test_zeros_stay_zeros(kind):
         (torch.zeros(64), {}, ValueError, r"weight must be \[n, k\]; got shape \(64,\)"),
         (torch.zeros(2, 64).double(), {}, TypeError, "got torch.float64"),
         (torch.zeros(2, 64), {"block": 48}, ValueError, "block must be a power of 2"),
+        (
+            torch.zeros(2, 64),
+            {"kind": "fp8", "by": "column"},
+            ValueError,
+            "by must be one of tensor",
+        ),
     ],
 )
 def test_bad_input_is_named(weight, options, error, message):
