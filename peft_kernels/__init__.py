@@ -3,6 +3,7 @@
     swap_linear, save_adapter, load_adapter     LoRA in a model, and PEFT's folders
     merge, unmerge, unload, disabled            done to a whole model afterwards
     accelerate, restore                         the same kernels under the layers of a PEFT model
+    load_gguf, save_lora_gguf                   models and adapters of llama.cpp's
     AdapterPool                                 many LoRA adapters, each row with its own
     nn, ops                                     the layers, and the functions under them
     integrations.transformers                   adapters, fusions, prefixes and prompts in models
@@ -15,6 +16,7 @@
 from peft_kernels import nn, ops
 from peft_kernels._library import backend, backend_of, load_native
 from peft_kernels._moved import keep_old_paths
+from peft_kernels.formats.gguf import load_gguf, save_lora_gguf
 from peft_kernels.formats.peft_lora import load_adapter, save_adapter
 from peft_kernels.integrations.accelerated import accelerate, restore
 from peft_kernels.models.merging import disabled, merge, print_trainable_parameters, unload, unmerge
@@ -29,12 +31,14 @@ __all__ = [
     "backend_of",
     "disabled",
     "load_adapter",
+    "load_gguf",
     "merge",
     "nn",
     "ops",
     "print_trainable_parameters",
     "restore",
     "save_adapter",
+    "save_lora_gguf",
     "swap_linear",
     "unload",
     "unmerge",

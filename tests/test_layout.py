@@ -70,6 +70,7 @@ INSIDE = {
     },
     "formats": {
         "folder": "",
+        "gguf": "",
         "peft_lora": "folder",
         "peft_prompts": "folder",
         "adapter_hub": "folder",

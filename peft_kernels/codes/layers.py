@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_kernels.codes import bitsandbytes, torchao, transformers
+from peft_kernels.codes import bitsandbytes, kept, torchao, transformers
 from peft_kernels.codes.reading import Reader
 from peft_kernels.ops import QuantizedWeight
 
-LIBRARIES = (bitsandbytes, torchao, transformers)
+LIBRARIES = (bitsandbytes, torchao, transformers, kept)
 
 
 def is_in_codes(module: nn.Module) -> bool:

@@ -31,6 +31,10 @@ _OURS = {
     "peft_kernels.nn.multi_lora.MultiLoRALinear": (
         "must be a plain linear layer; it serves an AdapterPool already: detach() that first"
     ),
+    "peft_kernels.nn.quantized_linear.QuantizedLinear": (
+        "has its weight in codes: train over it with PEFT and accelerate(), or put its "
+        "dequantized() in its place"
+    ),
 }
 _PEFT = (
     "train and serve it with PEFT, or take PEFT's layers out first (unload() or "

@@ -11,6 +11,7 @@ from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_multihead import prefix_multihead_attention
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
+from peft_kernels.nn.quantized_linear import QuantizedLinear
 
 __all__ = [
     "AdapterFusion",
@@ -21,6 +22,7 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "QuantizedLinear",
     "Template",
     "TemplateBatch",
     "Verbalizer",

@@ -94,6 +94,15 @@ def soft_prompts() -> Names:
     }
 
 
+def gguf_file() -> Names:
+    pytest.importorskip("peft")
+    from gguf_files import make_model, write_gguf
+
+    Path("models").mkdir()
+    write_gguf("models/small.Q4_0.gguf", make_model(), "Q4_0")
+    return {"batch": BATCH}
+
+
 def merging() -> Names:
     return {"model": with_lora(), "copy": with_lora(), "base": bert(), "batch": BATCH}
 
@@ -109,6 +118,7 @@ PAGES: dict[str, Callable[[], Names]] = {
     "docs/index.md": a_model,
     "docs/guides/lora.md": a_model,
     "docs/guides/peft-models.md": a_model,
+    "docs/guides/gguf-models.md": gguf_file,
     "docs/guides/adapters-models.md": for_adapters,
     "docs/guides/many-adapters.md": folders_of_adapters,
     "docs/guides/bottleneck-adapters.md": bottleneck,

@@ -1,0 +1,98 @@
+"""A weight in codes that a module keeps itself, in buffers that no cast can touch.
+
+Every tensor of the weight is a buffer of integers, its bits as they are: ``model.half()`` and the
+like would else round scales, and codes of float8 with them. ``coded`` says what they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.codes.reading import Reader
+from peft_kernels.ops import NestedScales, QuantizedWeight
+
+_OWNER = "peft_kernels.nn.quantized_linear"
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class Coded(NamedTuple):
+    """What a weight is beside its tensors."""
+
+    shape: tuple[int, int]
+    block: int
+    block_rows: int
+    unit: float
+    layout: str
+    nested_block: int | None
+    dtypes: dict[str, str]  # of the tensors by name
+
+
+def readers() -> dict[type, Reader]:
+    """What reads this package's own layer."""
+    owner: Any = sys.modules.get(_OWNER)
+    return {} if owner is None else {owner.QuantizedLinear: kept_weight}
+
+
+def keep_weight(module: nn.Module, weight: QuantizedWeight) -> None:
+    """Makes the tensors of a weight buffers of the module, over the same memory."""
+    tensors = _tensors_of(weight)
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor.detach().view(_INTEGERS[tensor.element_size()]))
+    nested = weight.nested
+    module.coded = Coded(  # type: ignore[assignment]
+        (weight.shape[0], weight.shape[1]),
+        weight.block,
+        weight.block_rows,
+        weight.unit,
+        weight.layout,
+        None if nested is None else nested.block,
+        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+    )
+
+
+def kept_weight(module: nn.Module) -> QuantizedWeight:
+    """The weight that :func:`keep_weight` put there."""
+    coded: Any = module.__dict__["coded"]
+    buffers: Any = module._buffers
+    own = {name: buffers[name].view(getattr(torch, dtype)) for name, dtype in coded.dtypes.items()}
+    nested = None
+    if coded.nested_block is not None:
+        nested = NestedScales(
+            own["nested_scales"], own["nested_book"], coded.nested_block, own["nested_offset"]
+        )
+    return QuantizedWeight(
+        own["codes"],
+        own["scales"],
+        coded.shape,
+        coded.block,
+        own.get("book"),
+        coded.unit,
+        nested,
+        own.get("shifts"),
+        coded.layout,
+        coded.block_rows,
+    )
+
+
+def _tensors_of(weight: QuantizedWeight) -> dict[str, Tensor]:
+    named = {name: getattr(weight, name) for name in ("codes", "scales", "shifts", "book")}
+    if weight.nested is not None:
+        scales, book, _, offset = weight.nested
+        named |= {"nested_scales": scales, "nested_book": book, "nested_offset": offset}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def as_tensor(coded: Coded) -> Tensor:
+    """What a weight is, for a state dict that holds tensors alone."""
+    return torch.frombuffer(bytearray(json.dumps(coded).encode()), dtype=torch.uint8)
+
+
+def of_tensor(tensor: Tensor) -> Coded:
+    """What :func:`as_tensor` made a tensor of."""
+    shape, *rest = json.loads(bytes(tensor.cpu().tolist()))
+    return Coded(tuple(shape), *rest)
