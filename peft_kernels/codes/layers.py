@@ -1,19 +1,38 @@
-"""The weight in codes of a layer, whichever library's."""
+"""The weight in codes of a layer, whichever library's.
+
+A library's file may say more than how it reads: ``dtype_of`` a layer, in which its values were
+before; ``requantised``, how new values are put into codes like a layer's; ``take_scales``, how a
+state dict's beside the codes are taken over; ``keep_codes`` and ``give_back``, how a layer's own
+calls are kept from changing its codes.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from peft_kernels.codes import bitsandbytes, kept, torchao, transformers
-from peft_kernels.codes.reading import Reader
+from peft_kernels.codes.reading import NOT_YET, Reader
 from peft_kernels.ops import QuantizedWeight
 
 LIBRARIES = (bitsandbytes, torchao, transformers, kept)
+# Layers of ours take the place of those of other libraries, not of one that is ours already.
+OTHERS = (bitsandbytes, torchao, transformers)
 
 
 def is_in_codes(module: nn.Module) -> bool:
     """Whether :func:`read_codes` reads such layers: their class, or an nn.Linear's weight."""
     return _reader_of(module, type(module)) is not None
+
+
+def is_of_others(module: nn.Module) -> bool:
+    """:func:`is_in_codes`, by another library."""
+    found = _library_of(module, type(module))
+    return found is not None and found[0] in OTHERS
 
 
 def read_codes(module: nn.Module, kind: type | None = None) -> QuantizedWeight | str | None:
@@ -30,7 +49,116 @@ def read_codes(module: nn.Module, kind: type | None = None) -> QuantizedWeight |
     return None if reader is None else reader(module)
 
 
+def codes_of(module: nn.Module, kind: type | None = None) -> QuantizedWeight:
+    """:func:`read_codes`, or a TypeError that says why not."""
+    found = read_codes(module, kind)
+    if isinstance(found, QuantizedWeight):
+        return found
+    name = _name(module, kind or type(module))
+    advice = _ADVICE.get(found or "", "load the model without this quantization config")
+    raise TypeError(f"has, as a {name}, {found or 'a weight in no codes known'}: {advice}")
+
+
+def _name(module: nn.Module, kind: type) -> str:
+    """The layer's class, and of a plain layer its weight's too."""
+    weight = module._parameters.get("weight")
+    return f"Linear of {type(weight).__name__}" if kind is nn.Linear else kind.__name__
+
+
+_ADVICE = {
+    NOT_YET: "move the model to the device that it runs on, where the library quantises it",
+    bitsandbytes.PACKED: (
+        "bitsandbytes did that in place as the layer was evaluated, and rounded its scales; load "
+        "the quantised model again, and give it adapters before it is evaluated"
+    ),
+    bitsandbytes.OUTLIERS: "load the model with llm_int8_threshold=0.0",
+}
+
+
+def readable(layers: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """Those of the layers, of other libraries', whose weights are in codes.
+
+    Raises:
+        TypeError: one can't be read; the layer's name is in it.
+    """
+    found = {name: layer for name, layer in layers.items() if is_of_others(layer)}
+    for name, layer in found.items():
+        try:
+            codes_of(layer)
+        except TypeError as error:
+            raise TypeError(f"{name or 'model'} {error}") from None
+    return set(found.values())
+
+
 def _reader_of(module: nn.Module, kind: type) -> Reader | None:
+    found = _library_of(module, kind)
+    return None if found is None else found[1]
+
+
+def _library_of(module: nn.Module, kind: type) -> tuple[ModuleType, Reader] | None:
+    """The file of a layer's library, and its reader of such layers."""
     if kind is nn.Linear:
         kind = type(module._parameters.get("weight"))
-    return next((own[kind] for library in LIBRARIES if kind in (own := library.readers())), None)
+    for library in LIBRARIES:
+        if (reader := library.readers().get(kind)) is not None:
+            return library, reader
+    return None
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a layer's weight before it was put into codes; float32 if that isn't known."""
+    say = _of_library(module, type(module), "dtype_of")
+    return torch.float32 if say is None else say(module)
+
+
+def keep_codes(model: nn.Module) -> None:
+    """Has evaluation of the libraries' own layers leave their codes as they are.
+
+    bitsandbytes packs them in place there on some CPUs, for a product in bfloat16: training that
+    follows has no gradient for the layer's input, silently, and what lies below learns nothing.
+    """
+    for module in model.modules():
+        if (keep := _of_library(module, type(module), "keep_codes")) is not None:
+            keep(module)
+
+
+def give_back(model: nn.Module) -> None:
+    """Lets them do as they do without adapters."""
+    for module in model.modules():
+        if (give := _of_library(module, type(module), "give_back")) is not None:
+            give(module)
+
+
+def requantised(module: nn.Module, kind: type, values: Tensor) -> tuple[nn.Parameter, dict]:
+    """Values ``[n, k]`` in codes as a layer's are: the weight, and the attributes that go with it.
+
+    Raises:
+        TypeError: layers of this class can't be.
+    """
+    make = _of_library(module, kind, "requantised")
+    if make is None:
+        raise TypeError(f"requantize must be False over {_name(module, kind)}: codes are only read")
+    return make(module, kind, values)
+
+
+def take_scales(
+    module: nn.Module,
+    kind: type,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Takes over what a state dict has beside the codes, which torch has taken over by then.
+
+    ``module`` is as of :func:`read_codes`, the rest as of ``nn.Module._load_from_state_dict``.
+    """
+    take = _of_library(module, kind, "take_scales")
+    if take is not None:
+        take(module, kind, state_dict, prefix, unexpected, errors)
+
+
+def _of_library(module: nn.Module, kind: type, name: str) -> Any:
+    """What the file of a layer's library has by this name, if it has anything."""
+    found = _library_of(module, kind)
+    return None if found is None else getattr(found[0], name, None)

@@ -85,3 +85,8 @@ def _nf4_of(module: Any) -> QuantizedWeight | str:
 def _signed(device: torch.device) -> Tensor:
     """What the bytes of int8 mean."""
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).float()
+
+
+def dtype_of(module: Any) -> torch.dtype:
+    """That of the tensor, as it says itself."""
+    return module._parameters["weight"].dtype

@@ -17,13 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.calls.off import CarriesOff
+from peft_kernels.codes.layers import give_back, keep_codes
 
 _FUNCTION = "_gradient_checkpointing_func"
 _FLAG = "gradient_checkpointing"  # transformers' name for "this block is checkpointed"
 
 
 def let_gradients_through(model: nn.Module) -> None:
-    """Has the embeddings of a model of transformers' require gradients where that is needed."""
+    """Has the embeddings of a model of transformers' require gradients where that is needed.
+
+    And layers in codes go on handing them to their input (:func:`keep_codes`).
+    """
+    keep_codes(model)
     blocks = [module for module in model.modules() if hasattr(module, _FLAG)]
     if not blocks:
         return
@@ -38,7 +43,8 @@ def let_gradients_through(model: nn.Module) -> None:
 
 
 def let_gradients_be(model: nn.Module) -> None:
-    """Takes the hooks of :func:`let_gradients_through` out of a model without adapters."""
+    """Undoes :func:`let_gradients_through` in a model without adapters."""
+    give_back(model)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

@@ -19,12 +19,13 @@ from peft_kernels.modules.hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.modules.names import plain_modules, unwrapped
 from peft_kernels.modules.replaced import check_stored, fault_of_replacement
 from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.nn.lora_codes import QuantizedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 _SOFT_PROMPTS = (PREFIX_HOOK, PROMPT_HOOK)
 
 
-def merge(model: nn.Module, *, safe: bool = True) -> None:
+def merge(model: nn.Module, *, safe: bool = True, requantize: bool = False) -> dict[str, float]:
     """Merges every LoRALinear of the model, so that each costs what its base costs.
 
     Layers that are merged already stay so. :func:`unmerge` has every bit of the base back. The
@@ -35,10 +36,17 @@ def merge(model: nn.Module, *, safe: bool = True) -> None:
         model: a model with LoRALinear layers; may be wrapped (DistributedDataParallel,
             torch.compile).
         safe: first check that each merged weight is finite.
+        requantize: put what is merged over a weight in codes into codes again, which has an error
+            (:class:`peft_kernels.nn.QuantizedLoRALinear`); without, it becomes a dense weight.
+
+    Returns:
+        By name, the error of each layer that is in codes again. It is the norm of what the new
+        codes miss of the merged weight, over that weight's. Other layers have none.
 
     Raises:
         ValueError: there is no LoRALinear; ``safe``, and a merged weight isn't finite.
         RuntimeError: a weight is sharded, pruned, parametrized or the like.
+        TypeError: ``requantize``, and the codes are of a kind that is only read here.
 
     Nothing is changed when one is raised.
     """
@@ -47,12 +55,18 @@ def merge(model: nn.Module, *, safe: bool = True) -> None:
         for name, layer in lora_layers(model).items():
             if not layer.merged:
                 with named(name):
-                    layer.merge(safe)
+                    layer.merge(safe, requantize=requantize)
                 done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    found = {
+        name: layer.requantization_error
+        for name, layer in lora_layers(model).items()
+        if isinstance(layer, QuantizedLoRALinear)
+    }
+    return {name: error for name, error in found.items() if error is not None}
 
 
 def unmerge(model: nn.Module) -> None:
@@ -100,7 +114,8 @@ def unload(model: Model, merge: bool) -> Model:
     layers = lora_layers(model)
     check_in_place(model)
     for name, layer in layers.items():
-        if fault := fault_of_replacement(layer, LoRALinear):
+        kind = QuantizedLoRALinear if isinstance(layer, QuantizedLoRALinear) else LoRALinear
+        if fault := fault_of_replacement(layer, kind):
             raise TypeError(f"{name or 'model'} {fault}")
     if merge:
         _check_untied(model, layers)
@@ -165,11 +180,18 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Prints how many parameters train, as PEFT's method of that name does.
 
     ``trainable params: 294,912 || all params: 109,777,152 || trainable%: 0.2686``. A tied Parameter
-    counts once, and a merged layer's weight, which is there twice, too.
+    counts once, and a merged layer's weight, which is there twice, too; a weight in codes as many
+    times as it has values.
     """
-    merged = {id(m.weight) for m in model.modules() if isinstance(m, LoRALinear) and m.merged}
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    merged = {id(layer.weight) for layer in layers if layer.merged}
+    in_codes = {
+        id(layer.base_weight): layer.out_features * layer.in_features
+        for layer in layers
+        if isinstance(layer, QuantizedLoRALinear)
+    }
     counted = [p for p in model.parameters() if id(p) not in merged]
-    total = sum(p.numel() for p in counted)
+    total = sum(in_codes.get(id(p), p.numel()) for p in counted)
     trainable = sum(p.numel() for p in counted if p.requires_grad)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

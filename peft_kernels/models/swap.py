@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from peft_kernels.codes.layers import is_of_others, readable
 from peft_kernels.models.fast_paths import choose_fast_paths
 from peft_kernels.models.freezing import freeze
 from peft_kernels.models.in_place import keep_in_place, let_go, replaced_layers
@@ -29,6 +30,7 @@ from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
 from peft_kernels.nn.invertible import InvertibleAdapter
 from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.nn.lora_codes import QuantizedLoRALinear
 from peft_kernels.nn.lora_settings import check_settings
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_tuning import PrefixTuning
@@ -76,11 +78,13 @@ def swap_linear(
         peft_kernels.save_adapter(model, "my-adapter")
 
     Each new layer keeps the Parameters of the one it replaces
-    (:meth:`peft_kernels.nn.LoRALinear.from_linear`). A module that the model holds under several
-    names is matched by the first and replaced under all of them. A layer has one adapter: for
-    several by name there is :class:`peft_kernels.AdapterPool`, or PEFT itself. Afterwards only
-    adapters require gradients, those of earlier swaps included. A RuntimeWarning names a new head,
-    or another method's parameters, that trained until now: unfreeze yourself what is to go on.
+    (:meth:`peft_kernels.nn.LoRALinear.from_linear`), bitsandbytes' layers of 4 and 8 bits too, over
+    whose codes it computes (:class:`peft_kernels.nn.QuantizedLoRALinear`). A module that the model
+    holds under several names is matched by the first and replaced under all of them. A layer has
+    one adapter: for several by name there is :class:`peft_kernels.AdapterPool`, or PEFT itself.
+    Afterwards only adapters require gradients, those of earlier swaps included. A RuntimeWarning
+    names a new head, or another method's parameters, that trained until now: unfreeze yourself what
+    is to go on.
 
     Reentrant gradient checkpointing gives nothing a gradient behind frozen embeddings. In a model
     of transformers', the embeddings' output is made to require gradients at each forward that is so
@@ -268,7 +272,8 @@ def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
     linear = {
         name: module
         for name, module in plain_modules(model).items()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+        if isinstance(module, nn.Linear) or is_conv1d(module) or is_of_others(module)
+        if module is not head
         if module not in added
     }
     if idle := [name for name, module in linear.items() if module in uncalled]:
@@ -346,7 +351,8 @@ def swap_targets(
     for argument, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         if not isinstance(patterns, Mapping):
             raise TypeError(f"{argument} must be a dict, of values by pattern; got {patterns!r}")
-    check_bases(model, targets, may_be_sharded=True)
+    in_codes = readable(targets)
+    check_bases(model, targets, may_be_sharded=True, in_codes=in_codes)
     check_settings(r, alpha, dropout, init)
     check_late_parameters(model, "swap")
     _warn_unused("rank_pattern", rank_pattern, targets)
@@ -356,7 +362,8 @@ def swap_targets(
         swapped: dict[nn.Module, nn.Module] = {}
         for name, module in targets.items():
             with named(name):
-                swapped[module] = LoRALinear.from_linear(
+                kind = QuantizedLoRALinear if module in in_codes else LoRALinear
+                swapped[module] = kind.from_linear(
                     module,
                     pattern_value(rank_pattern, name, r),
                     alpha=pattern_value(alpha_pattern, name, alpha),

@@ -6,13 +6,13 @@ those libraries is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.modules.replaced import fault_of_replacement
+from peft_kernels.modules.replaced import fault_of_instance, fault_of_replacement
 from peft_kernels.modules.uncalled import uncalled_layers
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -42,8 +42,8 @@ _PEFT = (
     "adapters that PEFT saved"
 )
 _QUANTISED = (
-    "the kernels read weights of float32, float64, float16 or bfloat16: load the model without a "
-    "quantization config, or train over the quantised one with PEFT"
+    "the kernels read weights of float32, float64, float16 or bfloat16, and codes of bitsandbytes' "
+    "layers: load the model without this quantization config, or train over it with PEFT"
 )
 _NO_MEMORY = (
     "on the meta device, where there are no values and new ones would be lost: give the model "
@@ -99,6 +99,7 @@ def check_base(
     *,
     takes_values: bool = False,
     may_be_sharded: bool = False,
+    in_codes: bool = False,
 ) -> None:
     """Raises a TypeError unless one of our layers can take over this layer's work.
 
@@ -109,8 +110,12 @@ def check_base(
             have memory: a layer on the meta device can't.
         may_be_sharded: whether its weight may be a DTensor, as tensor parallelism leaves it; not
             as fully_shard does, to which new parameters are unknown.
+        in_codes: whether it is another library's, over a weight in codes that can be read.
     """
-    reason = _fault_of_kind(linear) or _fault_of_state(linear, takes_values, may_be_sharded)
+    if in_codes:
+        reason = _fault_in_codes(linear)
+    else:
+        reason = _fault_of_kind(linear) or _fault_of_state(linear, takes_values, may_be_sharded)
     if reason:
         raise TypeError(f"{name} {reason}")
 
@@ -121,15 +126,25 @@ def check_bases(
     *,
     takes_values: bool = False,
     may_be_sharded: bool = False,
+    in_codes: Collection[nn.Module] = (),
 ) -> None:
-    """:func:`check_base` for layers of a model by name, and for what they are parts of."""
+    """:func:`check_base` for layers of a model by name, and for what they are parts of.
+
+    ``in_codes`` are those of them whose weight is in codes that can be read.
+    """
     owners, uncalled = dict(_parts_of_peft(model)), uncalled_layers(model)
     for name, module in targets.items():
         if owner := owners.get(module):
             raise TypeError(f"{name} is a part of {owner}, a layer of PEFT's: {_PEFT}")
         if module in uncalled:
             raise TypeError(f"{name} {uncalled[module].fault}")
-        check_base(module, name, takes_values=takes_values, may_be_sharded=may_be_sharded)
+        check_base(
+            module,
+            name,
+            takes_values=takes_values,
+            may_be_sharded=may_be_sharded,
+            in_codes=module in in_codes,
+        )
 
 
 def _parts_of_peft(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -184,6 +199,18 @@ def _fault_of_state(linear: Any, takes_values: bool, may_be_sharded: bool) -> st
     if takes_values and has_no_memory(weight):
         return f"has a weight {_NO_MEMORY}"
     return fault_of_replacement(linear, _plain_kind(linear))
+
+
+def _fault_in_codes(linear: Any) -> str | None:
+    """What was done to a layer whose weight is in codes, and where its tensors are."""
+    if "_hf_hook" in vars(linear):
+        return _fault_of_hook(linear)
+    for name, tensor in linear._parameters.items():
+        if tensor is not None and (reason := fault_of_place(tensor)):
+            return f"has a {name} that {reason}"
+        if tensor is not None and has_no_memory(tensor):
+            return f"has a {name} {_NO_MEMORY}"
+    return fault_of_instance(linear)
 
 
 def _fault_of_hook(linear: Any) -> str:

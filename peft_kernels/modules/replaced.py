@@ -169,12 +169,25 @@ class Origin:
         """The layer again, with these Parameters and with all that ``new`` was handed."""
         layer = None if self._layer is None else self._layer()
         if layer is None:
-            layer = self.kind.__new__(self.kind)
-            nn.Module.__init__(layer)
-            vars(layer).update(self.attributes)
+            layer = self._like()
         layer._parameters |= {"weight": weight, "bias": bias}
         _hand_on(new, layer, keep=self.own)
         return layer.train(new.training)
+
+    def stand_in(
+        self, new: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None
+    ) -> nn.Module:
+        """Another such layer over these Parameters and what ``new`` was handed, without hooks."""
+        layer = self._like()
+        layer._parameters |= {"weight": weight, "bias": bias}
+        _hand_on_values(new, layer, keep=self.own)
+        return layer
+
+    def _like(self) -> nn.Module:
+        layer = self.kind.__new__(self.kind)
+        nn.Module.__init__(layer)
+        vars(layer).update(self.attributes)
+        return layer
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -193,12 +206,16 @@ def _names(module: nn.Module) -> frozenset[str]:
 
 def _hand_on(source: nn.Module, target: nn.Module, keep: frozenset[str]) -> None:
     """Everything of ``source`` but what is called as in ``keep``."""
+    _hand_on_values(source, target, keep)
+    hand_on_hooks(source, target)
+
+
+def _hand_on_values(source: nn.Module, target: nn.Module, keep: frozenset[str]) -> None:
     for table in _TABLES:
         entries = getattr(source, table).items()
         getattr(target, table).update({k: v for k, v in entries if k not in keep})
     target._non_persistent_buffers_set |= source._non_persistent_buffers_set - keep
     vars(target).update({k: v for k, v in _attributes(source).items() if k not in keep})
-    hand_on_hooks(source, target)
 
 
 def hand_on_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -6,6 +6,7 @@ from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter, stack_adapters
 from peft_kernels.nn.invertible import InvertibleAdapter
 from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.nn.lora_codes import QuantizedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_multihead import prefix_multihead_attention
@@ -23,6 +24,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "QuantizedLinear",
+    "QuantizedLoRALinear",
     "Template",
     "TemplateBatch",
     "Verbalizer",

@@ -180,13 +180,13 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         init: str,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        check_base(linear, may_be_sharded=True)
+        (n, k), dtype = self._read_base(linear)
         check_settings(r, alpha, dropout, init)
         weight, bias = linear.weight, linear.bias
-        adapter_dtype = adapter_dtype_for(weight.dtype, adapter_dtype)
+        adapter_dtype = adapter_dtype_for(dtype, adapter_dtype)
         nn.Module.__init__(self)
         self.fan_in_fan_out = is_conv1d(linear)
-        self.out_features, self.in_features = self._matrix(weight).shape
+        self.out_features, self.in_features = n, k
         self.r, self.use_rslora = r, use_rslora
         self.dropout, self.init = float(dropout), init
         self.scale = scaling(alpha, r, use_rslora)
@@ -209,6 +209,12 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
+
+    def _read_base(self, linear: Any) -> tuple[tuple[int, int], torch.dtype]:
+        """The size [n, k] and the dtype of a layer, once this one can take its place."""
+        check_base(linear, may_be_sharded=True)
+        n, k = linear.weight.shape
+        return (k, n) if is_conv1d(linear) else (n, k), linear.weight.dtype
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as [n, k], however it is stored."""
@@ -353,7 +359,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         return self._matrix(merged).contiguous()
 
     @torch.inference_mode(False)
-    def merge(self, safe: bool = True) -> None:
+    def merge(self, safe: bool = True, *, requantize: bool = False) -> None:
         """Puts the adapted weight in place of ``weight``; see the class.
 
         It is ``weight + scale * lora_b @ lora_a``, with its rows scaled to ``lora_magnitude`` where
@@ -363,6 +369,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 
         Args:
             safe: first check that the merged weight is finite.
+            requantize: for layers over a weight in codes: :class:`QuantizedLoRALinear`.
 
         Raises:
             RuntimeError: the layer is merged already, or its weight is sharded, pruned,

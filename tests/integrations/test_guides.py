@@ -107,6 +107,16 @@ def merging() -> Names:
     return {"model": with_lora(), "copy": with_lora(), "base": bert(), "batch": BATCH}
 
 
+def in_codes() -> Names:
+    quantised = pytest.importorskip("quantised")
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=64)
+
+    def make() -> nn.Module:
+        return quantised.in_codes(transformers.LlamaForCausalLM(config))
+
+    return {"model": make(), "fresh": make(), "batch": BATCH, "labels": IDS}
+
+
 def tensors() -> Names:
     shapes = {"x": (2, 8), "weight": (6, 8), "lora_a": (4, 8), "lora_b": (6, 4)}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -124,6 +134,7 @@ PAGES: dict[str, Callable[[], Names]] = {
     "docs/guides/bottleneck-adapters.md": bottleneck,
     "docs/guides/soft-prompts.md": soft_prompts,
     "docs/guides/merging-and-saving.md": merging,
+    "docs/guides/quantised-models.md": in_codes,
     "docs/guides/gpu-tuning.md": tensors,
 }
 

@@ -248,9 +248,10 @@ def test_with_hooks_of_accelerate(offload, entries):
 def test_quantised_by_torchao(entries):
     quantization = pytest.importorskip("torchao.quantization")
     model = model_with(nn.Linear(WIDTH, WIDTH))
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    match = r"first has(, as a Linear of Int8Tensor, x in codes| a weight that is a torchao\.)"
     for entry in entries.values():
-        with pytest.raises(TypeError, match=r"first has a weight that is a torchao\."):
+        with pytest.raises(TypeError, match=match):
             entry(model)
 
 
@@ -259,5 +260,6 @@ def test_quantised_by_bitsandbytes(entries, kind):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = model_with(getattr(bitsandbytes.nn, kind)(WIDTH, WIDTH))
     for entry in entries.values():
-        with pytest.raises(TypeError, match=rf"up is a quantised layer, bitsandbytes\..*{kind}"):
+        match = rf"up (is a quantised layer, bitsandbytes\..*|has, as a ){kind}"
+        with pytest.raises(TypeError, match=match):
             entry(model)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels.codes.layers import codes_of, is_of_others, readable
 from peft_kernels.formats.folder import (
     path_of,
 )
@@ -31,7 +32,7 @@ from peft_kernels.models.swap import (
     named,
     swap_targets,
 )
-from peft_kernels.modules.bases import check_bases, check_memory
+from peft_kernels.modules.bases import check_bases, check_memory, is_conv1d
 from peft_kernels.modules.names import check_late_parameters, gathered, unwrapped
 from peft_kernels.modules.replaced import check_stored
 from peft_kernels.nn.lora import LoRALinear
@@ -84,7 +85,8 @@ def _load(model: nn.Module, contents: Contents) -> None:
     swaps = not layers
     if swaps:
         layers = targets_of(plain, config)
-        check_bases(plain, layers, takes_values=True, may_be_sharded=True)
+        in_codes = readable(layers)
+        check_bases(plain, layers, takes_values=True, may_be_sharded=True, in_codes=in_codes)
     _check_fit(layers, adapters, config)
     names = config.get("modules_to_save", ())
     targets = targets_in(plain, modules, names)
@@ -129,7 +131,7 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
     if isinstance(layer, LoRALinear):
         n, k = layer.out_features, layer.in_features
     else:
-        n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+        n, k = _size_of(layer)
     check_adapter(name, adapter, config, n, k)
     if isinstance(layer, LoRALinear):
         check_memory(layer.lora_a, f"{name}.lora_a")
@@ -143,3 +145,11 @@ def _check_layer(name: str, layer: Any, adapter: Adapter, config: Mapping[str, A
             )
     if isinstance(layer, LoRALinear) and layer.merged:
         raise RuntimeError(f"{name} is merged; unmerge it before loading an adapter")
+
+
+def _size_of(layer: Any) -> tuple[int, int]:
+    """n and k of a layer that may get an adapter."""
+    if is_of_others(layer):
+        return codes_of(layer).shape
+    n, k = layer.weight.shape
+    return (k, n) if is_conv1d(layer) else (n, k)

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from peft_kernels.codes.layers import is_in_codes
+from peft_kernels.codes import layers as codes
 from peft_kernels.integrations.peft import state
 from peft_kernels.integrations.peft.codes import bitsandbytes, torchao
 from peft_kernels.integrations.peft.codes.bases import Base, read_base
@@ -104,7 +104,7 @@ def class_for(layer: nn.Module) -> type | None:
     """The class above for PEFT's plain layer, where what is below it is in codes."""
     ours = PLAIN.get(type(layer))
     base = layer._modules.get("base_layer")
-    return ours if ours is not None and base is not None and is_in_codes(base) else None
+    return ours if ours is not None and base is not None and codes.is_in_codes(base) else None
 
 
 def is_served(layer: nn.Module) -> bool:
@@ -115,10 +115,10 @@ def is_served(layer: nn.Module) -> bool:
 def keep_codes(layer: Any) -> None:
     """Has calls of PEFT's own leave the codes of the layer below as they are."""
     if is_served(layer):
-        bitsandbytes.keep_codes(layer.get_base_layer())
+        codes.keep_codes(layer.get_base_layer())
 
 
 def give_back(layer: Any) -> None:
     """Lets them do as they do without kernels."""
     if is_served(layer):
-        bitsandbytes.give_back(layer.get_base_layer())
+        codes.give_back(layer.get_base_layer())

@@ -1,0 +1,247 @@
+"""LoRA on a linear layer whose weight is in codes: QLoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_kernels.calls.off import is_off
+from peft_kernels.codes.layers import codes_of, dtype_of, requantised, take_scales
+from peft_kernels.modules.bases import check_base
+from peft_kernels.modules.replaced import check_stored, hand_on_hooks
+from peft_kernels.nn.lora import LoRALinear
+from peft_kernels.ops import QuantizedWeight, dequantize, lora_linear
+
+
+class QuantizedLoRALinear(LoRALinear):
+    """A frozen linear layer in codes of another library, with a trainable low-rank update.
+
+    ``y = x @ W.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` with W the values of the codes
+    (Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", equation 5), computed by
+    :func:`peft_kernels.ops.lora_linear` over the codes where they lie: nothing of W's size is
+    written or kept, in the backward neither. x may be float32, float16 or bfloat16, whatever the
+    library would compute in; the result has its dtype.
+
+    It is what :func:`peft_kernels.swap_linear` makes of bitsandbytes' ``Linear4bit`` and
+    ``Linear8bitLt`` (with a threshold of 0), and :class:`LoRALinear` in all but this:
+
+    - ``weight`` is the library's Parameter, of its shape. The state dict has what the library's
+      layer has, and takes over what it has beside the codes (``weight.absmax``, ``SCB``).
+    - While merged, ``weight`` is dense, ``[n, k]`` in the dtype that it had before it was put into
+      codes, or with ``requantize`` in codes again. ``requantization_error`` is then
+      ``||W' - M|| / ||M||``, with W' the new codes' values and M what was merged: the codes' own
+      error, which the adapter of a small step may be lost in. Unmerging puts the codes back, bit by
+      bit.
+    - :func:`peft_kernels.unload` puts an ``nn.Linear`` in place of a layer that is merged dense.
+    """
+
+    requantization_error: float | None
+    _before: dict[str, Any]  # of the library's attributes, those of the codes before a merge
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("QuantizedLoRALinear is built around a quantised layer: use from_linear")
+
+    def _adopt(self, *settings: Any) -> None:
+        vars(self).update(requantization_error=None, _before={})
+        super()._adopt(*settings)
+
+    def _read_base(self, linear: Any) -> tuple[tuple[int, int], torch.dtype]:
+        try:
+            found = codes_of(linear)
+        except TypeError as error:
+            raise TypeError(f"linear {error}") from None
+        check_base(linear, in_codes=True)
+        return found.shape, dtype_of(linear)
+
+    def reset_parameters(self) -> None:
+        """Raises a RuntimeError: codes aren't drawn. :meth:`reset_adapter` draws the adapter."""
+        raise RuntimeError("a weight in codes isn't drawn anew; reset_adapter() draws the adapter")
+
+    # ---- what is in codes ----------------------------------------------------------------------
+
+    def _codes(self) -> QuantizedWeight:
+        """What ``weight`` is in."""
+        try:
+            return codes_of(self, self._origin.kind)
+        except TypeError as error:
+            raise TypeError(f"the layer of {self.out_features} outputs {error}") from None
+
+    def _base_codes(self) -> QuantizedWeight:
+        return codes_of(self._base_layer()) if self.merged else self._codes()
+
+    def _base_layer(self) -> nn.Module:
+        """The library's layer, over what it had when this took its place."""
+        layer = self._origin.stand_in(self, self.base_weight, self.bias)
+        vars(layer).update(self._before)
+        return layer
+
+    def dequantized(self) -> Tensor:
+        """The base weight's values, ``[n, k]`` float32."""
+        return dequantize(self._base_codes())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., k]``, any rank, to ``[..., n]`` in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if is_off(self):
+            return _alone(x, self._base_codes(), bias)
+        if self.merged and self.requantization_error is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.merged:
+            return _alone(x, self._codes(), bias)
+        return lora_linear(
+            x,
+            self._codes(),
+            self.lora_a,
+            self.lora_b,
+            bias=bias,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    # ---- merging -------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    def merge(self, safe: bool = True, *, requantize: bool = False) -> None:
+        """Puts ``W + scale * lora_b @ lora_a`` in place of ``weight``, dense; see the class.
+
+        Args:
+            safe: first check that the merged weight is finite.
+            requantize: put it into codes of the kind that the weight is in, by the library, and
+                set ``requantization_error``.
+
+        Raises:
+            RuntimeError: the layer is merged already, or A or B is pruned or the like.
+            TypeError: ``requantize``, and the library's codes are only read here.
+            ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
+        """
+        self._require(merged=False)
+        check_stored(self, own=["weight"], other=self.adapter_names)
+        adapter = self.lora_a, self.lora_b, self.lora_magnitude if self.use_dora else None
+        self._put_merged(*self._merge_of(*adapter, self.scale, safe, requantize))
+
+    @torch.no_grad()
+    def _merge_of(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None,
+        scale: float | Tensor,
+        safe: bool,
+        requantize: bool,
+    ) -> tuple[nn.Parameter, dict[str, Any], float | None]:
+        """The merged weight, the library's attributes that go with it, and its codes' error."""
+        values = self._merged_weight(self.dequantized(), lora_a, lora_b, magnitude, scale, safe)
+        layer = self._base_layer()
+        if not requantize:
+            return nn.Parameter(values.to(dtype_of(layer)), requires_grad=False), {}, None
+        weight, attributes = requantised(layer, self._origin.kind, values)
+        layer._parameters["weight"] = weight
+        vars(layer).update(attributes)
+        error = torch.linalg.norm(dequantize(codes_of(layer)) - values)
+        return weight, attributes, float(error / torch.linalg.norm(values).clamp(min=_SMALLEST))
+
+    def _put_merged(
+        self, weight: nn.Parameter, attributes: dict[str, Any], error: float | None
+    ) -> None:
+        self.unmerged_weight = self.weight
+        self._put(weight, {name: vars(self)[name] for name in attributes}, error)
+        vars(self).update(attributes)
+
+    def _put(self, weight: nn.Parameter, before: dict[str, Any], error: float | None) -> None:
+        nn.Module.__setattr__(self, "weight", weight)
+        self._before, self.requantization_error = before, error
+
+    def unmerge(self) -> None:
+        """Puts the base Parameter back, the very codes.
+
+        Raises:
+            RuntimeError: the layer is not merged, or its weight was pruned or parametrized since.
+        """
+        self._require(merged=True)
+        check_stored(self, own=["weight"])
+        assert self.unmerged_weight is not None
+        base, self.unmerged_weight = self.unmerged_weight, None
+        vars(self).update(self._before)
+        self._put(base, {}, None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def switch(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        *,
+        magnitude: Tensor | None = None,
+        scale: float | Tensor | None = None,
+        safe: bool = True,
+    ) -> None:
+        """As of :class:`LoRALinear`; a merged weight is made anew, dense or in codes as it was."""
+        merged = None
+        if self.merged:
+            scale = self.scale if scale is None else scale
+            self._check_adapter(lora_a, lora_b, magnitude, scale)
+            again = self.requantization_error is not None
+            merged = self._merge_of(lora_a, lora_b, magnitude, scale, safe, again)
+            self.unmerge()
+        super().switch(lora_a, lora_b, magnitude=magnitude, scale=scale, safe=safe)
+        if merged is not None:
+            self._put_merged(*merged)
+
+    def plain(self, *, merged: bool) -> nn.Module:
+        """The layer whose place this took; with a dense merged weight an ``nn.Linear``."""
+        if merged and not self.merged:
+            self.merge()
+        if not merged and self.merged:
+            self.unmerge()
+        if not merged or self.requantization_error is not None:
+            return self._origin.restore(self, self.weight, self.bias)
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = self.weight, self.bias
+        hand_on_hooks(self, layer)
+        return layer.train(self.training)
+
+    # ---- state dicts ---------------------------------------------------------------------------
+
+    def _check_weight(self, value: Any) -> None:
+        now = self.weight
+        if isinstance(value, nn.Parameter) and (value.shape, value.dtype) != (now.shape, now.dtype):
+            raise ValueError(
+                f"weight must stay in codes, {list(now.shape)} {now.dtype}; got "
+                f"{list(value.shape)} {value.dtype}. unload() puts the library's layer back"
+            )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._base_layer()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        again, merged = self.requantization_error is not None, self.merged
+        if merged:
+            self.unmerge()
+        _, _, _, unexpected, errors = rest
+        found = state_dict.get(f"{prefix}weight")
+        if found is not None and found.dtype is not self.weight.dtype:
+            wanted = self.weight.dtype
+            errors.append(f"{prefix}weight must be in codes, {wanted}; got {found.dtype}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            kind = self._origin.kind
+            take_scales(self, kind, state_dict, prefix, unexpected, errors)
+        if merged:
+            self.merge(safe=False, requantize=again)
+
+    def extra_repr(self) -> str:
+        error = self.requantization_error
+        return super().extra_repr() + ("" if error is None else f", in codes again: {error:.1e}")
+
+
+_SMALLEST = 1e-38
+
+
+def _alone(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """The layer without an adapter: one of rank 0."""
+    n, k = weight.shape
+    return lora_linear(x, weight, x.new_empty(0, k), x.new_empty(n, 0), bias=bias)
