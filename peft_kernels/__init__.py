@@ -3,6 +3,7 @@
     swap_linear, save_adapter, load_adapter     LoRA in a model, and PEFT's folders
     merge, unmerge, unload, disabled            done to a whole model afterwards
     accelerate, restore                         the same kernels under the layers of a PEFT model
+    quantize_linear                             linear layers into codes
     load_gguf, save_lora_gguf                   models and adapters of llama.cpp's
     AdapterPool                                 many LoRA adapters, each row with its own
     nn, ops                                     the layers, and the functions under them
@@ -20,6 +21,7 @@ from peft_kernels.formats.gguf import load_gguf, save_lora_gguf
 from peft_kernels.formats.peft_lora import load_adapter, save_adapter
 from peft_kernels.integrations.accelerated import accelerate, restore
 from peft_kernels.models.merging import disabled, merge, print_trainable_parameters, unload, unmerge
+from peft_kernels.models.quantizing import quantize_linear
 from peft_kernels.models.swap import swap_linear
 from peft_kernels.pool import AdapterPool
 
@@ -36,6 +38,7 @@ __all__ = [
     "nn",
     "ops",
     "print_trainable_parameters",
+    "quantize_linear",
     "restore",
     "save_adapter",
     "save_lora_gguf",

@@ -68,13 +68,19 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, kind: str = "nf4", *, block: int = 64, nested: bool = True
+        cls,
+        linear: nn.Module,
+        kind: str = "nf4",
+        *,
+        block: int = 64,
+        nested: bool = True,
+        by: str = "row",
     ) -> QuantizedLinear:
         """Puts the weight of a layer into codes; its bias, hooks and mode become this layer's.
 
         Args:
             linear: ``nn.Linear`` or ``transformers``' Conv1D, which is left as it is.
-            kind, block, nested: as of :func:`peft_kernels.ops.quantize`.
+            kind, block, nested, by: as of :func:`peft_kernels.ops.quantize`.
 
         Raises:
             TypeError, ValueError: as of :class:`LoRALinear` and of quantize.
@@ -82,7 +88,7 @@ class QuantizedLinear(nn.Linear):
         check_base(linear, takes_values=True)
         own: Any = linear
         plain: Tensor = own.weight.T.contiguous() if is_conv1d(linear) else own.weight
-        codes = quantize(plain, kind, block=block, nested=nested)
+        codes = quantize(plain, kind, block=block, nested=nested, by=by)
         self = cls(codes, own.bias, dtype=plain.dtype)
         hand_on_hooks(linear, self)
         return self.train(linear.training)

@@ -103,6 +103,16 @@ def test_a_model_without_memory(tmp_path):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+def test_in_inference_mode(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make_model())
+    model = make_model()
+    with torch.inference_mode():
+        load_gguf(model, path)
+    x = model.model.embed_tokens(IDS).detach().requires_grad_()
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad.norm() > 0
+
+
 def test_a_model_without_a_head(tmp_path):
     whole = make_model()
     path = write_gguf(tmp_path / "model.gguf", whole)

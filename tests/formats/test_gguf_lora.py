@@ -119,6 +119,13 @@ def test_what_the_format_has_no_place_for(tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tied_head(tmp_path):
+    """Of which llama.cpp knows the embeddings alone."""
+    tuned = with_lora(make_model(tied=True), target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="lm_head is tied to the embeddings"):
+        save_lora_gguf(tuned, tmp_path / "lora.gguf")
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(TypeError, match=r"float32 or float16; got torch\.bfloat16"):
         save_lora_gguf(with_lora(make_model()), tmp_path / "x", dtype=torch.bfloat16)

@@ -50,6 +50,7 @@ class _Place(NamedTuple):
         return f"{path}.{own}"
 
 
+@torch.inference_mode(False)
 def load_gguf(
     model: Model, path: str | os.PathLike[str], *, others: str = "error", mmap: bool = True
 ) -> Model:

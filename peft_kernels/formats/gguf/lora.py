@@ -18,6 +18,7 @@ from peft_kernels.modules.names import gathered, plain_modules, unwrapped
 from peft_kernels.nn.lora import LoRALinear
 
 _PEFT = "peft.tuners.lora.layer.LoraLayer"
+_HEAD = "output"
 _WHOLE = "peft.utils.other.AuxiliaryTrainingWrapper"
 
 
@@ -53,7 +54,7 @@ def save_lora_gguf(
         ImportError: the package gguf isn't installed.
         TypeError: ``model`` is none of transformers', or another dtype.
         ValueError: there is no such adapter, or it has what the format has no place for: DoRA, a
-            bias of B, embeddings, modules that were trained whole.
+            bias of B, embeddings, an output layer tied to them, modules that were trained whole.
     """
     check_module("model", model)
     if dtype not in (torch.float32, torch.float16):
@@ -76,7 +77,12 @@ def _named(parts: Iterator[tuple[str, _Part]], config: Any) -> dict[str, _Part]:
     name_of, found = namer(config), {}
     for path, (a, b, scale) in parts:
         check_memory(a, path)
-        if (own := name_of(path)) is None:
+        if (own := name_of(path)) == _HEAD and config.tie_word_embeddings:
+            raise ValueError(
+                f"{path} is tied to the embeddings, and llama.cpp has no layer of its own for it: "
+                "leave it out of the adapter"
+            )
+        if own is None:
             raise ValueError(f"{path} has no name in a GGUF file: leave it out of the adapter")
         name = f"{own}.weight"
         order = order_of(name, len(b), config)
