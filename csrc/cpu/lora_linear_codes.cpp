@@ -12,8 +12,9 @@ namespace {
 
 // Up to 8 rows looking up codes is all there is: AVX-512 does 16 at once, which took 0.45 to 0.9 of
 // AVX2's time on Zen 4, too. Beyond, the build that is best for products.
-const LoRALinearKernels& kernels_for(int64_t rows) {
-  return lora_linear_kernels(rows <= 8 ? widest_isa() : chosen_isa());
+const LoRALinearKernels& kernels_for(const Tensor& x) {
+  const bool in_pairs = x.scalar_type() == ScalarType::BFloat16 && multiplies_bf16();
+  return lora_linear_kernels(x.size(0) <= 8 || in_pairs ? widest_isa() : chosen_isa());
 }
 
 Matrix without_data(int64_t n, int64_t k) { return {nullptr, DType::f32, n, k, k, 1}; }
@@ -41,7 +42,7 @@ std::tuple<Tensor, Tensor> lora_linear_codes(
   Tensor s = torch::stable::new_empty(x, {m, r}, ScalarType::Float);
   const auto dropout = dropout_of(dropout_p, seed);
   const std::optional<Matrix> row = bias_row(bias, n);
-  kernels_for(m).forward({.x = matrix_of(x, "x"),
+  kernels_for(x).forward({.x = matrix_of(x, "x"),
                           .weight = without_data(n, k),
                           .lora_a = matrix_of(lora_a, "lora_a"),
                           .lora_b = matrix_of(lora_b, "lora_b"),
@@ -82,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_codes_bwd(
   if (needs_a) da_out = matrix_of(da, "da");
   if (needs_b) db_out = matrix_of(db, "db");
   const auto dropout = dropout_of(dropout_p, seed);
-  kernels_for(x.size(0)).backward({.dy = matrix_of(dy, "dy"),
+  kernels_for(x).backward({.dy = matrix_of(dy, "dy"),
                                    .x = matrix_of(x, "x"),
                                    .weight = without_data(n, k),
                                    .lora_a = matrix_of(lora_a, "lora_a"),

@@ -37,7 +37,7 @@ constexpr std::array<Blocks, 5> BLOCKS{{{"q8_0", Layout::q8_0, 32, 34},
                                         {"q6_K", Layout::q6_K, 256, 210}}};
 
 // QuantizedWeight's fields, as its op takes them.
-struct CodesArguments {
+struct __attribute__((visibility("hidden"))) CodesArguments {
   Tensor codes, scales;
   std::optional<Tensor> shifts, book, nested_scales, nested_book;
   int64_t n, block, block_rows, nested_block;

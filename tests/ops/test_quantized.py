@@ -117,16 +117,22 @@ def test_against_float64(m, kind, p, backend):
         assert_as_good_as(one, other, reference, name)
 
 
+@pytest.mark.parametrize("kind", ["nested", "flat", "int8", "q4_K"])
+@pytest.mark.parametrize("m", [1, 9, 40, 130])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_are_rounded_once(dtype):
-    weight = weight_of(64, 96)
-    x, a, b, bias = problem(9, 64, 96, dtype)
-    dy = torch.randn(9, 64).to(dtype)
-    found = run(x, weight, a, b, bias, dy)
+def test_halves_are_as_good_as_a_weight_in_halves(dtype, m, kind):
+    """Where the processor multiplies bfloat16 the weight is rounded to it; else not at all."""
+    weight = weight_of(70, 256, kind=kind)
+    x, a, b, bias = problem(m, 70, 256, dtype)
+    dy = torch.randn(m, 70).to(dtype)
+    found = run(x, weight, a, b, bias, dy, dropout_p=0.2, seed=3)
     wide = [tensor.double() for tensor in (x, dequantize(weight), a, b, bias, dy)]
-    for one, exact in zip(found, run(*wide), strict=True):
-        rtol = 1e-5 if one.dtype is torch.float32 else torch.finfo(dtype).eps
-        torch.testing.assert_close(one.double(), exact, rtol=rtol, atol=4e-5)
+    exact = run(*wide, dropout_p=0.2, seed=3)
+    with peft_kernels.backend("reference"):
+        eager = run(x, dequantize(weight, dtype), a, b, bias, dy, dropout_p=0.2, seed=3)
+    names = "y", "dx", "da", "db", "d_bias"
+    for name, one, other, reference in zip(names, found, eager, exact, strict=True):
+        assert_as_good_as(one, other, reference, name)
 
 
 def test_nothing_of_the_weights_size_is_allocated_or_kept():

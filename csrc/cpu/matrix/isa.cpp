@@ -49,6 +49,15 @@ Isa widest_isa() {
   return isa;
 }
 
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  static const bool does = widest_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return does;
+#else
+  return false;
+#endif
+}
+
 Isa chosen_isa() {
   static const Isa isa = choose();
   return isa;
