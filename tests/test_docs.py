@@ -281,13 +281,15 @@ def test_the_support_matrix_has_the_pinned_versions():
 
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
 ISA = (ROOT / "csrc/cpu/matrix/isa.cpp").read_text()
+PAIRS = (ROOT / "csrc/cpu/matrix/pairs.h").read_text()
 
 
 def test_the_support_matrix_has_the_cpu_builds():
-    """Their instructions are those CMake compiles with, and those looked for at run time."""
+    """Their instructions are those they are compiled with, and those looked for at run time."""
     compiled: dict[str, set[str]] = {}
     for name, flags in re.findall(r"add_isa\((\w+)([^)]*)\)", CMAKE):
         compiled.setdefault(name, set()).update(re.findall(r"-m(?!prefer)(\w+)", flags))
+    compiled["avx512"].update(re.findall(r'target\("(\w+)"\)', PAIRS))
     rows = {name.strip("`"): rest for name, *rest in rows_of("Ops by hardware", "CPU build")}
     assert {name: set(re.findall(r"`(\w+)`", row[0])) for name, row in rows.items()} == compiled
     looked_for = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', ISA))
