@@ -8,6 +8,7 @@ from peft_kernels.nn.invertible import InvertibleAdapter
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.nn.lora_codes import QuantizedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
+from peft_kernels.nn.multi_lora_codes import QuantizedMultiLoRALinear
 from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_multihead import prefix_multihead_attention
 from peft_kernels.nn.prefix_tuning import PrefixTuning
@@ -25,6 +26,7 @@ __all__ = [
     "PromptTuning",
     "QuantizedLinear",
     "QuantizedLoRALinear",
+    "QuantizedMultiLoRALinear",
     "Template",
     "TemplateBatch",
     "Verbalizer",

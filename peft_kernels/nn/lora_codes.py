@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels.calls.off import is_off
-from peft_kernels.codes.layers import codes_of, dtype_of, requantised, take_scales
-from peft_kernels.modules.bases import check_base
+from peft_kernels.codes.layers import codes_of, dtype_of, requantised
 from peft_kernels.modules.replaced import check_stored, hand_on_hooks
+from peft_kernels.nn._over_codes import OverCodes
 from peft_kernels.nn.lora import LoRALinear
-from peft_kernels.ops import QuantizedWeight, dequantize, lora_linear
+from peft_kernels.ops import QuantizedWeight, dequantize
+from peft_kernels.ops.lora_linear import linear_of_codes, lora_linear
 
 
-class QuantizedLoRALinear(LoRALinear):
+class QuantizedLoRALinear(OverCodes, LoRALinear):
     """A frozen linear layer in codes of another library, with a trainable low-rank update.
 
     ``y = x @ W.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` with W the values of the codes
@@ -48,32 +49,16 @@ class QuantizedLoRALinear(LoRALinear):
         vars(self).update(requantization_error=None, _before={})
         super()._adopt(*settings)
 
-    def _read_base(self, linear: Any) -> tuple[tuple[int, int], torch.dtype]:
-        try:
-            found = codes_of(linear)
-        except TypeError as error:
-            raise TypeError(f"linear {error}") from None
-        check_base(linear, in_codes=True)
-        return found.shape, dtype_of(linear)
-
     def reset_parameters(self) -> None:
         """Raises a RuntimeError: codes aren't drawn. :meth:`reset_adapter` draws the adapter."""
         raise RuntimeError("a weight in codes isn't drawn anew; reset_adapter() draws the adapter")
 
     # ---- what is in codes ----------------------------------------------------------------------
 
-    def _codes(self) -> QuantizedWeight:
-        """What ``weight`` is in."""
-        try:
-            return codes_of(self, self._origin.kind)
-        except TypeError as error:
-            raise TypeError(f"the layer of {self.out_features} outputs {error}") from None
-
     def _base_codes(self) -> QuantizedWeight:
         return codes_of(self._base_layer()) if self.merged else self._codes()
 
     def _base_layer(self) -> nn.Module:
-        """The library's layer, over what it had when this took its place."""
         layer = self._origin.stand_in(self, self.base_weight, self.bias)
         vars(layer).update(self._before)
         return layer
@@ -84,13 +69,13 @@ class QuantizedLoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]``, any rank, to ``[..., n]`` in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self._bias_for(x)
         if is_off(self):
-            return _alone(x, self._base_codes(), bias)
+            return linear_of_codes(x, self._base_codes(), bias)
         if self.merged and self.requantization_error is None:
             return F.linear(x, self.weight.to(x.dtype), bias)
         if self.merged:
-            return _alone(x, self._codes(), bias)
+            return linear_of_codes(x, self._codes(), bias)
         return lora_linear(
             x,
             self._codes(),
@@ -205,31 +190,12 @@ class QuantizedLoRALinear(LoRALinear):
 
     # ---- state dicts ---------------------------------------------------------------------------
 
-    def _check_weight(self, value: Any) -> None:
-        now = self.weight
-        if isinstance(value, nn.Parameter) and (value.shape, value.dtype) != (now.shape, now.dtype):
-            raise ValueError(
-                f"weight must stay in codes, {list(now.shape)} {now.dtype}; got "
-                f"{list(value.shape)} {value.dtype}. unload() puts the library's layer back"
-            )
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        self._base_layer()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+    def _load_from_state_dict(self, *args) -> None:
+        """Loads the codes and the adapter; a merged layer is merged anew from them."""
         again, merged = self.requantization_error is not None, self.merged
         if merged:
             self.unmerge()
-        _, _, _, unexpected, errors = rest
-        found = state_dict.get(f"{prefix}weight")
-        if found is not None and found.dtype is not self.weight.dtype:
-            wanted = self.weight.dtype
-            errors.append(f"{prefix}weight must be in codes, {wanted}; got {found.dtype}")
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            kind = self._origin.kind
-            take_scales(self, kind, state_dict, prefix, unexpected, errors)
+        super()._load_from_state_dict(*args)
         if merged:
             self.merge(safe=False, requantize=again)
 
@@ -239,9 +205,3 @@ class QuantizedLoRALinear(LoRALinear):
 
 
 _SMALLEST = 1e-38
-
-
-def _alone(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """The layer without an adapter: one of rank 0."""
-    n, k = weight.shape
-    return lora_linear(x, weight, x.new_empty(0, k), x.new_empty(n, 0), bias=bias)

@@ -16,6 +16,7 @@ from peft_kernels.modules.replaced import Origin, take_over
 from peft_kernels.nn._sharded import Beside, let_view, part_of
 from peft_kernels.nn.lora import check_weight
 from peft_kernels.nn.lora_settings import adapter_dtype_for, init_adapter_
+from peft_kernels.ops import QuantizedWeight
 from peft_kernels.ops._sharded_banks import parts_beside
 from peft_kernels.ops.multi_lora_linear import PAGE, LoRABank, Trained, multi_lora_linear
 
@@ -101,10 +102,11 @@ class MultiLoRALinear(nn.Linear):
         Raises:
             TypeError: as :meth:`LoRALinear.from_linear`, or a dtype that can't be mixed.
         """
-        check_base(linear, takes_values=True, may_be_sharded=True)
-        dtype = adapter_dtype_for(linear.weight.dtype, adapter_dtype or linear.weight.dtype)
         self = cls.__new__(cls)
+        size, dtype = self._read_base(linear)
+        dtype = adapter_dtype_for(dtype, adapter_dtype or dtype)
         nn.Module.__init__(self)
+        self._size = size
         self.router, self.place = router, place or Place()
         self.bound = {}
         self._gradient_rows = {}
@@ -118,10 +120,9 @@ class MultiLoRALinear(nn.Linear):
         self.fan_in_fan_out = is_conv1d(linear)
         self.weight, self.bias = linear.weight, linear.bias
         weight = self._matrix(linear.weight)
-        self.out_features, self.in_features = weight.shape
-        self._size = self.out_features, self.in_features
+        self.out_features, self.in_features = self._size
         self._beside = Beside.of(weight)
-        n, k = part_of(weight).shape
+        n, k = self._size if self._beside is None else part_of(weight).shape
         device, rows = linear.weight.device, pages * PAGE
         for name, shape, buffer_dtype in (
             ("pages_a", (rows, k), dtype),
@@ -138,6 +139,19 @@ class MultiLoRALinear(nn.Linear):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+    def _read_base(self, linear: Any) -> tuple[tuple[int, int], torch.dtype]:
+        """The size [n, k] and the dtype of a layer, once this one can take its place."""
+        check_base(linear, takes_values=True, may_be_sharded=True)
+        n, k = linear.weight.shape
+        return (k, n) if is_conv1d(linear) else (n, k), linear.weight.dtype
+
+    def _base(self) -> Tensor | QuantizedWeight:
+        """The weight as the op takes it."""
+        return self._matrix(self.weight)
+
+    def _bias_for(self, x: Tensor) -> Tensor | None:
+        return self.bias
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as [n, k], however it is stored."""
@@ -189,10 +203,10 @@ class MultiLoRALinear(nn.Linear):
         try:
             return multi_lora_linear(
                 x,
-                self._matrix(self.weight),
+                self._base(),
                 self.bank,
                 unrouted_routing(self.unrouted) if routing is None else routing,
-                bias=self.bias,
+                bias=self._bias_for(x),
                 dropout=dropout,
                 trained=trained,
             )

@@ -277,6 +277,14 @@ def _over_codes(x, weight, lora_a, lora_b, *, bias, scale, dropout_p, seed) -> T
     return in_shape_of(x, lora_linear_codes(rows_of(x), weight, *rest))
 
 
+def linear_of_codes(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """The layer alone, ``x @ weight.T + bias``: :func:`lora_linear` at rank 0."""
+    n, k = weight.shape
+    dtype = acc_dtype(x)
+    a, b = x.new_empty(0, k, dtype=dtype), x.new_empty(n, 0, dtype=dtype)
+    return lora_linear(x, weight, a, b, bias=bias)
+
+
 def lora_linear_plain(
     x: Tensor,
     weight: Tensor,

@@ -40,6 +40,8 @@ from peft_kernels.ops._lora_banks import (
     sort_by_adapter,
 )
 from peft_kernels.ops._lora_factors import LoRAFactors, linear_of_factors
+from peft_kernels.ops._multi_lora_codes import multi_lora_over_codes
+from peft_kernels.ops._quantized import QuantizedWeight
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops._sharded_banks import multi_lora_linear_sharded
@@ -399,7 +401,7 @@ def _sizes(trained: Sequence[int], receivers: Sequence[Tensor]) -> list[list[int
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     banks: LoRABank | Sequence[LoRABank] | LoRAFactors,
     ids: Tensor | Routing,
     *,
@@ -420,7 +422,8 @@ def multi_lora_linear(
 
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
-        weight: ``[n, k]`` in the dtype of x; frozen as a rule.
+        weight: ``[n, k]`` in the dtype of x; frozen as a rule. Or one in codes, which is widened
+            piece by piece and receives no gradient.
         banks: the adapters. Several banks serve slices of the outputs one after the other, such as
             query, key and value of one fused layer; their widths add up to n. Or the adapters in
             tensors of their own: where those require gradients they receive them, and else a CPU's
@@ -443,6 +446,11 @@ def multi_lora_linear(
             [-1, slots). On a GPU, where nothing waits for the ids, such a row gets no delta.
         TypeError: dtypes that can't be mixed.
     """
+    if isinstance(weight, QuantizedWeight):
+        return multi_lora_over_codes(
+            multi_lora_add_, x, weight, banks, ids,
+            bias=bias, dropout=dropout, trained=trained, plan=plan,
+        )  # fmt: skip
     if are_sharded(x, weight):
         return multi_lora_linear_sharded(
             multi_lora_linear,
@@ -455,24 +463,24 @@ def multi_lora_linear(
             trained=trained,
             plan=plan,
         )
-    x, weight, bias = autocast(x, weight, bias)
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    x, base, bias = autocast(x, weight, bias)
+    if base.dim() != 2 or x.dim() < 1 or x.shape[-1] != base.shape[1]:
         raise ValueError(
-            f"x must be [..., k] for weight [n, k]; got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"x must be [..., k] for weight [n, k]; got {tuple(x.shape)} and {tuple(base.shape)}"
         )
-    n = weight.shape[0]
-    if weight.dtype is not x.dtype:
-        raise TypeError(f"weight must have x's dtype {x.dtype}; got {weight.dtype}")
+    n = base.shape[0]
+    if base.dtype is not x.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}; got {base.dtype}")
     if bias is not None and (bias.shape != (n,) or bias.dtype is not x.dtype):
         raise ValueError(
             f"bias must be [{n}] in x's dtype {x.dtype}; got {tuple(bias.shape)}, {bias.dtype}"
         )
     if isinstance(banks, LoRAFactors):
         return linear_of_factors(
-            multi_lora_linear, x, weight, banks, ids, bias, dropout, trained, plan
+            multi_lora_linear, x, base, banks, ids, bias, dropout, trained, plan
         )  # fmt: skip
     banks = _as_sequence(banks)
-    y = _apply(rows_of(x), weight, bias, False, banks, n, ids, dropout, trained, plan)
+    y = _apply(rows_of(x), base, bias, False, banks, n, ids, dropout, trained, plan)
     return in_shape_of(x, y)
 
 

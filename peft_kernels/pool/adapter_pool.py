@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_kernels.calls.carried import unwrap, wrap
 from peft_kernels.calls.router import Router, Selection
 from peft_kernels.calls.rows import Entries, Ids, entries_of, place_of
+from peft_kernels.codes.layers import readable
 from peft_kernels.formats import peft_lora
 from peft_kernels.formats.folder import path_of
 from peft_kernels.integrations.peft.beside import check_without_peft
@@ -34,6 +35,7 @@ from peft_kernels.modules.bases import check_bases
 from peft_kernels.modules.names import plain_parameters, unwrapped
 from peft_kernels.modules.replaced import fault_of_instance
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
+from peft_kernels.nn.multi_lora_codes import QuantizedMultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
 from peft_kernels.pool.pages import PoolFullError
 from peft_kernels.pool.store import PoolMemory, Store
@@ -132,7 +134,8 @@ class AdapterPool:
             layers_pattern=layers_pattern,
             task_type=task_type,
         )
-        check_bases(model, targets, takes_values=True, may_be_sharded=True)
+        in_codes = readable(targets)
+        check_bases(model, targets, takes_values=True, may_be_sharded=True, in_codes=in_codes)
         pages = _pages_for("capacity", capacity)
         max_pages = min(_pages_for("max_rank", max_rank), pages)
         slots = pages if max_adapters is None else _positive("max_adapters", max_adapters)
@@ -151,7 +154,8 @@ class AdapterPool:
             layers: dict[str, MultiLoRALinear] = {}
             for name, module in targets.items():
                 with named(name):
-                    layers[name] = MultiLoRALinear.from_linear(
+                    kind = QuantizedMultiLoRALinear if module in in_codes else MultiLoRALinear
+                    layers[name] = kind.from_linear(
                         module,
                         slots=slots,
                         pages=pages,

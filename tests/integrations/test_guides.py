@@ -114,7 +114,8 @@ def in_codes() -> Names:
     def make() -> nn.Module:
         return quantised.in_codes(transformers.LlamaForCausalLM(config))
 
-    return {"model": make(), "fresh": make(), "batch": BATCH, "labels": IDS}
+    models = {name: make() for name in ("model", "fresh", "served")}
+    return {**models, "batch": BATCH, "labels": IDS}
 
 
 def tensors() -> Names:
