@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.codes import bitsandbytes, kept, torchao, transformers
+from peft_kernels.codes import bitsandbytes, gptqmodel, hqq, kept, torchao, transformers
 from peft_kernels.codes.reading import NOT_YET, Reader
 from peft_kernels.ops import QuantizedWeight
 
-LIBRARIES = (bitsandbytes, torchao, transformers, kept)
-# Layers of ours take the place of those of other libraries, not of one that is ours already.
+LIBRARIES = (bitsandbytes, torchao, transformers, kept, hqq, gptqmodel)
+# Whose layers ours take the place of: not one that is ours already, nor one without a weight.
 OTHERS = (bitsandbytes, torchao, transformers)
 
 

@@ -12,7 +12,8 @@ quantization):
 
     scale[b] = nested.book[scale_code[b]] nested.scale[b // nested.block] + nested.offset
 
-GGUF's layouts have codes and scales in blocks (``_gguf_blocks.py``).
+GGUF's layouts have codes and scales in blocks (``_gguf_blocks.py``); those of HQQ, GPTQ and AWQ are
+read by the reference alone (``_packed.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from peft_kernels.ops._checks import check_adapter, check_devices, check_float, 
 from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops._gguf_blocks import BLOCKS, dequantize_blocks
+from peft_kernels.ops._packed import PACKED, check_packed, dequantize_packed
 
 
 class NestedScales(NamedTuple):
@@ -49,7 +51,7 @@ class QuantizedWeight(NamedTuple):
     unit: float = 1.0
     nested: NestedScales | None = None
     shifts: Tensor | None = None  # as scales, one for each block
-    layout: str = "planes"  # or one of GGUF's, of which codes are the bytes
+    layout: str = "planes"  # or one of GGUF's, of which codes are the bytes, or of _packed.py
     block_rows: int = 1
 
 
@@ -64,6 +66,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
 def _dequantized(arguments: tuple, k: int) -> Tensor:
     codes, scales, shifts, book, nested_scales, nested_book, n, block, block_rows = arguments[:9]
     nested_block, unit, offset, layout = arguments[9:]
+    if layout in PACKED:
+        return dequantize_packed(layout, codes, scales, shifts, book, block, n, k)
     if layout != PLANES:
         return dequantize_blocks(layout, codes, n, k)
     scales = scales.flatten()
@@ -85,6 +89,15 @@ def _values_of(codes: Tensor, book: Tensor | None) -> Tensor:
     if book is None:
         return codes.float()
     return book[torch.stack((codes >> 4, codes & 15), 1).flatten().int()]
+
+
+def has_kernel(weight: QuantizedWeight) -> bool:
+    """Whether a CPU's kernels read its layout."""
+    return weight.layout not in PACKED
+
+
+def _variant(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+    return _library.variant(dtype) if has_kernel(weight) else "_ref"
 
 
 def _arguments(weight: QuantizedWeight) -> tuple:
@@ -176,22 +189,32 @@ for _name, _schema, _reference, _fake in (
     _library.define(_name, _schema, reference=_reference, fake=_fake, triton=None)
 
 
+def _unsavable(tensors: tuple) -> list:
+    """Those made in inference mode, which autograd doesn't save, and None for the others."""
+    if torch.compiler.is_compiling():  # which takes none
+        return [None for _ in tensors]
+    return [one if one is not None and one.is_inference() else None for one in tensors]
+
+
 class LoRALinearCodes(torch.autograd.Function):
     """y of rows x; the weight has no gradient, and isn't kept but in its codes."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
-        variant, arguments = _library.variant(x.dtype), _arguments(weight)
+        variant, arguments = _variant(weight, x.dtype), _arguments(weight)
         fwd = _library.get_op("lora_linear_codes", variant)
         y, s = fwd(x, *arguments, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed)
         tensors = arguments[:_TENSORS]
-        ctx.save_for_backward(x, lora_a, lora_b, s, scale_t, seed, *tensors)
+        ctx.aside = _unsavable(tensors)
+        saved = [t if other is None else None for t, other in zip(tensors, ctx.aside, strict=True)]
+        ctx.save_for_backward(x, lora_a, lora_b, s, scale_t, seed, *saved)
         ctx.options = scale, dropout_p, variant, arguments[_TENSORS:]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, lora_a, lora_b, s, scale_t, seed, *tensors = ctx.saved_tensors
+        x, lora_a, lora_b, s, scale_t, seed, *saved = ctx.saved_tensors
+        tensors = [t if other is None else other for t, other in zip(saved, ctx.aside, strict=True)]
         scale, dropout_p, variant, numbers = ctx.options
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         bwd = _library.get_op("lora_linear_codes_bwd", variant)
@@ -211,7 +234,7 @@ def lora_linear_codes(x, weight: QuantizedWeight, *rest) -> Tensor:
     )
     if learns:
         return LoRALinearCodes.apply(x, weight, *rest)
-    op = _library.get_op("lora_linear_codes", _library.variant(x.dtype))
+    op = _library.get_op("lora_linear_codes", _variant(weight, x.dtype))
     return op(x, *_arguments(weight), *rest)[0]
 
 
@@ -245,6 +268,8 @@ def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
     check_devices("x", x, [("bias", bias), ("lora_a", lora_a), *named.items()])
     if weight.layout == PLANES:
         _check_planes(weight)
+    elif weight.layout in PACKED:
+        check_packed(weight)
     else:
         _check_blocks(weight)
 
@@ -252,7 +277,7 @@ def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
 def _check_blocks(weight: QuantizedWeight) -> None:
     codes, (n, k), layout = weight.codes, weight.shape, weight.layout
     if layout not in BLOCKS:
-        known = ", ".join((PLANES, *BLOCKS))
+        known = ", ".join((PLANES, *BLOCKS, *PACKED))
         raise ValueError(f"weight.layout must be one of {known}; got {layout!r}")
     elements, size = BLOCKS[layout]
     if k % elements:

@@ -160,6 +160,33 @@ def test_gradients_go_on_after_evaluation():
         assert torch.equal(one, other)
 
 
+def test_weights_made_in_inference_mode_train():
+    """As HQQ's zeros are; autograd saves none of these."""
+    weight = weight_of(32, 64)
+    x, a, b, bias = problem(4, 32, 64)
+    dy = torch.randn(4, 32)
+    with torch.inference_mode():
+        nested = weight.nested._replace(scales=weight.nested.scales.clone())
+        made = weight._replace(codes=weight.codes.clone(), nested=nested)
+    for one, other in zip(
+        run(x, weight, a, b, bias, dy), run(x, made, a, b, bias, dy), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_compiled_over_int8():
+    weight = weight_of(32, 64, kind="int8")
+    x, a, b, _ = problem(4, 32, 64)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    found, expected = (
+        torch.autograd.grad(one(leaves[0], weight, *leaves[1:]).sum(), leaves)
+        for one in (compiled, lora_linear)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_of_any_dimensions_and_under_vmap():
     weight = weight_of(32, 64)
     x, a, b, _ = problem(6, 32, 64)

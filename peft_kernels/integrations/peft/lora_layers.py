@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import LoraModel as PeftLoraModel
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -142,10 +141,9 @@ def backend(layer: Any) -> str:
     """What serves the layer's calls: ``"torch"`` is no kernel."""
     if isinstance(layer, Embedding):
         return "torch"
+    if over_codes.is_served(layer):
+        return over_codes.backend(layer)
     weight = layer.get_base_layer().weight
-    if over_codes.is_served(layer):  # in codes only a CPU has kernels
-        on_cpu = weight.device.type == "cpu"
-        return backend_of(KERNEL, "cpu", torch.float32) if on_cpu else "reference"
     return backend_of(KERNEL, weight.device, weight.dtype)
 
 

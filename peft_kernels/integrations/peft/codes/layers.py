@@ -12,16 +12,18 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from peft_kernels._library import backend_of
 from peft_kernels.codes import layers as codes
 from peft_kernels.integrations.peft import state
-from peft_kernels.integrations.peft.codes import bitsandbytes, torchao
+from peft_kernels.integrations.peft.codes import bitsandbytes, gptqmodel, hqq, torchao
 from peft_kernels.integrations.peft.codes.bases import Base, read_base
 from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.served import count
 from peft_kernels.ops import lora_linear
+from peft_kernels.ops._quantized import has_kernel
 
 KERNEL = "lora_linear"
-LIBRARIES = (bitsandbytes, torchao)
+LIBRARIES = (bitsandbytes, torchao, hqq, gptqmodel)
 
 
 def read(layer: nn.Module, x: Tensor) -> tuple[Base, list[state.Adapter]] | str:
@@ -42,6 +44,14 @@ def why_not(layer: nn.Module) -> str | None:
     """Why a call with x in the adapters' dtype would be PEFT's own, or None."""
     found = _read_parts(layer)
     return found if isinstance(found, str) else state.why_not_in(found[1][0].a.dtype, found[1])
+
+
+def backend(layer: nn.Module) -> str:
+    """What serves the layer's calls: in codes only a CPU has kernels."""
+    base = read_base(layer)
+    if isinstance(base, str) or base.weight.codes.device.type != "cpu":
+        return "reference"
+    return backend_of(KERNEL, "cpu", torch.float32) if has_kernel(base.weight) else "reference"
 
 
 def _read_parts(layer: nn.Module) -> tuple[Base, list[state.Adapter]] | str:
