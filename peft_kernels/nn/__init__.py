@@ -13,6 +13,7 @@ from peft_kernels.nn.p_tuning import PTuning
 from peft_kernels.nn.prefix_multihead import prefix_multihead_attention
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
+from peft_kernels.nn.quantized_embedding import QuantizedEmbedding
 from peft_kernels.nn.quantized_linear import QuantizedLinear
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedLoRALinear",
     "QuantizedMultiLoRALinear",

@@ -12,7 +12,8 @@ from peft_kernels.ops import QuantizedWeight, dequantize
 
 _FROZEN = (
     "weight is in codes, {layout}, and can't be written: nothing would come of it. To merge an "
-    "adapter or to write the weight, put dequantized() in place of the layer"
+    "adapter or to write the weight, put a layer of floats in place of this one: dequantized() of "
+    "a QuantizedLinear"
 )
 
 
@@ -55,6 +56,12 @@ class CodedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> NoReturn:
         self._refuse()
+
+    def check_same(self, value: object) -> None:
+        """Raises a TypeError unless this is the same weight, over the same memory."""
+        own = self._weight.codes.data_ptr()
+        if not (isinstance(value, CodedWeight) and value._weight.codes.data_ptr() == own):
+            self._refuse()
 
     def _refuse(self) -> NoReturn:
         raise TypeError(_FROZEN.format(layout=self._weight.layout))

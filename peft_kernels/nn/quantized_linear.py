@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.codes.kept import Coded, as_tensor, keep_weight, kept_weight, of_tensor
+from peft_kernels.codes.kept import kept_weight
 from peft_kernels.modules.bases import check_base, is_conv1d
 from peft_kernels.modules.checks import check_kind
 from peft_kernels.modules.replaced import hand_on_hooks
-from peft_kernels.nn._coded_weight import CodedWeight
+from peft_kernels.nn._in_codes import InCodes
 from peft_kernels.ops import QuantizedWeight, dequantize, lora_linear, quantize
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(InCodes, nn.Linear):  # type: ignore[override]
     """A frozen linear layer whose weight stays in codes: ``y = x @ weight.T + bias``.
 
     ``weight[i, j]`` is what the codes say (:class:`peft_kernels.ops.QuantizedWeight`), and is
@@ -41,9 +41,6 @@ class QuantizedLinear(nn.Linear):
         ValueError: a bias of another shape.
     """
 
-    coded: Coded
-    _like: Tensor
-
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -57,14 +54,10 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must be [{self.out_features}]; got {list(bias.shape)}")
-        keep_weight(self, weight)
+        self._keep(weight, dtype or (torch.get_default_dtype() if bias is None else bias.dtype))
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
-        # Casts of the layer, which leave codes as they are, are seen by this one.
-        dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
-        like = torch.empty(0, dtype=dtype, device=weight.codes.device)
-        self.register_buffer("_like", like, persistent=False)
 
     @classmethod
     def from_linear(
@@ -92,16 +85,6 @@ class QuantizedLinear(nn.Linear):
         self = cls(codes, own.bias, dtype=plain.dtype)
         hand_on_hooks(linear, self)
         return self.train(linear.training)
-
-    @property
-    def quantized(self) -> QuantizedWeight:
-        """The weight in codes, over the layer's own memory."""
-        return kept_weight(self)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight as a tensor that is dequantised when it is read, and can't be written."""
-        return CodedWeight(self.quantized, self._like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]``, any dtype and rank, to ``[..., n]``."""
@@ -132,23 +115,8 @@ class QuantizedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """There are none to draw: codes come from a weight."""
 
-    def get_extra_state(self) -> Tensor:
-        return as_tensor(self.coded)
-
-    def set_extra_state(self, state: Any) -> None:
-        found = of_tensor(state)
-        if found != self.coded:
-            raise ValueError(
-                f"the state dict must have codes of the layer's format, {self.coded}; got {found}"
-            )
-
     def extra_repr(self) -> str:
-        tensors = self.quantized
-        parts = tensors.codes, tensors.scales, tensors.shifts, tensors.nested and tensors.nested[0]
-        size = sum(part.nbytes for part in parts if part is not None)
-        bits = 8 * size / max(1, self.in_features * self.out_features)
-        blocks = f"block={tensors.block}, " if self.coded.layout == "planes" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, layout={self.coded.layout}, {blocks}bits={bits:.2f}"
+            f"bias={self.bias is not None}, {self._format()}"
         )

@@ -49,7 +49,7 @@ def _signed(part: Tensor) -> Tensor:
 
 def _nibbles(part: Tensor, run: int) -> Tensor:
     """The low halves of each run of bytes, then their high halves: ``[blocks, ..., 2, run]``."""
-    runs = part.reshape(len(part), -1, 1, run)
+    runs = part.unflatten(1, (-1, 1, run))
     return torch.cat((runs & 15, runs >> 4), 2)
 
 

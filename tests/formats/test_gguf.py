@@ -12,7 +12,7 @@ from gguf_files import gguf, make_model, transformers, write_gguf
 from torch import nn
 
 from peft_kernels import load_gguf
-from peft_kernels.nn import QuantizedLinear
+from peft_kernels.nn import QuantizedEmbedding, QuantizedLinear
 
 IDS = torch.tensor([[3, 14, 15, 92, 6, 5, 35], [8, 9, 7, 9, 3, 2, 3]])
 PROJECTIONS = 7
@@ -54,6 +54,34 @@ def test_logits_are_those_of_the_weights_dequantised(tmp_path, kind, linear, hid
         exact = plain.double()(IDS).logits
     error, limit = (found - exact).norm(), (eager - exact).norm()
     assert exact.std() > 0.1 and error <= 1.5 * limit + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_in_codes(tmp_path, tied):
+    path = write_gguf(tmp_path / "model.gguf", make_model(tied=tied), "Q4_0", "Q8_0")
+    model = load_gguf(make_model(tied=tied), path, embeddings="codes")
+    floats = load_gguf(make_model(tied=tied), path)
+    assert type(model.model.embed_tokens) is QuantizedEmbedding
+    assert type(model.lm_head) is QuantizedLinear
+    assert {name.split(".")[-2] for name, _ in model.named_parameters()} <= {
+        "norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+    }
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        with torch.no_grad():
+            torch.testing.assert_close(one(IDS).logits, floats(IDS).logits)
+        codes = one.lm_head.codes.data_ptr(), one.model.embed_tokens.codes.data_ptr()
+        assert (codes[0] == codes[1]) is tied
+    assert not torch.equal(model.lm_head.codes, torch.zeros_like(model.lm_head.codes))
+    with pytest.raises(TypeError, match="can't be written"):
+        model.lm_head.weight = nn.Parameter(torch.zeros(96, 64))
+    with torch.no_grad():
+        said = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(
+            said, floats.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        )
 
 
 def test_biases_of_a_llama_are_in_order_too(tmp_path):

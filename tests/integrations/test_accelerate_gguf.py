@@ -66,6 +66,17 @@ def test_ten_steps_are_those_of_the_weights_dequantised(model, targets):
     assert all(torch.equal(before[name], buffer) for name, buffer in tuned.named_buffers())
 
 
+def test_with_embeddings_in_codes(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", make_model(tied=True), "Q4_0")
+    floats = peft_kernels.load_gguf(make_model(tied=True), path)
+    codes = peft_kernels.load_gguf(make_model(tied=True), path, embeddings="codes")
+    expected, tuned = losses(with_lora(dequantised(floats))), with_lora(codes)
+    peft_kernels.accelerate(tuned)
+    tuned.enable_input_require_grads()
+    tuned.gradient_checkpointing_enable()
+    torch.testing.assert_close(losses(tuned.train()), expected, rtol=0, atol=1e-3)
+
+
 def test_without_accelerate_it_is_pefts_own_layer(model):
     expected = losses(with_lora(dequantised(model)))
     torch.testing.assert_close(losses(with_lora(model)), expected, rtol=0, atol=1e-3)

@@ -41,6 +41,13 @@ def test_any_bytes(layout):
     assert np.array_equal(found.numpy().view(np.int32), expected.view(np.int32))
 
 
+@pytest.mark.parametrize("layout", BLOCKS)
+def test_no_rows(layout):
+    elements, size = BLOCKS[layout]
+    codes = torch.empty(0, 2 * size, dtype=torch.uint8)
+    assert dequantize_blocks(layout, codes, 0, 2 * elements).shape == (0, 2 * elements)
+
+
 @pytest.mark.parametrize("layout", ["q8_0", "q4_0", "q4_1"])
 def test_what_the_package_quantises(layout):
     plain = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from peft_kernels.models.swap import replace_modules
 from peft_kernels.modules.checks import check_choice, check_module
 from peft_kernels.modules.names import unwrapped
 from peft_kernels.modules.replaced import hand_on_hooks
+from peft_kernels.nn.quantized_embedding import QuantizedEmbedding
 from peft_kernels.nn.quantized_linear import QuantizedLinear
 from peft_kernels.ops import QuantizedWeight
 from peft_kernels.ops._gguf_blocks import BLOCKS
@@ -52,7 +53,12 @@ class _Place(NamedTuple):
 
 @torch.inference_mode(False)
 def load_gguf(
-    model: Model, path: str | os.PathLike[str], *, others: str = "error", mmap: bool = True
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    embeddings: str = "floats",
+    others: str = "error",
+    mmap: bool = True,
 ) -> Model:
     """Loads a GGUF file into a model of transformers', whose linear layers stay in its codes.
 
@@ -60,7 +66,7 @@ def load_gguf(
     :class:`peft_kernels.nn.QuantizedLinear` over the file's bytes, which are never dequantised;
     only the rows of q and k of a Llama are put into transformers' order. Embeddings, norms, biases
     and whatever else is no linear layer's weight are floats in the dtypes that the model has, and
-    so is an output layer that is tied to the embeddings.
+    so is an output layer that is tied to the embeddings; but see ``embeddings``.
 
     Parameters on the meta device get memory, the others are overwritten, so that a large model is
     best built with ``accelerate.init_empty_weights()`` around ``from_config``. transformers makes
@@ -70,7 +76,10 @@ def load_gguf(
     Args:
         model: of the type llama, mistral, qwen2 or qwen3, with a head or without.
         path: the file.
-        others: what happens to a linear layer in another format, such as Q5_K: ``"error"``, or
+        embeddings: ``"floats"``, or ``"codes"``: embeddings stay in the file's bytes too, as a
+            :class:`peft_kernels.nn.QuantizedEmbedding`, and with them an output layer that is tied
+            to them, as a QuantizedLinear over the same bytes.
+        others: what happens to such a layer in another format, such as Q5_K: ``"error"``, or
             ``"dequantize"``, and it stays an ``nn.Linear``.
         mmap: whether codes stay in the file, and come into memory as they are used; it must then
             stay as it is. Otherwise they are read now.
@@ -86,6 +95,7 @@ def load_gguf(
             file has no values. Nothing is changed.
     """
     check_module("model", model)
+    check_choice("embeddings", embeddings, ("floats", "codes"))
     check_choice("others", others, ("error", "dequantize"))
     inner = unwrapped(model)
     config, gguf = config_of(inner), imported()
@@ -94,16 +104,17 @@ def load_gguf(
     _check_buffers(inner)
     if any(parameter.is_meta for parameter in inner.parameters()):
         inner.tie_weights()  # each has become a parameter of its own in init_empty_weights()
-    places = _places(inner, reader, config, others)
+    kinds: set[type] = {nn.Linear} if embeddings == "floats" else {nn.Linear, nn.Embedding}
+    places = _places(inner, reader, config, kinds, others)
     swapped: dict[nn.Module, nn.Module] = {}
     codes = [place for place in places if place.layout is not None]
     for place in places:
         if place.layout is None:
             _fill(place, _values(gguf, place.tensor, config))
     for place in codes:  # now that their biases are there
-        linear = place.owners[0][1]
         weight = _in_codes(place, config, mmap)
-        swapped[linear] = _over(weight, linear, place.parameter)
+        for _, layer, _ in place.owners:
+            swapped[layer] = _over(weight, layer, place.parameter)
     replace_modules(inner, swapped)
     return model
 
@@ -111,7 +122,9 @@ def load_gguf(
 # ---- what goes where ---------------------------------------------------------------------------
 
 
-def _places(model: nn.Module, reader: Any, config: Any, others: str) -> list[_Place]:
+def _places(
+    model: nn.Module, reader: Any, config: Any, kinds: set[type], others: str
+) -> list[_Place]:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     name_of, owners = namer(config), _owners(model)
     places, used, missing = [], {_ROPE}, []
@@ -122,7 +135,8 @@ def _places(model: nn.Module, reader: Any, config: Any, others: str) -> list[_Pl
             missing.append(f"{at[0][0]}.{at[0][2]}")
             continue
         used.add(name)
-        places.append(_Place(parameter, at, tensors[name], _layout_of(at, tensors[name], others)))
+        layout = _layout_of(at, tensors[name], kinds, others)
+        places.append(_Place(parameter, at, tensors[name], layout))
         _check_shape(places[-1])
     head = getattr(model, "get_output_embeddings", lambda: None)()
     left = [name for name in tensors if name not in used and not (name == _HEAD and head is None)]
@@ -145,14 +159,17 @@ def _owners(model: nn.Module) -> Mapping[nn.Parameter, list[tuple[str, nn.Module
     return found
 
 
-def _layout_of(owners: list[tuple[str, nn.Module, str]], tensor: Any, others: str) -> str | None:
+def _layout_of(
+    owners: list[tuple[str, nn.Module, str]], tensor: Any, kinds: set[type], others: str
+) -> str | None:
     """The layout of a weight that stays in codes, None for what becomes floats."""
-    kind, (path, module, own) = tensor.tensor_type.name, owners[0]
-    if type(module) is not nn.Linear or own != "weight" or len(owners) > 1 or kind in _FLOATS:
+    kind = tensor.tensor_type.name
+    in_codes = all(type(layer) in kinds and own == "weight" for _, layer, own in owners)
+    if not in_codes or kind in _FLOATS:
         return None
     if kind not in _LAYOUTS and others == "error":
         raise ValueError(
-            f"path has {tensor.name}, of {path}, in {kind}; what stays in codes is "
+            f"path has {tensor.name}, of {owners[0][0]}, in {kind}; what stays in codes is "
             f"{', '.join(_LAYOUTS)}. others='dequantize' makes such layers floats"
         )
     return _LAYOUTS.get(kind)
@@ -254,7 +271,11 @@ def _in_codes(place: _Place, config: Any, mmap: bool) -> QuantizedWeight:
     return QuantizedWeight(rows, scales, (n, k), BLOCKS[place.layout][0], layout=place.layout)
 
 
-def _over(weight: QuantizedWeight, linear: nn.Module, old: nn.Parameter) -> QuantizedLinear:
-    new = QuantizedLinear(weight, linear._parameters["bias"], dtype=old.dtype)
-    hand_on_hooks(linear, new)
-    return new.train(linear.training)
+def _over(weight: QuantizedWeight, layer: nn.Module, old: nn.Parameter) -> nn.Module:
+    new: nn.Module
+    if isinstance(layer, nn.Embedding):
+        new = QuantizedEmbedding(weight, layer.padding_idx, dtype=old.dtype)
+    else:
+        new = QuantizedLinear(weight, layer._parameters["bias"], dtype=old.dtype)
+    hand_on_hooks(layer, new)
+    return new.train(layer.training)
