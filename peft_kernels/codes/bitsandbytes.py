@@ -73,7 +73,8 @@ def dtype_of(module: Any) -> torch.dtype:
     """4 bits keep it; of 8 the bias has it."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if not _is_in_bytes(type(module)):
-        return _state_of(module, weight).dtype
+        state = _state_of(module, weight)
+        return getattr(state, "original_dtype", state.dtype)  # packed it says another
     return torch.float32 if bias is None else bias.dtype
 
 
@@ -139,10 +140,15 @@ def _is_in_bytes(kind: type) -> bool:
     return kind is sys.modules["bitsandbytes"].nn.Linear8bitLt
 
 
-def keep_codes(layer: nn.Module) -> None:
-    """Has evaluation of the layer leave the codes as they are."""
-    if _PACKS in layer.__dict__:
-        layer.__dict__[_PACKS] = False
+def keep_codes(layer: Any) -> bool:
+    """Has evaluation of the layer leave the codes as they are; whether it had to unpack them."""
+    if _PACKS not in layer.__dict__:
+        return False
+    layer.__dict__[_PACKS] = False
+    packed = getattr(_state_of(layer, layer.weight), "packing_format_for_cpu", False)
+    if packed:
+        layer.state_dict()  # which unpacks them in place
+    return packed
 
 
 def give_back(layer: nn.Module) -> None:

@@ -8,6 +8,7 @@ calls are kept from changing its codes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -116,10 +117,22 @@ def keep_codes(model: nn.Module) -> None:
 
     bitsandbytes packs them in place there on some CPUs, for a product in bfloat16: training that
     follows has no gradient for the layer's input, silently, and what lies below learns nothing.
+    Those that are packed already are unpacked, and a RuntimeWarning says so.
     """
-    for module in model.modules():
-        if (keep := _of_library(module, type(module), "keep_codes")) is not None:
-            keep(module)
+    unpacked = []
+    for name, module in model.named_modules():
+        keep = _of_library(module, type(module), "keep_codes")
+        if keep is not None and keep(module):
+            unpacked.append(name)
+    if unpacked:
+        warnings.warn(
+            f"{unpacked[0]} and others, {len(unpacked)} in all, had their codes packed for "
+            "bfloat16 by an evaluation, and would give their inputs no gradient; they were "
+            "unpacked, and their scales stay rounded to bfloat16. Give a model adapters before it "
+            "is evaluated",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def give_back(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_kernels.calls.off import is_off
+from peft_kernels.codes.layers import keep_codes
 from peft_kernels.integrations.transformers.blocks import (
     POST_NORM,
     PRE_NORM,
@@ -161,6 +162,7 @@ def _insert(model: nn.Module, path: str, adapter: nn.Module, style: str) -> None
     keepers = _keepers(model, plain_name(model, path)) if style == "parallel" else []
     module.add_module("adapter", adapter.train(module.training))
     module.register_forward_hook(_HOOKS[style])
+    keep_codes(model)
     choose_fast_paths(unwrapped(model))
     choose_resizing(model)
     for keeper, hook in keepers:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from peft_kernels.codes.layers import dtype_of, is_in_codes
 from peft_kernels.modules.bases import BASE_DTYPES, fault_of_place
 from peft_kernels.modules.names import plain_modules, submodule
 from peft_kernels.nn.bottleneck import BottleneckAdapter
@@ -146,8 +147,12 @@ def adapter_for(
             raise TypeError(f"{path}.{name} {reason}")
     place = {"device": next(module.parameters()).device} | dict(overrides)
     if "dtype" not in place:
-        # A quantised weight's isn't what the block computes in; that of a norm beside it is.
-        dtypes = [p.dtype for p in module.parameters() if p.dtype in BASE_DTYPES]
+        # A weight in codes has another than the block computes in; a norm beside it has that.
+        layers = [one for one in module.modules() if is_in_codes(one)]
+        packed = {one._parameters.get("weight") for one in layers}
+        own = (p for p in module.parameters() if p not in packed)
+        dtypes = [p.dtype for p in own if p.dtype in BASE_DTYPES]
+        dtypes += [dtype_of(one) for one in layers]
         if not dtypes:
             raise TypeError(
                 f"{path} has no floating-point Parameter that tells what dtype an adapter there "

@@ -184,13 +184,21 @@ def _sizes(module: Any) -> tuple[int, int] | None:
     if type(module).__name__ == "JetMoeAttention":  # it repeats its keys for each expert
         return module.num_key_value_heads * module.top_k, size
     for name in ("k_proj", "key", "k_lin"):
-        weight = getattr(getattr(module, name, None), "weight", None)
+        layer = getattr(module, name, None)
+        weight = getattr(layer, "weight", None)
         if weight is not None:
-            return weight.shape[0] // size, size
+            return _rows(layer, weight) // size, size
     heads = next((h for name in _HEADS if (h := getattr(module, name, None)) is not None), None)
     if heads is None:
         heads = next(h for name in _HEADS if (h := getattr(module.config, name, None)) is not None)
     return heads, size
+
+
+def _rows(layer: Any, weight: Any) -> int:
+    """The outputs of a projection: its weight's rows, if those aren't packed codes."""
+    width = getattr(layer, "in_features", None)
+    packed = width is not None and weight.shape[-1] != width
+    return layer.out_features if packed else weight.shape[0]
 
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")

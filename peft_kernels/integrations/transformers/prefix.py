@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.codes.layers import give_back, keep_codes
 from peft_kernels.integrations.transformers.attention import own_attention, own_encoders
 from peft_kernels.integrations.transformers.attention.pinned import IS_CAUSAL, pin, unpin
 from peft_kernels.integrations.transformers.attention.prefixed import SOURCE, Pair, recording
@@ -47,6 +48,7 @@ from peft_kernels.integrations.transformers.runs.prefix import (
     take_over,
 )
 from peft_kernels.integrations.transformers.supported import check_transformers
+from peft_kernels.models.fast_paths import has_adapters
 from peft_kernels.models.freezing import freeze
 from peft_kernels.modules.checks import check_kind, check_module
 from peft_kernels.modules.hooks import PREFIX_HOOK
@@ -153,6 +155,7 @@ def add_prefix(
     use_prefix_attention(model, places)
     attach(model, attached, places, shift)
     freeze(given)
+    keep_codes(model)
     model.add_module(CHILD, prefix.train(model.training))
     _warn_of_window(model, prefix)
 
@@ -168,6 +171,8 @@ def remove_prefix(model: nn.Module) -> PrefixTuning:
     unpin(model)
     prefix = model._modules.pop(CHILD)
     assert isinstance(prefix, PrefixTuning)
+    if not has_adapters(model):
+        give_back(model)
     return prefix
 
 
@@ -203,6 +208,7 @@ def text_values(model: Any, **inputs: Tensor) -> dict[str, list[Pair | None]]:
     """
     check_transformers()
     places = attention_places(model)
+    keep_codes(model)
     trained, prepared = model.training, SOURCE in places[0].module.__dict__
     with nullcontext() if prepared else _prepared(model, places), recording(model) as kept:
         try:

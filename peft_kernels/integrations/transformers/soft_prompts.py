@@ -27,6 +27,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from peft_kernels.codes.layers import give_back, keep_codes
 from peft_kernels.integrations.transformers.attention.checkpointing import stop_carrying
 from peft_kernels.integrations.transformers.attention.pinned import unpin
 from peft_kernels.integrations.transformers.attention.prefixed import SOURCE
@@ -36,6 +37,7 @@ from peft_kernels.integrations.transformers.prefix import use_prefix_attention
 from peft_kernels.integrations.transformers.runs.in_front import obstacle
 from peft_kernels.integrations.transformers.runs.prompt import PromptRun, attach, detach
 from peft_kernels.integrations.transformers.supported import check_transformers
+from peft_kernels.models.fast_paths import has_adapters
 from peft_kernels.models.freezing import freeze
 from peft_kernels.modules.checks import check_kind, check_module
 from peft_kernels.modules.hooks import PROMPT_HOOK
@@ -119,6 +121,7 @@ def add_prompt(model: nn.Module, prompt: Prompt, *, as_prefix: str | bool = "aut
         use_prefix_attention(model, attention_places(model))
     attach(model, run)
     freeze(given)
+    keep_codes(model)
     model.add_module(CHILD, prompt.train(model.training))
 
 
@@ -136,6 +139,8 @@ def remove_prompt(model: nn.Module) -> Prompt:
     unpin(model)
     prompt = model._modules.pop(CHILD)
     assert isinstance(prompt, PromptTuning | PTuning)
+    if not has_adapters(model):
+        give_back(model)
     return prompt
 
 
