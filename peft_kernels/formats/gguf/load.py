@@ -179,11 +179,19 @@ def _layout_of(
 
 
 def _check_file(reader: Any, config: Any) -> None:
+    if (parts := _field(reader, "split.count") or 1) > 1:
+        raise ValueError(
+            f"path must be a whole file; it is one of {parts} parts: llama-gguf-split --merge first"
+        )
+    if reader.endianess.name != "LITTLE":
+        raise ValueError("path must be a file of little-endian numbers; it is a big-endian one")
     wanted, found = ARCHITECTURES[config.model_type], _field(reader, "general.architecture")
     kind = _field(reader, "general.type") or "model"
     if found != wanted or kind != "model":
+        article = "an" if kind[0] in "aeiou" else "a"
         raise ValueError(
-            f"path must be a model of the architecture {wanted}; it is a {kind} of {found}"
+            f"path must be a model of the architecture {wanted}; it is {article} {kind} of the "
+            f"architecture {found}"
         )
     for name, own in _AGREEING.items():
         there, here = _field(reader, f"{wanted}.{name}"), _of_config(config, own)
