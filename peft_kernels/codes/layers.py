@@ -126,10 +126,10 @@ def keep_codes(model: nn.Module) -> None:
             unpacked.append(name)
     if unpacked:
         warnings.warn(
-            f"{unpacked[0]} and others, {len(unpacked)} in all, had their codes packed for "
-            "bfloat16 by an evaluation, and would give their inputs no gradient; they were "
-            "unpacked, and their scales stay rounded to bfloat16. Give a model adapters before it "
-            "is evaluated",
+            f"{len(unpacked)} layers, such as {unpacked[0]}, had their codes packed for bfloat16 "
+            "by an evaluation, and would give their inputs no gradient; they were unpacked, and "
+            "their scales stay rounded to bfloat16. Give a model adapters, or accelerate() it, "
+            "before it is evaluated",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels.codes.layers import give_back, keep_codes
+from peft_kernels.models.fast_paths import has_adapters
 from peft_kernels.modules.bases import names_of
 from peft_kernels.modules.checks import check_module
 
@@ -177,6 +179,8 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
     for host in _hosts():
         for module in model.modules():
             host.serve(module, strict)
+    if any(True for _ in _layers(model)):
+        keep_codes(model)
     found = []
     for host, name, module in _layers(model):
         kind, reason = host.kind_of(module), host.why_not(module)
@@ -200,6 +204,8 @@ def restore(model: nn.Module) -> None:
     for host in _hosts():
         for module in model.modules():
             host.restore(module)
+    if not has_adapters(model):
+        give_back(model)
 
 
 def _check_model(model: Any) -> None:

@@ -14,6 +14,7 @@ from peft_kernels.modules.replaced import check_stored, hand_on_hooks
 from peft_kernels.nn._over_codes import OverCodes
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.ops import QuantizedWeight, dequantize
+from peft_kernels.ops.dora_linear import dora_linear, dora_norm
 from peft_kernels.ops.lora_linear import linear_of_codes, lora_linear
 
 
@@ -48,6 +49,13 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
     def _adopt(self, *settings: Any) -> None:
         vars(self).update(requantization_error=None, _before={})
         super()._adopt(*settings)
+        self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        if self.use_dora and "_origin" in vars(self):  # before, codes can't be read
+            norm = dora_norm(self._base_codes(), self.lora_a, self.lora_b, self.scale)
+            self.lora_magnitude.copy_(norm)
 
     def reset_parameters(self) -> None:
         """Raises a RuntimeError: codes aren't drawn. :meth:`reset_adapter` draws the adapter."""
@@ -76,15 +84,16 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
             return F.linear(x, self.weight.to(x.dtype), bias)
         if self.merged:
             return linear_of_codes(x, self._codes(), bias)
-        return lora_linear(
-            x,
-            self._codes(),
-            self.lora_a,
-            self.lora_b,
-            bias=bias,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        codes, adapter = self._codes(), (self.lora_a, self.lora_b)
+        options: dict[str, Any] = {
+            "bias": bias,
+            "scale": self.scale,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        if not self.use_dora:
+            return lora_linear(x, codes, *adapter, **options)
+        norm = self._norms.of(codes, *adapter, self.scale)
+        return dora_linear(x, codes, *adapter, self.lora_magnitude, norm=norm, **options)
 
     # ---- merging -------------------------------------------------------------------------------
 
@@ -196,6 +205,9 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         if merged:
             self.unmerge()
         super()._load_from_state_dict(*args)
+        state_dict, prefix = args[:2]
+        if f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
+            self._reset_magnitude()  # of the scales that came after the codes
         if merged:
             self.merge(safe=False, requantize=again)
 

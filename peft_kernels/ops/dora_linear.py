@@ -28,12 +28,15 @@ from peft_kernels import _library
 from peft_kernels.ops._checks import check_devices
 from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._quantized import QuantizedWeight
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded, lora_linear_sharded, norm_of_shards
 from peft_kernels.ops._transforms import gradients_of, wants_gradient_composition
+from peft_kernels.ops._weight_rows import cross_of_codes, squares_of_codes
 from peft_kernels.ops.lora_linear import (
     check_lora,
     dropped,
+    lora_linear,
     lora_linear_bwd_ref,
     read_options,
     scale_of,
@@ -219,7 +222,7 @@ _call = define_call(
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor,
@@ -243,7 +246,8 @@ def dora_linear(
 
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
-        weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good).
+        weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good),
+            or one in codes, which is widened piece by piece and receives no gradient.
         lora_a: ``[r, k]`` in float32 or the dtype of x, r >= 1.
         lora_b: ``[n, r]`` in the dtype of ``lora_a``.
         magnitude: ``[n]``, any floating dtype.
@@ -262,27 +266,52 @@ def dora_linear(
             a ``scale`` that requires a gradient.
         TypeError: dtypes that can't be mixed, DTensors beside plain tensors.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _over_codes(
+            x, weight, lora_a, lora_b, magnitude,
+            bias=bias, scale=scale, norm=norm, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     stored = weight
-    x, weight, bias = autocast(x, weight, bias)
-    check_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p)
-    _check_rows("magnitude", magnitude, weight)
-    if are_sharded(x, weight):
+    x, base, bias = autocast(x, weight, bias)
+    check_lora(x, base, bias, lora_a, lora_b, scale, dropout_p)
+    _check_rows("magnitude", magnitude, base)
+    if are_sharded(x, base):
         norm = dora_norm(stored, lora_a, lora_b, scale) if norm is None else norm
         return lora_linear_sharded(
-            dora_linear, x, weight, lora_a, lora_b, magnitude=magnitude, norm=norm,
+            dora_linear, x, base, lora_a, lora_b, magnitude=magnitude, norm=norm,
             bias=bias, scale=scale, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
     options = read_options(x, scale, dropout_p, seed)
     if norm is None:
         norm = dora_norm(stored, lora_a, lora_b, scale)
-    _check_rows("norm", norm, weight)
+    _check_rows("norm", norm, base)
     gain = _gain(magnitude, norm, acc_dtype(x))
-    inputs = rows_of(x), weight, bias, lora_a, lora_b, gain, *options
+    inputs = rows_of(x), base, bias, lora_a, lora_b, gain, *options
     if wants_function(*inputs):
         y = _DoRALinear.apply(*inputs, _library.variant(x.dtype))
     else:
         y = _call(*inputs)
     return in_shape_of(x, y)
+
+
+def _over_codes(
+    x, weight, lora_a, lora_b, magnitude, *, bias, scale, norm, dropout_p, seed
+) -> Tensor:
+    """:func:`dora_linear` over a weight in codes: z from these, in the dtype of x, and its gain."""
+    x, bias = autocast(x, bias)
+    z = lora_linear(x, weight, lora_a, lora_b, scale=scale, dropout_p=dropout_p, seed=seed)
+    if bias is not None and (bias.shape != lora_b.shape[:1] or bias.dtype is not x.dtype):
+        raise ValueError(
+            f"bias must be [n] = [{lora_b.shape[0]}] in x's dtype {x.dtype}; got "
+            f"{tuple(bias.shape)}, {bias.dtype}"
+        )
+    if norm is None:
+        norm = dora_norm(weight, lora_a, lora_b, scale)
+    _check_rows("magnitude", magnitude, lora_b)
+    _check_rows("norm", norm, lora_b)
+    acc = acc_dtype(x)
+    y = z.to(acc) * _gain(magnitude, norm, acc)
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
 def _gain(magnitude: Tensor, norm: Tensor, acc: torch.dtype) -> Tensor:
@@ -305,7 +334,7 @@ def _check_rows(name: str, values: Tensor, weight: Tensor) -> None:
 
 @torch.no_grad()
 def dora_norm(
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float | Tensor = 1.0,
@@ -316,7 +345,7 @@ def dora_norm(
     A row that the update takes away almost whole has the rounding error of what was there before.
 
     Args:
-        weight: ``[n, k]``, any floating dtype.
+        weight: ``[n, k]``, any floating dtype, or in codes, which are widened piece by piece.
         lora_a: ``[r, k]``.
         lora_b: ``[n, r]``.
         scale: a float or a 0-d tensor.
@@ -325,6 +354,8 @@ def dora_norm(
     Returns:
         ``[n]`` in float32, or float64 for a float64 weight, without a gradient.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _norm(*_terms_of_codes(lora_a, weight, base_squares), lora_b, scale)
     if are_sharded(weight, lora_a):
         return norm_of_shards(_terms, _norm, weight, lora_a, lora_b, scale)
     return _norm(*_terms(weight, lora_a, base_squares), lora_b, scale)
@@ -341,14 +372,24 @@ def _terms(weight, lora_a, base_squares=None) -> list[Tensor]:
 
 
 @_library.outside_autocast
+def _terms_of_codes(lora_a, weight: QuantizedWeight, base_squares) -> list[Tensor]:
+    """:func:`_terms` of a weight in codes."""
+    a = lora_a.float()
+    squares = squares_of_codes(weight) if base_squares is None else base_squares
+    return [squares, cross_of_codes(weight, a), a @ a.T]
+
+
+@_library.outside_autocast
 def _norm(squares, cross, gram, lora_b, scale) -> Tensor:
     b = lora_b.to(squares.dtype) * scale
     return (squares + (b * (2 * cross + b @ gram)).sum(1)).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
-def dora_squares(weight: Tensor) -> Tensor:
+def dora_squares(weight: Tensor | QuantizedWeight) -> Tensor:
     """The squared norms of the rows of ``weight [n, k]``, in float32 or float64."""
+    if isinstance(weight, QuantizedWeight):
+        return squares_of_codes(weight)
     acc = acc_dtype(weight)
     return torch.linalg.vector_norm(weight, dim=1, dtype=acc).square()
 

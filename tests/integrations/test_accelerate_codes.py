@@ -70,15 +70,37 @@ def assert_equal(found, expected, rtol=1e-4):
         torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+OPTIONS = [{}, {"lora_bias": True}, {"use_rslora": True}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
 def test_trains_as_the_weights_do_in_float64(quant_type, nested, options):
     net = in_codes(quant_type, nested)
     exact, model = lora(dequantised(net), **options).double(), lora(net, **options)
     report = peft_kernels.accelerate(model)
     x = torch.randn(5, K)
+    for one in (model, exact):
+        torch.manual_seed(2)
+        for name, parameter in one.named_parameters():
+            if "magnitude" in name:
+                parameter.data.mul_(torch.rand(len(parameter)) + 0.5)
     assert_equal(step(model, x), step(exact, x.double()))
-    assert report.counts() == {KERNEL: 2} and not report.missing()
+    kernel = "dora_linear" if "use_dora" in options else KERNEL
+    assert report.counts() == {kernel: 2} and not report.missing()
+
+
+def test_dora_with_dropout_is_pefts():
+    model = lora(in_codes(), use_dora=True, lora_dropout=0.5)
+    theirs = copy.deepcopy(model)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    found = []
+    for one in (model, theirs):
+        torch.manual_seed(3)
+        found.append(step(one.train(), x))
+    assert_equal(*found)
+    assert set(report.counts()) == {"dora_linear"}
 
 
 def test_training_goes_on_after_evaluation():
@@ -134,15 +156,35 @@ def test_what_is_not_served_is_counted_and_is_peft_s():
     assert set(report.counts()) == {"other arguments", "disabled"}
 
 
-def test_codes_that_are_packed_already_stay_pefts():
+@pytest.mark.skipif(
+    not bitsandbytes.functional.has_avx512bf16(), reason="bitsandbytes packs no codes here"
+)
+def test_codes_that_were_packed_are_unpacked_and_said():
     model = lora(in_codes()).eval()
-    layer = model.base_model.model.up.get_base_layer()
-    if not bitsandbytes.functional.has_avx512bf16():
-        layer.weight.quant_state.packing_format_for_cpu = True
-    else:
-        with torch.no_grad():
-            model(torch.randn(1, K))
-    assert "packed for bfloat16" in str(peft_kernels.accelerate(model))
+    x = torch.randn(5, K)
+    with torch.no_grad():
+        model(x)
+    with pytest.warns(
+        RuntimeWarning, match=r"^2 layers, such as base_model\.model\.up\.base_layer,"
+    ):
+        report = peft_kernels.accelerate(model)
+    theirs = copy.deepcopy(model)
+    peft_kernels.restore(theirs)
+    assert_equal(step(model, x), step(theirs.train(), x.requires_grad_()))
+    assert report.counts() == {KERNEL: 2}
+
+
+def test_layers_without_an_adapter_keep_their_codes_too():
+    model = lora(in_codes(), target_modules=["up"])
+    peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    before = step(model, x)
+    with torch.no_grad():
+        model.eval()(x)
+    assert_equal(step(model.train(), x), before)
+    peft_kernels.restore(model)
+    packs = model.base_model.model.down.support_avx512bf16_for_cpu
+    assert packs == bitsandbytes.functional.has_avx512bf16()
 
 
 def test_copies_pickles_and_restore():

@@ -133,7 +133,7 @@ def test_unload_gives_the_model_back(model):
     assert type(back.model.layers[0].mlp.up_proj) is QuantizedLinear
 
 
-def test_dora_reads_the_weights_and_is_pefts(model):
+def test_dora_over_the_file(model):
     plain = dequantised(model)
     found = with_lora(model, use_dora=True, init_lora_weights=False)
     expected = with_lora(plain, use_dora=True, init_lora_weights=False)
@@ -142,7 +142,7 @@ def test_dora_reads_the_weights_and_is_pefts(model):
         torch.testing.assert_close(
             found(BATCH).logits, expected(BATCH).logits, rtol=1e-4, atol=1e-4
         )
-    assert set(report.counts()) == {"DoRA over codes"}
+    assert set(report.counts()) == {"dora_linear"}
 
 
 def test_our_own_codes_under_peft():

@@ -159,7 +159,7 @@ def _packed():
 @pytest.mark.parametrize("method", METHODS)
 def test_codes_that_were_packed_are_unpacked_and_said(method):
     model = _packed()
-    with pytest.warns(RuntimeWarning, match=r"^model\.layers\.0\.\S+ and others, 14 in all"):
+    with pytest.warns(RuntimeWarning, match=r"^14 layers, such as model\.layers\.0\."):
         grow(model, method)
     found = step(model)
     model = _packed()

@@ -30,6 +30,8 @@ def pair(kind="nf4", **options):
     exact = LoRALinear.from_linear(quantised.plain(base).double(), R, alpha=8, **options)
     layer = QuantizedLoRALinear.from_linear(base, R, alpha=8, **options)
     layer.lora_b.data.normal_()
+    if layer.use_dora:
+        layer.lora_magnitude.data.mul_(torch.rand(N) + 0.5)
     with torch.no_grad():
         for name in layer.adapter_names:
             getattr(exact, name).copy_(getattr(layer, name))
@@ -48,9 +50,10 @@ def assert_close(found, expected, rtol=1e-4):
         torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_lora_over_the_values(kind):
-    layer, exact = pair(kind)
+def test_is_lora_over_the_values(kind, use_dora):
+    layer, exact = pair(kind, use_dora=use_dora)
     assert not layer.weight.requires_grad and layer.lora_a.dtype is torch.float32
     x = torch.randn(2, 5, K)
     assert_close(step(layer, x), step(exact, x.double()))
@@ -136,12 +139,33 @@ def test_a_dense_state_dict_is_refused(kind):
         layer.load_state_dict(state, strict=False)
 
 
+def test_magnitudes_are_those_of_the_values_as_drawn_and_as_loaded():
+    layer = QuantizedLoRALinear.from_linear(make(), R, alpha=8, use_dora=True)
+    lengths = layer.dequantized().norm(dim=1)
+    torch.testing.assert_close(layer.lora_magnitude.data, lengths)
+    other = quantised.layer_in_codes(nn.Linear(K, N))
+    other.weight.quant_state.offset *= 2
+    layer.load_state_dict(other.state_dict(), strict=False)
+    lengths = dequantize(codes_of(other)).norm(dim=1)
+    torch.testing.assert_close(layer.lora_magnitude.data, lengths)
+
+
+def test_a_kept_norm_is_that_of_the_codes_now():
+    layer, _ = pair(use_dora=True)
+    x = torch.randn(5, K)
+    before = layer(x)
+    assert torch.equal(layer(x), before)
+    layer.load_state_dict(quantised.layer_in_codes(nn.Linear(K, N)).state_dict(), strict=False)
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x)) and not torch.equal(layer(x), before)
+
+
 # ---- merging -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merges_into_a_dense_weight_and_back_bit_by_bit(kind):
-    layer, exact = pair(kind)
+def test_merges_into_a_dense_weight_and_back_bit_by_bit(kind, use_dora):
+    layer, exact = pair(kind, use_dora=use_dora)
     x, codes = torch.randn(5, K), layer.weight.data.clone()
     before = layer(x)
     layer.merge()

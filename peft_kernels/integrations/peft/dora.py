@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from peft_kernels.integrations.peft.whole import is_whole
 from peft_kernels.integrations.served import is_plain, what_is_called
 from peft_kernels.nn.norms import Norms
-from peft_kernels.ops import dora_linear
+from peft_kernels.ops import QuantizedWeight, dora_linear
+from peft_kernels.ops.lora_linear import linear_of_codes
 
 NORMS = "_peft_kernels_norms"  # in a layer's __dict__: what is kept of each adapter's norm
 
@@ -50,7 +51,7 @@ def dora(layer: nn.Module, x: Tensor, base: Any, adapter: Any) -> Tensor:
     if adapter.dropout_p:
         dropout: Any = layer._modules["lora_dropout"]
         dropped = dropout._modules[adapter.name](x)
-        bias, rest = None, F.linear(x - dropped, base.weight, base.bias)
+        bias, rest = None, _base(x - dropped, base.weight, base.bias)
     y = dora_linear(
         dropped,
         base.weight,
@@ -62,3 +63,9 @@ def dora(layer: nn.Module, x: Tensor, base: Any, adapter: Any) -> Tensor:
         norm=norm,
     )
     return y if rest is None else y + rest
+
+
+def _base(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        return linear_of_codes(x, weight, bias)
+    return F.linear(x, weight, bias)

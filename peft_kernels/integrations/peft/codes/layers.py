@@ -17,12 +17,13 @@ from peft_kernels.codes import layers as codes
 from peft_kernels.integrations.peft import state
 from peft_kernels.integrations.peft.codes import bitsandbytes, gptqmodel, hqq, torchao
 from peft_kernels.integrations.peft.codes.bases import Base, read_base
+from peft_kernels.integrations.peft.dora import dora
 from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.served import count
 from peft_kernels.ops import lora_linear
 from peft_kernels.ops._quantized import has_kernel
 
-KERNEL = "lora_linear"
+KERNEL, DORA = "lora_linear", "dora_linear"
 LIBRARIES = (bitsandbytes, torchao, hqq, gptqmodel)
 
 
@@ -62,8 +63,6 @@ def _read_parts(layer: nn.Module) -> tuple[Base, list[state.Adapter]] | str:
     adapters = state.read_adapters(layer, (active,) if isinstance(active, str) else active)
     if isinstance(adapters, str):
         return adapters
-    if any(adapter.magnitude is not None for adapter in adapters):
-        return "DoRA over codes"
     return base, adapters
 
 
@@ -78,8 +77,12 @@ class _OverCodes(nn.Module):
         if isinstance(found, str):
             count(self, found)
             return super().forward(x, *args, **kwargs)
-        count(self, KERNEL)
         base, adapters = found
+        if adapters[0].magnitude is not None:
+            count(self, DORA)
+            bias = None if base.bias is None else base.bias.to(x.dtype)
+            return dora(self, x, base._replace(bias=bias), adapters[0])
+        count(self, KERNEL)
         first, others = together(adapters)
         dtype = x.dtype if base.bias is None else base.bias.dtype
         bias = sum_of_biases(base.bias, adapters, dtype)
@@ -120,15 +123,3 @@ def class_for(layer: nn.Module) -> type | None:
 def is_served(layer: nn.Module) -> bool:
     """Whether this is one of the layers above."""
     return type(layer) in SERVED.values() or type(layer) in PLAIN.values()
-
-
-def keep_codes(layer: Any) -> None:
-    """Has calls of PEFT's own leave the codes of the layer below as they are."""
-    if is_served(layer):
-        codes.keep_codes(layer.get_base_layer())
-
-
-def give_back(layer: Any) -> None:
-    """Lets them do as they do without kernels."""
-    if is_served(layer):
-        codes.give_back(layer.get_base_layer())
