@@ -39,12 +39,13 @@ def readers() -> dict[type, Reader]:
 
 def _affine_of(module: Any) -> QuantizedWeight | str:
     weight = module._parameters["weight"]
-    own = weight.__dict__
-    if own.get("act_quant_kwargs") is not None or own.get("activation_quantization") is not None:
-        return ROUNDS_X
-    if own.get("act_pre_scale") is not None:
+    for name in ("act_quant_kwargs", "activation_quantization"):
+        if getattr(weight, name, None) is not None:
+            return ROUNDS_X
+    if getattr(weight, "act_pre_scale", None) is not None:
         return SCALES_X
-    codes, scales, zeros, shifts = weight.qdata, weight.scale, own.get("zero_point"), None
+    codes, scales, shifts = weight.qdata, weight.scale, None
+    zeros = getattr(weight, "zero_point", None)
     if codes.dtype not in (torch.int8, torch.float8_e4m3fn):
         return FLOAT8
     if not (codes.is_contiguous() and scales.is_contiguous()):
@@ -52,12 +53,20 @@ def _affine_of(module: Any) -> QuantizedWeight | str:
     (n, k), (rows, block) = codes.shape, weight.block_size
     if n % rows or k % block:
         return BLOCKS
-    if zeros is not None and bool(zeros.any()):
+    if zeros is not None and _has_any(zeros):
         scales = scales.float()
         shifts = -zeros.float() * scales
     if rows == n and block == k:
         rows, block = 1, n * k
     return QuantizedWeight(codes, scales, (n, k), block, shifts=shifts, block_rows=rows)
+
+
+def _has_any(zeros: Tensor) -> bool:
+    """Whether any isn't 0; in a graph, which can't be of its values, they may be."""
+    if torch.compiler.is_compiling():
+        return True
+    low, high = zeros.aminmax()  # much faster than any()
+    return bool(low) or bool(high)
 
 
 def _nf4_of(module: Any) -> QuantizedWeight | str:

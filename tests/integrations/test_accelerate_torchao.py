@@ -118,6 +118,17 @@ def test_a_layer_in_bfloat16(name):
         assert_as_good_as(one, eager, reference, name)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled(name):
+    """In one graph, but for nested scales: their offset is a number of the op's."""
+    model = lora(in_codes(name))
+    peft_kernels.accelerate(model)
+    layer, x = model.base_model.model.up, torch.randn(5, K, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=name != "nf4")
+    found, expected = (torch.autograd.grad(one(x).sin().sum(), x) for one in (compiled, layer))
+    torch.testing.assert_close(found, expected)
+
+
 def test_dropout_rslora_several_adapters_and_bfloat16():
     model = lora(in_codes(), lora_dropout=0.3, use_rslora=True)
     config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
