@@ -55,12 +55,12 @@ def codes_of(module: nn.Module, kind: type | None = None) -> QuantizedWeight:
     found = read_codes(module, kind)
     if isinstance(found, QuantizedWeight):
         return found
-    name = _name(module, kind or type(module))
+    name = name_of(module, kind or type(module))
     advice = _ADVICE.get(found or "", "load the model without this quantization config")
     raise TypeError(f"has, as a {name}, {found or 'a weight in no codes known'}: {advice}")
 
 
-def _name(module: nn.Module, kind: type) -> str:
+def name_of(module: nn.Module, kind: type) -> str:
     """The layer's class, and of a plain layer its weight's too."""
     weight = module._parameters.get("weight")
     return f"Linear of {type(weight).__name__}" if kind is nn.Linear else kind.__name__
@@ -150,7 +150,9 @@ def requantised(module: nn.Module, kind: type, values: Tensor) -> tuple[nn.Param
     """
     make = _of_library(module, kind, "requantised")
     if make is None:
-        raise TypeError(f"requantize must be False over {_name(module, kind)}: codes are only read")
+        raise TypeError(
+            f"requantize must be False over {name_of(module, kind)}: codes are only read"
+        )
     return make(module, kind, values)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from peft_kernels.codes.layers import is_in_codes, read_codes
+from peft_kernels.codes.layers import is_in_codes, name_of, read_codes
 from peft_kernels.integrations.served import is_plain, what_is_called
 from peft_kernels.ops import QuantizedWeight
 
@@ -26,8 +26,9 @@ def read_base(layer: nn.Module) -> Base | str:
     if is_plain(module) and not _has_any_global_hook():
         found = read_codes(module)
     if found is None:
-        kinds = (type(module),) if is_in_codes(module) else ()
-        return f"base_layer: {what_is_called(module, kinds)}"
+        kind = type(module)
+        called = what_is_called(module, (kind,)) if is_in_codes(module) else name_of(module, kind)
+        return f"base_layer: {called}"
     if isinstance(found, str):
         return f"base_layer: {found}"
     return Base(found, getattr(module, "bias", None))
