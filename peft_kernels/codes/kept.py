@@ -1,13 +1,15 @@
-"""A weight in codes that a module keeps itself, in buffers that no cast can touch.
+"""A weight in codes that a module keeps itself, in integers that no cast can touch.
 
-Every tensor of the weight is a buffer of integers, its bits as they are: ``model.half()`` and the
-like would else round scales, and codes of float8 with them. ``coded`` says what they stand for.
+Codes are its Parameter ``weight``, frozen, and the tensors that go with them buffers, the bits of
+each as they are: ``model.half()`` and the like would else round scales, and codes of float8 with
+them. ``coded`` says what they stand for; a state dict has it as a tensor.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from peft_kernels.codes.reading import Reader
 from peft_kernels.ops import NestedScales, QuantizedWeight
 
 _OWNER = "peft_kernels.nn.quantized_linear"
+_PREFIX = "weight_"  # of the buffers
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -39,10 +42,15 @@ def readers() -> dict[type, Reader]:
 
 
 def keep_weight(module: nn.Module, weight: QuantizedWeight) -> None:
-    """Makes the tensors of a weight buffers of the module, over the same memory."""
+    """Makes the tensors of a weight those of the module, over the same memory."""
     tensors = _tensors_of(weight)
-    for name, tensor in tensors.items():
-        module.register_buffer(name, tensor.detach().view(_INTEGERS[tensor.element_size()]))
+    bits = {name: own.detach().view(_INTEGERS[own.element_size()]) for name, own in tensors.items()}
+    codes = bits.pop("codes")
+    # In a shape that no dense weight has: nobody takes codes for values.
+    codes = codes.view(-1, 1) if codes.shape == weight.shape else codes
+    module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+    for name, tensor in bits.items():
+        module.register_buffer(_PREFIX + name, tensor)
     nested = weight.nested
     module.coded = Coded(  # type: ignore[assignment]
         (weight.shape[0], weight.shape[1]),
@@ -58,8 +66,12 @@ def keep_weight(module: nn.Module, weight: QuantizedWeight) -> None:
 def kept_weight(module: nn.Module) -> QuantizedWeight:
     """The weight that :func:`keep_weight` put there."""
     coded: Any = module.__dict__["coded"]
+    parameters: Any = module._parameters
     buffers: Any = module._buffers
-    own = {name: buffers[name].view(getattr(torch, dtype)) for name, dtype in coded.dtypes.items()}
+    own = {}
+    for name, dtype in coded.dtypes.items():
+        tensor = parameters["weight"] if name == "codes" else buffers[_PREFIX + name]
+        own[name] = tensor.detach().view(getattr(torch, dtype))
     nested = None
     if coded.nested_block is not None:
         nested = NestedScales(
@@ -77,6 +89,30 @@ def kept_weight(module: nn.Module) -> QuantizedWeight:
         coded.layout,
         coded.block_rows,
     )
+
+
+def dtype_of(module: Any) -> torch.dtype:
+    """The one in which the layer's weight is read."""
+    return module._buffers["_like"].dtype
+
+
+def take_scales(
+    module: Any,
+    kind: type,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Scales are buffers; what is looked at is whether codes mean there what they mean here."""
+    key = f"{prefix}coded"
+    if key in state_dict:
+        found = of_tensor(state_dict[key])
+        if found != module.coded:
+            errors.append(f"{prefix}weight must be in the codes {module.coded}; got {found}")
+    elif f"{prefix}weight" in state_dict:
+        errors.append(f"{prefix}weight is in codes, and the state dict must have {key} too")
+    unexpected[:] = [one for one in unexpected if one != key]
 
 
 def _tensors_of(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from peft_kernels.codes.reading import NOT_YET, Reader
 from peft_kernels.ops import QuantizedWeight
 
 LIBRARIES = (bitsandbytes, torchao, transformers, kept, hqq, gptqmodel)
-# Whose layers ours take the place of: not one that is ours already, nor one without a weight.
-OTHERS = (bitsandbytes, torchao, transformers)
+# Of whose layers ours with adapters take the place: they have a Parameter of codes.
+OTHERS = (bitsandbytes, torchao, transformers, kept)
 
 
 def is_in_codes(module: nn.Module) -> bool:

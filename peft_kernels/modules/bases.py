@@ -32,8 +32,7 @@ _OURS = {
         "must be a plain linear layer; it serves an AdapterPool already: detach() that first"
     ),
     "peft_kernels.nn.quantized_linear.QuantizedLinear": (
-        "has its weight in codes: train over it with PEFT and accelerate(), or put its "
-        "dequantized() in its place"
+        "has its weight in codes already: adapters go over it as it is"
     ),
 }
 _PEFT = (

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.codes.kept import Coded, as_tensor, keep_weight, kept_weight, of_tensor
+from peft_kernels.codes.kept import Coded, as_tensor, keep_weight, kept_weight, take_scales
 from peft_kernels.nn._coded_weight import CodedWeight
 from peft_kernels.ops import QuantizedWeight
 
 
 class InCodes(nn.Module):
-    """A layer that keeps a weight in codes, in buffers that no cast touches."""
+    """A layer that keeps a weight in codes, in integers that no cast touches."""
 
     coded: Coded
     _like: Tensor  # empty; casts of the layer, which leave codes as they are, are seen by it
@@ -34,20 +34,20 @@ class InCodes(nn.Module):
         return CodedWeight(kept_weight(self), self._like.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self.weight.check_same(value)  # type: ignore[attr-defined]
-            return  # what is tied is tied again
-        super().__setattr__(name, value)
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter) and value.dtype is self._parameters[name].dtype:  # type: ignore[union-attr]
+            self._parameters[name] = value  # codes, loaded or sharded
+        else:
+            self.weight.check_same(value)  # type: ignore[attr-defined]  # what is tied is tied again
 
-    def get_extra_state(self) -> Tensor:
-        return as_tensor(self.coded)
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}coded"] = as_tensor(self.coded)
 
-    def set_extra_state(self, state: Any) -> None:
-        found = of_tensor(state)
-        if found != self.coded:
-            raise ValueError(
-                f"the state dict must have codes of the layer's format, {self.coded}; got {found}"
-            )
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        take_scales(self, type(self), state_dict, prefix, *rest[-2:])
 
     def _format(self) -> str:
         """The format, for ``extra_repr``."""

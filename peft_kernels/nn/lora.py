@@ -182,7 +182,7 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
     ) -> None:
         (n, k), dtype = self._read_base(linear)
         check_settings(r, alpha, dropout, init)
-        weight, bias = linear.weight, linear.bias
+        weight, bias = linear._parameters["weight"], linear.bias
         adapter_dtype = adapter_dtype_for(dtype, adapter_dtype)
         nn.Module.__init__(self)
         self.fan_in_fan_out = is_conv1d(linear)

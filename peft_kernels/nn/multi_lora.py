@@ -118,12 +118,12 @@ class MultiLoRALinear(nn.Linear):
         self, linear: Any, slots: int, pages: int, max_pages: int, dtype: torch.dtype
     ) -> None:
         self.fan_in_fan_out = is_conv1d(linear)
-        self.weight, self.bias = linear.weight, linear.bias
-        weight = self._matrix(linear.weight)
+        self.weight, self.bias = linear._parameters["weight"], linear.bias
+        weight = self._matrix(self.weight)
         self.out_features, self.in_features = self._size
         self._beside = Beside.of(weight)
         n, k = self._size if self._beside is None else part_of(weight).shape
-        device, rows = linear.weight.device, pages * PAGE
+        device, rows = weight.device, pages * PAGE
         for name, shape, buffer_dtype in (
             ("pages_a", (rows, k), dtype),
             ("pages_b", (rows, n), dtype),

@@ -23,9 +23,10 @@ class QuantizedLinear(InCodes, nn.Linear):  # type: ignore[override]
     gradient of x. Neither pass writes or keeps a weight of that size, and it has no gradient. x
     decides in which dtype is computed, with sums in float32.
 
-    The codes and what goes with them are buffers of integers, which no ``.to(dtype)`` touches. The
-    state dict has them and, as ``_extra_state``, what they are; it loads into a layer of the same
-    format alone. ``weight`` can be read, and is dequantised for whoever does; to write it raises.
+    The codes are a frozen Parameter of integers, by the name of ``weight``, and what goes with them
+    are buffers of integers, which no ``.to(dtype)`` touches. The state dict has them and, as
+    ``coded``, what they are; it loads into a layer of the same format alone. The attribute
+    ``weight`` can be read, and is dequantised for whoever does; to write it raises.
 
     PEFT's LoRA goes over it as over an ``nn.Linear``, and :func:`peft_kernels.accelerate` then
     serves both parts by one kernel. Merging there raises: put :meth:`dequantized` in its place

@@ -16,7 +16,8 @@ def test_the_tensors_are_the_weights_own():
     assert torch.equal(dequantize(found), dequantize(weight))
     assert found.codes.data_ptr() == weight.codes.data_ptr()
     assert found.scales.data_ptr() == weight.scales.data_ptr()
-    assert not any(buffer.is_floating_point() for buffer in module.buffers())
+    tensors = [*module.parameters(), *module.buffers()]
+    assert not any(one.is_floating_point() or one.shape == weight.shape for one in tensors)
     assert of_tensor(as_tensor(module.coded)) == module.coded
 
 

@@ -9,11 +9,12 @@ import torch
 from gguf_files import gguf, make_model, smollm2, transformers, write_gguf
 from torch import nn
 
-from peft_kernels import load_gguf
+from peft_kernels import load_gguf, quantize_linear
 from peft_kernels.nn import QuantizedEmbedding, QuantizedLinear
 
 IDS = torch.tensor([[3, 14, 15, 92, 6, 5, 35], [8, 9, 7, 9, 3, 2, 3]])
 PROJECTIONS = 7
+OUTER = ("lm_head", "model.embed_tokens")
 
 
 def theirs_of(path):
@@ -61,18 +62,14 @@ def test_embeddings_in_codes(tmp_path, tied):
     floats = load_gguf(make_model(tied=tied), path)
     assert type(model.model.embed_tokens) is QuantizedEmbedding
     assert type(model.lm_head) is QuantizedLinear
-    assert {name.split(".")[-2] for name, _ in model.named_parameters()} <= {
-        "norm",
-        "input_layernorm",
-        "post_attention_layernorm",
-    }
+    floats_left = [n for n, p in model.named_parameters() if p.is_floating_point()]
+    assert floats_left and all("norm" in name for name in floats_left)
     copied = copy.deepcopy(model)
     for one in (model, copied):
         with torch.no_grad():
             torch.testing.assert_close(one(IDS).logits, floats(IDS).logits)
-        codes = one.lm_head.codes.data_ptr(), one.model.embed_tokens.codes.data_ptr()
+        codes = [one.get_submodule(name).quantized.codes.data_ptr() for name in OUTER]
         assert (codes[0] == codes[1]) is tied
-    assert not torch.equal(model.lm_head.codes, torch.zeros_like(model.lm_head.codes))
     with pytest.raises(TypeError, match="can't be written"):
         model.lm_head.weight = nn.Parameter(torch.zeros(96, 64))
     with torch.no_grad():
@@ -102,8 +99,8 @@ def test_codes_are_the_bytes_of_the_file(tmp_path):
     model = load_gguf(make_model(), path)
     tensors = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     layer = model.model.layers[1].mlp.down_proj
-    assert np.array_equal(layer.codes.numpy(), tensors["blk.1.ffn_down.weight"])
-    layer.codes.zero_()  # its own, as soon as it is written
+    assert np.array_equal(layer.quantized.codes.numpy(), tensors["blk.1.ffn_down.weight"])
+    layer.quantized.codes.zero_()  # its own, as soon as it is written
     assert path.read_bytes() == before
 
 
@@ -122,7 +119,7 @@ def test_a_model_without_memory(tmp_path):
                 module._parameters[own] = nn.Parameter(parameter.detach().clone())
     load_gguf(bare.bfloat16(), path)
     assert bare.lm_head.weight is bare.model.embed_tokens.weight
-    assert {p.dtype for p in bare.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in bare.parameters()} == {torch.bfloat16, torch.uint8}
     whole = load_gguf(make_model(tied=True), path)
     with torch.no_grad():
         found, expected = bare.float()(IDS).logits, whole(IDS).logits
@@ -158,10 +155,25 @@ def test_copies_pickles_and_state_dicts(tmp_path, mmap):
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(IDS).logits, expected)
         for layer in quantised_in(other).values():
-            layer.codes.zero_()
+            layer.quantized.codes.zero_()
         assert not torch.equal(other(IDS).logits, expected)
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("embeddings", ["floats", "codes"])
+@pytest.mark.parametrize("quantise", [False, True], ids=["file", "int8"])
+def test_transformers_does_not_take_codes_for_values(tmp_path, embeddings, quantise):
+    """Of int8 there are as many as of values."""
+    path = write_gguf(tmp_path / "model.gguf", make_model(tied=True))
+    model = make_model(tied=True)
+    if quantise:
+        quantize_linear(model, kind="int8")
+    else:
+        load_gguf(model, path, embeddings=embeddings)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
 def test_formats_that_do_not_stay_in_codes(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from peft_kernels import swap_linear
 from peft_kernels.nn import QuantizedLinear
 from peft_kernels.ops import QuantizedWeight, dequantize
 from peft_kernels.ops._gguf_blocks import BLOCKS
@@ -97,8 +96,8 @@ def test_copies_pickles_and_state_dicts(name):
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(dequantize(other.quantized), expected)
         assert repr(other) == repr(layer)
-    for buffer in other.buffers():
-        buffer.zero_()
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.data.zero_()
     assert not torch.equal(dequantize(other.quantized), expected)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(dequantize(other.quantized), expected)
@@ -107,8 +106,8 @@ def test_copies_pickles_and_state_dicts(name):
 def test_a_state_dict_of_another_format_is_refused():
     """Q4_0 and Q4_K have as many bytes."""
     one, other = (QuantizedLinear(of_layout(layout)) for layout in ("q4_K", "q4_K"))
-    blocks = QuantizedWeight(one.codes, torch.empty(0), (N, 256), 32, layout="q4_0")
-    with pytest.raises(ValueError, match=r"'q4_0'.*got .*'q4_K'"):
+    blocks = QuantizedWeight(one.quantized.codes, torch.empty(0), (N, 256), 32, layout="q4_0")
+    with pytest.raises(RuntimeError, match=r"'q4_0'.*got .*'q4_K'"):
         QuantizedLinear(blocks).load_state_dict(other.state_dict())
 
 
@@ -132,9 +131,9 @@ def test_weight_can_be_read_and_not_written():
     assert torch.equal(dequantize(layer.quantized), expected)
 
 
-def test_it_has_no_parameter_but_the_bias_and_keeps_the_codes_alone_for_backward():
+def test_nothing_of_it_trains_and_it_keeps_the_codes_alone_for_backward():
     layer = make("nf4", bias=False)
-    assert not list(layer.parameters())
+    assert not any(p.requires_grad for p in layer.parameters())
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
         y = layer(torch.randn(2, K, requires_grad=True))
@@ -183,8 +182,3 @@ def test_bad_input():
         QuantizedLinear.from_linear(nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="must end in weight's k = 64"):
         make()(torch.randn(2, K + 1))
-
-
-def test_swap_linear_says_what_to_do():
-    with pytest.raises(TypeError, match=r"0 has its weight in codes: train over it with PEFT"):
-        swap_linear(nn.Sequential(make()), ["0"], 4, alpha=4)

@@ -113,8 +113,10 @@ def load_gguf(
             _fill(place, _values(gguf, place.tensor, config))
     for place in codes:  # now that their biases are there
         weight = _in_codes(place, config, mmap)
-        for _, layer, _ in place.owners:
-            swapped[layer] = _over(weight, layer, place.parameter)
+        made = [_over(weight, layer, place.parameter) for _, layer, _ in place.owners]
+        for (_, layer, _), new in zip(place.owners, made, strict=True):
+            new._parameters["weight"] = made[0]._parameters["weight"]  # tied, as they were
+            swapped[layer] = new
     replace_modules(inner, swapped)
     return model
 
