@@ -19,6 +19,7 @@ from peft_kernels.ops import NestedScales, QuantizedWeight
 
 PACKED = "codes packed for bfloat16"
 OUTLIERS = "outliers beyond a threshold"
+LOST = "8-bit codes whose scales fully_shard has lost"
 # Of a layer: whether evaluation may pack its codes in place, for a product in bfloat16.
 _PACKS = "support_avx512bf16_for_cpu"
 
@@ -61,6 +62,8 @@ def _bytes_of(module: Any) -> QuantizedWeight | str:
         return NOT_YET
     if kept.threshold:
         return OUTLIERS
+    if kept.CB is None and not hasattr(weight, "CB"):
+        return LOST
     # Until the first call of bitsandbytes' own the weight has them, then the layer's state.
     codes, scales = (weight.CB, weight.SCB) if kept.CB is None else (kept.CB, kept.SCB)
     if codes is None:
@@ -95,6 +98,17 @@ def requantised(module: Any, kind: type, values: Tensor) -> tuple[nn.Parameter, 
         quant_storage=weight.dtype,
     )._quantize(values.device)
     return made, {"quant_state": made.quant_state}
+
+
+def restate(module: Any, kind: type) -> None:
+    """For the library's own state dict, and for torch's walk along the names in it."""
+    weight = module._parameters["weight"]
+    if _is_in_bytes(kind) or getattr(weight, "quant_state", None) is not None:
+        return
+    state = weight.quant_state = module.quant_state
+    for name, value in state.as_dict(packed=True).items():
+        if "." not in name:
+            setattr(weight, name, value)
 
 
 def take_scales(

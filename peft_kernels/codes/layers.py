@@ -2,8 +2,9 @@
 
 A library's file may say more than how it reads: ``dtype_of`` a layer, in which its values were
 before; ``requantised``, how new values are put into codes like a layer's; ``take_scales``, how a
-state dict's beside the codes are taken over; ``keep_codes`` and ``give_back``, how a layer's own
-calls are kept from changing its codes.
+state dict's beside the codes are taken over; ``restate``, how a weight that was made anew says what
+its codes mean; ``keep_codes`` and ``give_back``, how a layer's own calls are kept from changing its
+codes.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ _ADVICE = {
         "the quantised model again, and give it adapters before it is evaluated"
     ),
     bitsandbytes.OUTLIERS: "load the model with llm_int8_threshold=0.0",
+    bitsandbytes.LOST: "bitsandbytes keeps them at the weight alone; shard a model of 4 bits",
 }
 
 
@@ -154,6 +156,16 @@ def requantised(module: nn.Module, kind: type, values: Tensor) -> tuple[nn.Param
             f"requantize must be False over {name_of(module, kind)}: codes are only read"
         )
     return make(module, kind, values)
+
+
+def restate(module: nn.Module, kind: type) -> None:
+    """Has a weight that was made anew, as fully_shard does, say again what its codes mean.
+
+    ``module`` is as of :func:`read_codes`.
+    """
+    say = _of_library(module, kind, "restate")
+    if say is not None:
+        say(module, kind)
 
 
 def take_scales(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.codes.layers import codes_of, dtype_of, take_scales
+from peft_kernels.codes.layers import codes_of, dtype_of, restate, take_scales
 from peft_kernels.modules.bases import check_base
 from peft_kernels.modules.replaced import Origin
 from peft_kernels.ops import QuantizedWeight
@@ -51,6 +51,7 @@ class OverCodes(nn.Linear):
             )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        restate(self, self._origin.kind)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._base_layer()._save_to_state_dict(destination, prefix, keep_vars)
 
