@@ -137,6 +137,7 @@ PAGES: dict[str, Callable[[], Names]] = {
     "docs/guides/merging-and-saving.md": merging,
     "docs/guides/quantised-models.md": in_codes,
     "docs/guides/gpu-tuning.md": tensors,
+    "docs/reference/ops.md": dict,
 }
 
 
