@@ -30,7 +30,13 @@ class InCodes(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a tensor that is dequantised when it is read, and can't be written."""
+        """The weight as a tensor that is dequantised when it is read, and can't be written.
+
+        Where it is sharded, the DTensor of codes.
+        """
+        codes: Any = self._parameters["weight"]
+        if type(codes) is not nn.Parameter:
+            return codes
         return CodedWeight(kept_weight(self), self._like.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
