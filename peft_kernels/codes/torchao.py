@@ -55,7 +55,7 @@ def _affine_of(module: Any) -> QuantizedWeight | str:
         return BLOCKS
     if zeros is not None and _has_any(zeros):
         scales = scales.float()
-        shifts = -zeros.float() * scales
+        shifts = zeros.to(torch.float32, copy=True).mul_(scales).neg_()
     if rows == n and block == k:
         rows, block = 1, n * k
     return QuantizedWeight(codes, scales, (n, k), block, shifts=shifts, block_rows=rows)

@@ -8,9 +8,9 @@ from peft_kernels.codes.layers import is_in_codes, read_codes
 from peft_kernels.ops import dequantize, quantize
 
 quantization = pytest.importorskip("torchao.quantization")
-from torchao.quantization import quant_api  # noqa: E402
+from torchao.quantization import granularity, quant_api  # noqa: E402
 
-N, K = 96, 128
+N, K = 384, 256
 ASYMMETRIC = quantization.MappingType.ASYMMETRIC
 BY_32 = quantization.PerGroup(32)
 CONFIGS = {
@@ -21,6 +21,11 @@ CONFIGS = {
     "int4 with zeros": quantization.IntxWeightOnlyConfig(torch.int4, BY_32, ASYMMETRIC),
     "int3 by row": quantization.IntxWeightOnlyConfig(torch.int3, mapping_type=ASYMMETRIC),
     "float8": quant_api.Float8WeightOnlyConfig(),
+}
+SHARES = {
+    "tensor": quantization.PerTensor(),
+    "row": quantization.PerRow(),
+    "block": granularity.PerBlock([128, 128]),
 }
 
 
@@ -93,11 +98,13 @@ def test_other_weights_are_nones():
     assert not is_in_codes(linear()) and read_codes(linear()) is None
 
 
-@pytest.mark.parametrize("by", ["row", "tensor"])
-def test_our_fp8_is_torchaos(by):
-    share = quantization.PerRow() if by == "row" else quantization.PerTensor()
+@pytest.mark.parametrize("by", SHARES)
+def test_float8_by_any_share_is_our_fp8(by):
     plain = linear().weight.detach()
-    theirs = quantization.Float8Tensor.from_hp(plain, granularity=share)
+    layer = linear()
+    theirs = quantization.Float8Tensor.from_hp(plain, granularity=SHARES[by])
+    layer.weight = nn.Parameter(theirs, requires_grad=False)
+    assert torch.equal(dequantize(read_codes(layer)), theirs.dequantize())
     found = quantize(plain, "fp8", by=by)
     assert torch.equal(found.codes.view(torch.uint8), theirs.qdata.view(torch.uint8))
     assert torch.equal(found.scales, theirs.scale.flatten())

@@ -10,6 +10,7 @@ from errors import assert_as_good_as
 from torch import nn
 
 import peft_kernels
+from peft_kernels.tools.bench.peak import peak_bytes
 
 peft = pytest.importorskip("peft")
 quantization = pytest.importorskip("torchao.quantization")
@@ -116,6 +117,24 @@ def test_a_layer_in_bfloat16(name):
     assert found[0].dtype is torch.bfloat16 and report.counts() == {KERNEL: 1}
     for one, eager, reference in zip(found, theirs, expected, strict=True):
         assert_as_good_as(one, eager, reference, name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_of_the_weights_size_is_allocated(name):
+    n = 1024
+    net = nn.Sequential(nn.Linear(n, n))
+    if CONFIGS[name] is None:
+        weight = quantization.to_nf4(net[0].weight.detach(), 64, 256)
+        net[0].weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        quantization.quantize_(net, CONFIGS[name])
+    model = lora(net, target_modules=["0"])
+    peft_kernels.accelerate(model)
+    x = torch.randn(16, n, requires_grad=True)
+    run = lambda: step(model, x)  # noqa: E731
+    run()
+    peak = peak_bytes(run)
+    assert peak is None or peak < n * n  # a quarter of it in float32
 
 
 @pytest.mark.parametrize("name", CONFIGS)
