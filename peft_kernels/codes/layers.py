@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peft_kernels.codes import bitsandbytes, gptqmodel, hqq, kept, torchao, transformers
 from peft_kernels.codes.reading import NOT_YET, Reader
 from peft_kernels.ops import QuantizedWeight
+from peft_kernels.ops._quantized import check_weight
 
 LIBRARIES = (bitsandbytes, torchao, transformers, kept, hqq, gptqmodel)
 # Of whose layers ours with adapters take the place: they have a Parameter of codes.
@@ -83,13 +84,16 @@ def readable(layers: Mapping[str, nn.Module]) -> set[nn.Module]:
 
     Raises:
         TypeError: one can't be read; the layer's name is in it.
+        ValueError: one's tensors don't go together, or are on several devices.
     """
     found = {name: layer for name, layer in layers.items() if is_of_others(layer)}
     for name, layer in found.items():
         try:
-            codes_of(layer)
+            check_weight(codes_of(layer))
         except TypeError as error:
             raise TypeError(f"{name or 'model'} {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{name or 'model'} can't be read: {error}") from None
     return set(found.values())
 
 

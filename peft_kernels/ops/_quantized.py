@@ -262,10 +262,17 @@ def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
     check_same("x", x, [("bias", bias)])
     check_adapter("x", x, [("lora_a", lora_a)])
     check_same("lora_a", lora_a, [("lora_b", lora_b)])
-    named = {name: getattr(weight, name) for name in ("codes", "scales", "shifts", "book")}
+    check_devices("x", x, [("bias", bias), ("lora_a", lora_a), ("weight.codes", weight.codes)])
+    check_weight(weight)
+
+
+def check_weight(weight: QuantizedWeight) -> None:
+    """Raises a ValueError unless its tensors are those of such a weight, on one device."""
+    others = {name: getattr(weight, name) for name in ("scales", "shifts", "book")}
     if weight.nested is not None:
-        named |= {"nested.scales": weight.nested.scales, "nested.book": weight.nested.book}
-    check_devices("x", x, [("bias", bias), ("lora_a", lora_a), *named.items()])
+        others |= {"nested.scales": weight.nested.scales, "nested.book": weight.nested.book}
+    named = [(f"weight.{name}", tensor) for name, tensor in others.items()]
+    check_devices("weight.codes", weight.codes, named)
     if weight.layout == PLANES:
         _check_planes(weight)
     elif weight.layout in PACKED:

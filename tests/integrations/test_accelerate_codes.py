@@ -142,18 +142,39 @@ def test_several_adapters_dropout_and_bfloat16():
     assert set(report.counts()) == {KERNEL}
 
 
+NAMES = ["default", "__base__", "other", "default", "__base__"]
+
+
+def of_two_adapters(net, **options):
+    model = lora(net, **options)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    return model
+
+
+def test_each_row_has_the_adapter_that_is_named():
+    net = in_codes()
+    exact, model = of_two_adapters(dequantised(net)).double(), of_two_adapters(net)
+    exact.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "lora" in k}, strict=False
+    )
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(5, K)
+    found = [one.eval()(y, adapter_names=NAMES) for one, y in ((model, x), (exact, x.double()))]
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-4, atol=1e-4)
+    assert report.counts() == {"multi_lora_linear": 2}
+
+
 def test_what_is_not_served_is_counted_and_is_peft_s():
-    model = lora(in_codes())
+    model = of_two_adapters(in_codes(), lora_bias=True)
     theirs = copy.deepcopy(model)
     report = peft_kernels.accelerate(model)
     x = torch.randn(5, K, requires_grad=True)
-    names = ["default", "__base__", "default", "default", "__base__"]
     for one in (model.eval(), theirs.eval()):
-        one.found = one(x, adapter_names=names)
+        one.found = one(x, adapter_names=NAMES)
     torch.testing.assert_close(model.found, theirs.found)
     with model.disable_adapter(), theirs.disable_adapter():
         torch.testing.assert_close(model(x), theirs(x))
-    assert set(report.counts()) == {"other arguments", "disabled"}
+    assert set(report.counts()) == {"adapter_names with lora_bias", "disabled"}
 
 
 @pytest.mark.skipif(

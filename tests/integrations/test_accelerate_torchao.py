@@ -163,17 +163,17 @@ def test_dropout_rslora_several_adapters_and_bfloat16():
     assert set(report.counts()) == {KERNEL}
 
 
-def test_what_is_not_served_is_counted_and_is_pefts():
+def test_names_by_row_are_served_and_the_base_alone_is_pefts():
     model = lora(in_codes())
     theirs = copy.deepcopy(model)
     report = peft_kernels.accelerate(model)
     x = torch.randn(5, K)
     names = ["default", "__base__", "default", "default", "__base__"]
     found, expected = (one.eval()(x, adapter_names=names) for one in (model, theirs))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with model.disable_adapter(), theirs.disable_adapter():
         torch.testing.assert_close(model(x), theirs(x))
-    assert set(report.counts()) == {"other arguments", "disabled"}
+    assert set(report.counts()) == {"multi_lora_linear", "disabled"}
 
 
 def test_merged_layers_are_pefts():

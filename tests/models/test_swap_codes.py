@@ -180,3 +180,30 @@ def test_names_the_layer_that_can_not_be(spoil, match):
     with pytest.raises(TypeError, match=rf"^model\.layers\.1\.mlp\.up_proj .*{match}"):
         peft_kernels.swap_linear(model, "all-linear", 4, alpha=8)
     assert dict(model.named_modules()) == before
+
+
+def _on_meta(layer):
+    layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.to("meta")
+
+
+def _of_another_shape(layer):
+    layer.weight.quant_state.shape = torch.Size((128, 65))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (_on_meta, r"weight\.scales must be on weight\.codes's device cpu; got meta"),
+        (_of_another_shape, r"weight\.codes must be 4160 .*\[128, 65\]"),
+    ],
+)
+def test_names_the_layer_whose_tensors_do_not_go_together(spoil, match):
+    model = make()
+    before = dict(model.named_modules())
+    spoil(model.model.layers[1].mlp.up_proj)
+    name = r"^model\.layers\.1\.mlp\.up_proj can't be read: "
+    with pytest.raises(ValueError, match=name + match):
+        peft_kernels.swap_linear(model, "all-linear", 4, alpha=8)
+    with pytest.raises(ValueError, match=name + match):
+        peft_kernels.AdapterPool.attach(model, "all-linear", capacity=8)
+    assert dict(model.named_modules()) == before

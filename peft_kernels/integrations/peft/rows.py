@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.integrations.peft.state import Adapter
-from peft_kernels.ops import BankDropout, LoRAFactors, multi_lora_linear
+from peft_kernels.ops import BankDropout, LoRAFactors, QuantizedWeight, multi_lora_linear
 from peft_kernels.ops._dropout import draw_seed
 from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops._sharded_banks import parts_beside
@@ -16,7 +16,7 @@ from peft_kernels.ops._sharded_banks import parts_beside
 
 def rows_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     names: Sequence[str],
@@ -26,7 +26,7 @@ def rows_linear(
     Entry i of ``names`` serves the i-th of as many equal parts of x. A name that none has adds
     nothing. Gradients go to A and B of the adapters that require them.
     """
-    if are_sharded(x, weight):
+    if not isinstance(weight, QuantizedWeight) and are_sharded(x, weight):
         parts = [parts_beside(weight, adapter.a, adapter.b) for adapter in adapters]
         adapters = [one._replace(a=a, b=b) for one, (a, b) in zip(adapters, parts, strict=True)]
     slots = {adapter.name: slot for slot, adapter in enumerate(adapters)}

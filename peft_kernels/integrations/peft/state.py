@@ -68,7 +68,7 @@ def read(
         return f"x in {dtype} on a base in {base.weight.dtype}"
     fault = why_not_in(dtype, adapters) or _why_not_in_shards(x, base, adapters, names)
     if fault is None and names is not None:
-        fault = _why_not_by_rows(adapters)
+        fault = why_not_by_rows(adapters)
     return fault or (base, adapters)
 
 
@@ -136,7 +136,8 @@ def why_not_in(dtype: torch.dtype, adapters: Sequence[Adapter]) -> str | None:
     return None
 
 
-def _why_not_by_rows(adapters: list[Adapter]) -> str | None:
+def why_not_by_rows(adapters: Sequence[Adapter]) -> str | None:
+    """Why these can't be each of some rows."""
     if any(adapter.bias is not None for adapter in adapters):
         return "adapter_names with lora_bias"
     if adapters[0].magnitude is not None:

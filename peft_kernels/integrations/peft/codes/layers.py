@@ -6,6 +6,7 @@ x decides in which dtype is computed, with sums in float32, whatever ``compute_d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,32 +19,42 @@ from peft_kernels.integrations.peft import state
 from peft_kernels.integrations.peft.codes import bitsandbytes, gptqmodel, hqq, torchao
 from peft_kernels.integrations.peft.codes.bases import Base, read_base
 from peft_kernels.integrations.peft.dora import dora
+from peft_kernels.integrations.peft.rows import rows_linear
 from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.served import count
 from peft_kernels.ops import lora_linear
 from peft_kernels.ops._quantized import has_kernel
 
-KERNEL, DORA = "lora_linear", "dora_linear"
+KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
 LIBRARIES = (bitsandbytes, torchao, hqq, gptqmodel)
 
 
-def read(layer: nn.Module, x: Tensor) -> tuple[Base, list[state.Adapter]] | str:
-    """What kernels need to serve a call with x, or why they can't."""
+def read(
+    layer: nn.Module, x: Tensor, names: Sequence[str] | None
+) -> tuple[Base, list[state.Adapter]] | str:
+    """What kernels need to serve a call with x, or why they can't.
+
+    Args:
+        names: the adapter of each row, or None where the active ones are everybody's.
+    """
     alone = state.why_base_alone(layer)
     if alone is not None:
         return alone
-    found = _read_parts(layer)
+    found = _read_parts(layer, names)
     if isinstance(found, str):
         return found
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return state.why_not_in(dtype, found[1]) or found
+    fault = state.why_not_in(dtype, found[1])
+    if fault is None and names is not None:
+        fault = state.why_not_by_rows(found[1])
+    return fault or found
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why a call with x in the adapters' dtype would be PEFT's own, or None."""
-    found = _read_parts(layer)
+    found = _read_parts(layer, None)
     return found if isinstance(found, str) else state.why_not_in(found[1][0].a.dtype, found[1])
 
 
@@ -55,11 +66,13 @@ def backend(layer: nn.Module) -> str:
     return backend_of(KERNEL, "cpu", torch.float32) if has_kernel(base.weight) else "reference"
 
 
-def _read_parts(layer: nn.Module) -> tuple[Base, list[state.Adapter]] | str:
+def _read_parts(
+    layer: nn.Module, names: Sequence[str] | None
+) -> tuple[Base, list[state.Adapter]] | str:
     base = read_base(layer)
     if isinstance(base, str):
         return base
-    active = layer.__dict__["_active_adapter"]
+    active = layer.__dict__["_active_adapter"] if names is None else dict.fromkeys(names)
     adapters = state.read_adapters(layer, (active,) if isinstance(active, str) else active)
     if isinstance(adapters, str):
         return adapters
@@ -73,15 +86,23 @@ class _OverCodes(nn.Module):
     """PEFT's layer of this name, on :func:`peft_kernels.ops.lora_linear` over a weight in codes."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = "other arguments" if args or kwargs else read(self, x)
+        names = kwargs.get("adapter_names")
+        if args or len(kwargs) > (names is not None):
+            found: tuple[Base, list[state.Adapter]] | str = "other arguments"
+        else:
+            found = read(self, x, names)
         if isinstance(found, str):
             count(self, found)
             return super().forward(x, *args, **kwargs)
         base, adapters = found
+        own = None if base.bias is None else base.bias.to(x.dtype)
+        if names is not None:
+            self._check_forward_args(x, adapter_names=names)  # type: ignore[operator]
+            count(self, ROWS)
+            return rows_linear(x, base.weight, own, adapters, names)
         if adapters[0].magnitude is not None:
             count(self, DORA)
-            bias = None if base.bias is None else base.bias.to(x.dtype)
-            return dora(self, x, base._replace(bias=bias), adapters[0])
+            return dora(self, x, base._replace(bias=own), adapters[0])
         count(self, KERNEL)
         first, others = together(adapters)
         dtype = x.dtype if base.bias is None else base.bias.dtype
