@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.codes.reading import Reader
-from peft_kernels.ops import NestedScales, QuantizedWeight
+from peft_kernels.ops import NestedScales, QuantizedWeight, quantize
 
 _OWNER = "peft_kernels.nn.quantized_linear"
 _PREFIX = "weight_"  # of the buffers
@@ -94,6 +94,30 @@ def kept_weight(module: nn.Module) -> QuantizedWeight:
 def dtype_of(module: Any) -> torch.dtype:
     """The one in which the layer's weight is read."""
     return module._buffers["_like"].dtype
+
+
+def requantised(module: Any, kind: type, values: Tensor) -> tuple[nn.Parameter, dict[str, Any]]:
+    """By :func:`peft_kernels.ops.quantize`, where that made the layer's codes."""
+    made = nn.Module()
+    keep_weight(made, _quantised_like(kept_weight(module), values.to(dtype_of(module))))
+    codes: Any = made._parameters["weight"]
+    return codes, {"_buffers": {**module._buffers, **made._buffers}}
+
+
+def _quantised_like(old: QuantizedWeight, values: Tensor) -> QuantizedWeight:
+    if old.layout != "planes":
+        raise TypeError(f"requantize must be False over {old.layout}: its blocks are only read")
+    if old.codes.dtype is torch.int8:
+        return quantize(values, "int8")
+    if old.codes.dtype is torch.float8_e4m3fn:
+        row = old.shape[1]
+        shared = "block" if old.block_rows > 1 else "row" if old.block == row else "tensor"
+        return quantize(values, "fp8", by=shared)
+    for kind in ("nf4", "fp4"):
+        made = quantize(values, kind, block=old.block, nested=old.nested is not None)
+        if old.book is not None and made.book is not None and torch.equal(made.book, old.book):
+            return made
+    raise TypeError("requantize must be False over codes with a book of their own")
 
 
 def take_scales(

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import peft_kernels
+from peft_kernels.codes.layers import read_codes
 from peft_kernels.nn import QuantizedLinear, QuantizedLoRALinear
+from peft_kernels.ops import dequantize
 
 pytest.importorskip("transformers")
 from gguf_files import make_model, write_gguf
@@ -79,7 +81,7 @@ def test_merged_dense_and_back(model):
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     peft_kernels.unmerge(model)
     assert torch.equal(model(IDS).logits, expected)
-    with pytest.raises(TypeError, match=r"q_proj.* over QuantizedLinear: codes are only read"):
+    with pytest.raises(TypeError, match=r"q_proj.* over q4_0: its blocks are only read"):
         peft_kernels.merge(model, requantize=True)
     dense = peft_kernels.unload(copy.deepcopy(model), merge=True)
     assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
@@ -115,3 +117,38 @@ def test_our_own_quantiser():
         codes = net[0].weight.clone()
         torch.testing.assert_close(net.half().float()(x), expected, rtol=1e-2, atol=1e-2)
         assert torch.equal(net[0].weight, codes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "nf4"},
+        {"kind": "fp4", "nested": False, "block": 32},
+        {"kind": "int8"},
+        {"kind": "fp8", "by": "tensor"},
+        {"kind": "fp8", "by": "row"},
+        {"kind": "fp8", "by": "block"},
+    ],
+    ids=str,
+)
+def test_merged_in_codes_again(options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    peft_kernels.quantize_linear(net, **options)
+    peft_kernels.swap_linear(net, "all-linear", r=4, alpha=8)
+    for layer in (net[0], net[2]):
+        nn.init.normal_(layer.lora_b, std=0.05)
+    x, dense = torch.randn(5, 64), copy.deepcopy(net)
+    expected, state = net(x), {name: value.clone() for name, value in net.state_dict().items()}
+    peft_kernels.merge(dense)
+    errors = peft_kernels.merge(net, requantize=True)
+    for name, error in errors.items():
+        merged, plain = net.get_submodule(name), dense.get_submodule(name).weight
+        assert merged.weight.dtype is state[f"{name}.weight"].dtype and 0 < error < 0.2
+        values = dequantize(read_codes(merged, QuantizedLinear))
+        found = torch.linalg.norm(values - plain) / torch.linalg.norm(plain)
+        torch.testing.assert_close(float(found), error, rtol=1e-2, atol=1e-5)
+    assert 0 < (net(x) - expected).norm() < 0.3 * expected.norm()
+    peft_kernels.unmerge(net)
+    assert torch.equal(net(x), expected)
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
