@@ -72,8 +72,7 @@ def _dequantized(arguments: tuple, k: int) -> Tensor:
         return dequantize_blocks(layout, codes, n, k)
     scales = scales.flatten()
     if nested_scales is not None:
-        each = nested_scales.repeat_interleave(nested_block)[: scales.numel()]
-        scales = nested_book[scales.int()] * each + offset
+        scales = scales_of_codes(scales, nested_scales, nested_book, nested_block, offset)
 
     def by_element(of_blocks: Tensor) -> Tensor:
         if block_rows == 1:
@@ -83,6 +82,14 @@ def _dequantized(arguments: tuple, k: int) -> Tensor:
 
     values = _values_of(codes.flatten(), book)[: n * k].view(n, k) * unit * by_element(scales)
     return values if shifts is None else values + by_element(shifts.flatten())
+
+
+def scales_of_codes(
+    codes: Tensor, scales: Tensor, book: Tensor, block: int, offset: float | Tensor
+) -> Tensor:
+    """What nested codes of scales mean, one after the other."""
+    codes = codes.flatten()
+    return book[codes.int()] * scales.repeat_interleave(block)[: codes.numel()] + offset
 
 
 def _values_of(codes: Tensor, book: Tensor | None) -> Tensor:
@@ -104,6 +111,8 @@ def _arguments(weight: QuantizedWeight) -> tuple:
     """What the ops take of it."""
     codes, scales, shape, block, book, unit, nested, shifts, layout, block_rows = weight
     own: tuple = (None, None, 0, 0.0)
+    if nested is not None and torch.compiler.is_compiling():  # the offset is no number in a graph
+        scales, nested = scales_of_codes(scales, *nested), None
     if nested is not None:
         own = nested.scales, nested.book, nested.block, float(nested.offset)
     nested_scales, nested_book, nested_block, offset = own
