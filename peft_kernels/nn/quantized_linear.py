@@ -12,7 +12,8 @@ from peft_kernels.modules.bases import check_base, is_conv1d
 from peft_kernels.modules.checks import check_kind
 from peft_kernels.modules.replaced import hand_on_hooks
 from peft_kernels.nn._in_codes import InCodes
-from peft_kernels.ops import QuantizedWeight, dequantize, lora_linear, quantize
+from peft_kernels.ops import QuantizedWeight, dequantize, quantize
+from peft_kernels.ops.lora_linear import linear_of_codes
 
 
 class QuantizedLinear(InCodes, nn.Linear):  # type: ignore[override]
@@ -89,14 +90,8 @@ class QuantizedLinear(InCodes, nn.Linear):  # type: ignore[override]
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]``, any dtype and rank, to ``[..., n]``."""
-        weight = kept_weight(self)
         bias: Tensor | None = self.bias
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        none = weight.codes.new_empty(0, dtype=wide)
-        n, k = weight.shape
-        if bias is not None:
-            bias = bias.to(x.dtype)
-        return lora_linear(x, weight, none.view(0, k), none.view(n, 0), bias=bias)
+        return linear_of_codes(x, kept_weight(self), None if bias is None else bias.to(x.dtype))
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ``nn.Linear`` with the values that the codes stand for, in the layer's dtype or this.

@@ -67,6 +67,16 @@ def test_it_is_a_linear_layer_with_the_weights_dequantised(name, dtype):
         assert (found - expected).norm() <= far * expected.norm()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_in_one_graph(name):
+    layer = LAYERS[name]()
+    x = torch.randn(2, layer.in_features, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = [torch.autograd.grad(call(x).sum(), x)[0] for call in (compiled, layer)]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_autocast_and_no_rows():
     layer = make()
     with torch.autocast("cpu", torch.bfloat16):

@@ -174,8 +174,9 @@ def test_weights_made_in_inference_mode_train():
         assert torch.equal(one, other)
 
 
-def test_compiled_over_int8():
-    weight = weight_of(32, 64, kind="int8")
+@pytest.mark.parametrize("kind", ["nested", "int8", "q4_0"])
+def test_compiled(kind):
+    weight = weight_of(32, 64, kind=kind)
     x, a, b, _ = problem(4, 32, 64)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
     leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
