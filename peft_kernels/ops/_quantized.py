@@ -37,7 +37,7 @@ class NestedScales(NamedTuple):
     scales: Tensor  # float32, one for each block of codes
     book: Tensor  # [256] float32
     block: int
-    offset: Tensor | float  # 0-d float32
+    offset: Tensor  # 0-d float32
 
 
 class QuantizedWeight(NamedTuple):
@@ -72,8 +72,7 @@ def _dequantized(arguments: tuple, k: int) -> Tensor:
         return dequantize_blocks(layout, codes, n, k)
     scales = scales.flatten()
     if nested_scales is not None:
-        nested = NestedScales(nested_scales, nested_book, nested_block, offset)
-        scales = _unnested(scales, nested)
+        scales = scales_of_codes(scales, nested_scales, nested_book, nested_block, offset)
 
     def by_element(of_blocks: Tensor) -> Tensor:
         if block_rows == 1:
@@ -85,10 +84,12 @@ def _dequantized(arguments: tuple, k: int) -> Tensor:
     return values if shifts is None else values + by_element(shifts.flatten())
 
 
-def _unnested(codes: Tensor, nested: NestedScales) -> Tensor:
-    """The scales that codes of them stand for."""
-    each = nested.scales.repeat_interleave(nested.block)[: codes.numel()]
-    return nested.book[codes.flatten().int()] * each + nested.offset
+def scales_of_codes(
+    codes: Tensor, scales: Tensor, book: Tensor, block: int, offset: float | Tensor
+) -> Tensor:
+    """What nested codes of scales mean, one after the other."""
+    codes = codes.flatten()
+    return book[codes.int()] * scales.repeat_interleave(block)[: codes.numel()] + offset
 
 
 def _values_of(codes: Tensor, book: Tensor | None) -> Tensor:
@@ -110,9 +111,9 @@ def _arguments(weight: QuantizedWeight) -> tuple:
     """What the ops take of it."""
     codes, scales, shape, block, book, unit, nested, shifts, layout, block_rows = weight
     own: tuple = (None, None, 0, 0.0)
-    if nested is not None and torch.compiler.is_compiling():
-        scales = _unnested(scales, nested)  # the offset is no number that a graph could have
-    elif nested is not None:
+    if nested is not None and torch.compiler.is_compiling():  # the offset is no number in a graph
+        scales, nested = scales_of_codes(scales, *nested), None
+    if nested is not None:
         own = nested.scales, nested.book, nested.block, float(nested.offset)
     nested_scales, nested_book, nested_block, offset = own
     tensors = codes, scales, shifts, book, nested_scales, nested_book

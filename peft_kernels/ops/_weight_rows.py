@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peft_kernels.ops._quantized import PLANES, QuantizedWeight, dequantize, has_kernel
+from peft_kernels.ops._quantized import (
+    PLANES,
+    QuantizedWeight,
+    dequantize,
+    has_kernel,
+    scales_of_codes,
+)
 from peft_kernels.ops.lora_linear import linear_of_codes
 
 _ELEMENTS = 1 << 20  # about so many are widened at once
@@ -37,8 +43,7 @@ def _rows_of_planes(weight: QuantizedWeight):
     """How many rows are whole blocks and whole bytes, and what takes such rows out."""
     codes, scales, (n, k), block, book, _, nested, shifts, _, block_rows = weight
     if nested is not None:
-        each = nested.scales.repeat_interleave(nested.block)[: scales.numel()]
-        scales = nested.book[scales.flatten().int()] * each + nested.offset
+        scales = scales_of_codes(scales, *nested)
     codes, a_byte = codes.flatten(), 1 if book is None else 2
     planes = [None if plane is None else plane.flatten() for plane in (scales, shifts)]
     if block_rows > 1:

@@ -69,6 +69,22 @@ def test_computes_in_the_dtype_of_x(dtype):
         assert layer(x.float()).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_compiles_in_one_graph(kind, use_dora):
+    torch._dynamo.reset()
+    layer, _ = pair(kind, use_dora=use_dora)
+    x = torch.randn(5, K)
+    expected = step(layer, x)
+    layer.zero_grad()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    given = x.clone().requires_grad_()
+    y = compiled(given)
+    y.sin().sum().backward()
+    found = [y.detach(), given.grad, *(getattr(layer, name).grad for name in layer.adapter_names)]
+    assert_close(found, expected, 1e-6)
+
+
 def test_keeps_the_librarys_own_tensors():
     base = make()
     layer = QuantizedLoRALinear.from_linear(base, R, alpha=8)
