@@ -46,8 +46,10 @@ def _nibbles_of(module: Any) -> QuantizedWeight | str:
         own = quantised.state2
         nested = NestedScales(own.absmax, own.code, own.blocksize, quantised.offset)
     n, k = quantised.shape
-    codes, block = weight.data.view(torch.uint8), quantised.blocksize
-    return QuantizedWeight(codes, quantised.absmax, (n, k), block, quantised.code, nested=nested)
+    codes, block, scales = weight.data.view(torch.uint8), quantised.blocksize, quantised.absmax
+    if scales.dim() == 2:  # as a state dict's unpacking leaves those that weren't nested
+        scales = scales.T.reshape(-1)
+    return QuantizedWeight(codes, scales, (n, k), block, quantised.code, nested=nested)
 
 
 def _state_of(module: Any, weight: Any) -> Any:
@@ -159,9 +161,12 @@ def keep_codes(layer: Any) -> bool:
     if _PACKS not in layer.__dict__:
         return False
     layer.__dict__[_PACKS] = False
-    packed = getattr(_state_of(layer, layer.weight), "packing_format_for_cpu", False)
+    state = _state_of(layer, layer.weight)
+    packed = getattr(state, "packing_format_for_cpu", False)
     if packed:
-        layer.state_dict()  # which unpacks them in place
+        layer.state_dict()  # which unpacks them in place, but scales only where they were nested
+        if state.absmax.dim() == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
     return packed
 
 

@@ -12,6 +12,7 @@ from peft_kernels.models.fast_paths import choose_fast_paths, has_adapters
 from peft_kernels.models.in_place import check_in_place, let_go
 from peft_kernels.models.input_grads import let_gradients_be
 from peft_kernels.models.modules_to_save import forget
+from peft_kernels.models.quantisation import tell_dense
 from peft_kernels.models.resizing import choose_resizing
 from peft_kernels.models.swap import Model, lora_layers_in, named, replace_modules
 from peft_kernels.modules.checks import check_module
@@ -125,6 +126,8 @@ def unload(model: Model, merge: bool) -> Model:
     }
     let_go(model, plain)
     replace_modules(model, plain)
+    if any(isinstance(layer, QuantizedLoRALinear) for layer in layers.values()):
+        tell_dense(model)
     choose_fast_paths(model)
     choose_resizing(model)
     forget(model)

@@ -24,6 +24,23 @@ def test_four_bits(nested, storage):
     assert torch.equal(dequantize(found), expected)
 
 
+@pytest.mark.skipif(
+    not bitsandbytes.functional.has_avx512bf16(), reason="bitsandbytes packs no codes here"
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_codes_that_a_state_dict_has_unpacked(nested):
+    """Of which bitsandbytes leaves scales that weren't nested as they were packed."""
+    layer = bitsandbytes.nn.Linear4bit(128, 32, compress_statistics=nested, quant_type="nf4")
+    layer = layer.to("cpu").eval()
+    before = dequantize(read_codes(layer))
+    with torch.no_grad():
+        layer(torch.randn(1, 128))
+    assert "packed" in read_codes(layer)
+    layer.state_dict()
+    found = dequantize(read_codes(layer))
+    assert (found - before).norm() < 0.01 * before.norm()
+
+
 def test_eight_bits_before_the_first_call_and_after():
     layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
     before = dequantize(read_codes(layer))

@@ -12,6 +12,7 @@ quantised = pytest.importorskip("quantised")
 transformers = pytest.importorskip("transformers")
 functional = pytest.importorskip("bitsandbytes").functional
 
+from peft_kernels.codes.layers import codes_of, keep_codes  # noqa: E402
 from peft_kernels.integrations.transformers import (  # noqa: E402  after importorskip
     adapters_of,
     add_prefix,
@@ -27,6 +28,7 @@ from peft_kernels.integrations.transformers import (  # noqa: E402  after import
     remove_prompt,
 )
 from peft_kernels.nn import BottleneckAdapter, PromptTuning  # noqa: E402
+from peft_kernels.ops import dequantize  # noqa: E402
 
 IDS = torch.arange(12).view(2, 6) % 32
 SIZES = {
@@ -148,22 +150,28 @@ def test_a_prefix_of_a_text_trains_afterwards():
     assert all(grad.any() for grad in step(model))
 
 
-def _packed():
-    model = make()
+def _packed(**options):
+    model = make(**options)
     with torch.no_grad():
         model(IDS)
     return model
 
 
 @pytest.mark.skipif(not functional.has_avx512bf16(), reason="bitsandbytes packs no codes here")
+@pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_codes_that_were_packed_are_unpacked_and_said(method):
-    model = _packed()
+def test_codes_that_were_packed_are_unpacked_and_said(method, nested):
+    """Their values are those of before, but for the scales' rounding."""
+    model = _packed(nested=nested)
     with pytest.warns(RuntimeWarning, match=r"^14 layers, such as model\.layers\.0\."):
         grow(model, method)
+    layer, before = (one.model.layers[1].mlp.down_proj for one in (model, make(nested=nested)))
+    before = dequantize(codes_of(before))
+    assert (dequantize(codes_of(layer)) - before).norm() < 0.01 * before.norm()
     found = step(model)
-    model = _packed()
-    peft_kernels.codes.layers.keep_codes(model)
+    model = _packed(nested=nested)
+    with pytest.warns(RuntimeWarning):
+        keep_codes(model)
     exact = grow(quantised.dequantised(model, torch.float32), method).double()
     assert_close(found, step(exact))
 
@@ -184,3 +192,29 @@ def test_codes_are_packed_again_once_no_adapter_is_left():
 
 def test_a_layer_of_the_model_itself_stays_a_linear_one():
     assert type(make().lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+def test_a_merged_model_is_loaded_as_it_was_saved(targets, tmp_path):
+    """Its layers that are dense now, and those that are in codes still."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=settings, dtype=torch.float32, device_map="cpu"
+    )
+    peft_kernels.swap_linear(model, targets, 4, alpha=8)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            parameter.data.normal_(std=0.1)
+    embeds = model.get_input_embeddings()(IDS).requires_grad_()  # no packed codes
+    expected = model(inputs_embeds=embeds).logits
+    peft_kernels.unload(model, merge=True)
+    model.save_pretrained(tmp_path / "merged")
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, device_map="cpu"
+    )
+    assert type(other.model.layers[0].self_attn.q_proj) is nn.Linear
+    in_codes = getattr(other.config, "quantization_config", None) is not None
+    assert in_codes is (targets != "all-linear")
+    torch.testing.assert_close(other(inputs_embeds=embeds).logits, expected, rtol=1e-4, atol=1e-4)
