@@ -11,6 +11,7 @@ from peft_kernels import disabled
 from peft_kernels.codes.layers import codes_of
 from peft_kernels.nn import LoRALinear, QuantizedLoRALinear
 from peft_kernels.ops import dequantize
+from peft_kernels.tools.bench.peak import peak_bytes
 
 quantised = pytest.importorskip("quantised")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -83,6 +84,17 @@ def test_compiles_in_one_graph(kind, use_dora):
     y.sin().sum().backward()
     found = [y.detach(), given.grad, *(getattr(layer, name).grad for name in layer.adapter_names)]
     assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_step_makes_nothing_of_the_weights_size(use_dora):
+    n = k = 2048
+    layer = quantised.layer_in_codes(nn.Linear(k, n))
+    layer = QuantizedLoRALinear.from_linear(layer, R, alpha=8, use_dora=use_dora)
+    x = torch.randn(4, k)
+    step(layer, x)  # whose norm of the frozen rows is kept
+    peak = peak_bytes(lambda: step(layer, x))
+    assert peak is None or peak < n * k  # a quarter of it in float32
 
 
 def test_keeps_the_librarys_own_tensors():
