@@ -24,6 +24,11 @@ inline const uint8_t* bytes_of(const Tensor& tensor, int64_t count, const char* 
   return static_cast<const uint8_t*>(tensor.const_data_ptr());
 }
 
+// Of a power of 2; else -1.
+inline int bits_of(int64_t size) {
+  return size > 0 && (size & (size - 1)) == 0 ? __builtin_ctzll(size) : -1;
+}
+
 // A layout of GGUF's: its name, and the elements and bytes of a block.
 struct Blocks {
   const char* name;
@@ -71,7 +76,9 @@ inline Codes codes_of(const CodesArguments& c, int64_t k) {
               .block = c.block,
               .block_rows = c.block_rows,
               .unit = static_cast<float>(c.unit),
-              .offset = static_cast<float>(c.offset)};
+              .offset = static_cast<float>(c.offset),
+              .block_bits = bits_of(c.block),
+              .nested_bits = bits_of(c.nested_block)};
   if (c.nested_scales) {
     STD_TORCH_CHECK(c.nested_book && c.nested_block > 0, "nested scales need a book and a block");
     found.scale_codes = bytes_of(c.scales, blocks, "scales");

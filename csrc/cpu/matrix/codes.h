@@ -14,18 +14,29 @@ inline float number_at(const void* numbers, DType dtype, int64_t i) {
   return found;
 }
 
-inline float block_scale(const Codes& c, int64_t block) {
+// A division takes as long as widening 20 codes does.
+PK_INLINE int64_t part_of(int64_t i, int64_t part, int bits) {
+  return bits < 0 ? i / part : i >> bits;
+}
+
+PK_INLINE float block_scale(const Codes& c, int64_t block) {
   if (!c.nested_scales) return number_at(c.scales, c.scale_type, block) * c.unit;
-  const float nested = c.nested_scales[block / c.nested_block];
+  const float nested = c.nested_scales[part_of(block, c.nested_block, c.nested_bits)];
   return c.nested_book[c.scale_codes[block]] * nested + c.offset;
+}
+PK_INLINE float block_shift(const Codes& c, int64_t block) {
+  return c.shifts ? number_at(c.shifts, c.scale_type, block) : 0;
 }
 
 // The block of an element, and how many elements of it follow from there on in its row.
 struct InBlock {
   int64_t block, left;
 };
-inline InBlock in_block(const Codes& c, int64_t element) {
-  if (c.block_rows == 1) return {element / c.block, c.block - element % c.block};
+PK_INLINE InBlock in_block(const Codes& c, int64_t element) {
+  if (c.block_rows == 1) {
+    const int64_t block = part_of(element, c.block, c.block_bits);
+    return {block, (block + 1) * c.block - element};
+  }
   const int64_t row = element / c.cols, col = element % c.cols;
   const int64_t blocks = (c.cols + c.block - 1) / c.block;
   return {row / c.block_rows * blocks + col / c.block, c.block - col % c.block};
@@ -75,30 +86,35 @@ inline float value_of(const Codes& c, int64_t element) {
   return c.book[element % 2 ? byte & 15 : byte >> 4];
 }
 
+// V codes of a byte each.
+PK_INLINE Vec values_at(Layout layout, const uint8_t* from) {
+  if (layout == Layout::bytes) return floats(signed_bytes(from));
+  const WordVec codes = bytes(from), magnitude = codes & 127;
+  const WordVec wide = magnitude == 127 ? WordVec{} + 0x7fc00000 : magnitude << 20;
+  return (Vec)(wide | (codes & 128) << 24) * 0x1p120f;
+}
+
 // Elements first to first + count of one block.
 inline void widen_run(const Codes& c, int64_t first, int64_t count, float scale, float shift,
                       float* to) {
-  if (c.layout == Layout::bytes) {
-    const auto* from = reinterpret_cast<const int8_t*>(c.data) + first;
-    for (int64_t i = 0; i < count; i++) to[i] = from[i] * scale + shift;
-  } else if (c.layout == Layout::e4m3) {
-    for (int64_t i = 0; i < count; i++) to[i] = widen_e4m3(c.data[first + i]) * scale + shift;
-  } else {
-    int64_t i = 0;
+  int64_t i = 0;
+  if (c.layout == Layout::nibbles) {
     if (first % 2 && count) to[i++] = value_of(c, first) * scale + shift;
     i += widen_nibbles(c, first + i, count - i, scale, shift, to + i);
-    for (; i < count; i++) to[i] = value_of(c, first + i) * scale + shift;
+  } else {
+    for (; i + V <= count; i += V)
+      store(to + i, values_at(c.layout, c.data + first + i) * scale + shift);
   }
+  for (; i < count; i++) to[i] = value_of(c, first + i) * scale + shift;
 }
 
 // to[i] = element first + i, counted row by row, of one row.
 inline void widen_codes(const Codes& c, int64_t first, int64_t count, float* to) {
   if (is_in_blocks(c)) return widen_blocks(c, first, count, to);
-  for (int64_t i = 0; i < count;) {
-    const auto [block, left] = in_block(c, first + i);
+  auto [block, left] = in_block(c, first);
+  for (int64_t i = 0; i < count; block++, left = c.block) {
     const int64_t run = std::min(count - i, left);
-    const float shift = c.shifts ? number_at(c.shifts, c.scale_type, block) : 0;
-    widen_run(c, first + i, run, block_scale(c, block), shift, to + i);
+    widen_run(c, first + i, run, block_scale(c, block), block_shift(c, block), to + i);
     i += run;
   }
 }
@@ -127,10 +143,18 @@ inline void pack_code_columns(const Codes& c, int64_t depth, int64_t col, int64_
   alignas(64) float row[WIDENED_DEPTH];
   if (whole < count) std::memset(panels + whole * depth, 0, depth * LANES * sizeof(float));
   for (int64_t p = 0; p < depth; p++) {
-    widen_codes(c, p * c.cols + col, count, row);
+    const int64_t first = p * c.cols + col;
+    float* to = panels + p * LANES;
+    const auto [block, left] = is_in_blocks(c) ? InBlock{0, 0} : in_block(c, first);
+    if (left >= count) {
+      const float scale = block_scale(c, block), shift = block_shift(c, block);
+      for (int64_t j = 0; j < count; j += LANES)
+        widen_run(c, first + j, std::min<int64_t>(LANES, count - j), scale, shift, to + j * depth);
+      continue;
+    }
+    widen_codes(c, first, count, row);
     for (int64_t j = 0; j < count; j += LANES)
-      std::memcpy(panels + j * depth + p * LANES, row + j,
-                  std::min<int64_t>(LANES, count - j) * sizeof(float));
+      std::memcpy(to + j * depth, row + j, std::min<int64_t>(LANES, count - j) * sizeof(float));
   }
 }
 
@@ -157,6 +181,7 @@ inline bool is_split_easily(const Codes& c) {
 #if defined(__AVX512F__)
 struct Book {
   Vec values;
+  Book() = default;
   explicit Book(const float* from) : values(load(from)) {}
   PK_INLINE Book times(float factor) const { return Book(values * splat(factor)); }
   PK_INLINE Vec at(WordVec codes) const {  // by the low four bits
@@ -166,12 +191,10 @@ struct Book {
  private:
   explicit Book(Vec v) : values(v) {}
 };
-PK_INLINE WordVec bytes(const uint8_t* from) {
-  return (WordVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
 #elif defined(__AVX2__)
 struct Book {
   Vec front, back;
+  Book() = default;
   explicit Book(const float* from) : front(load(from)), back(load(from + 8)) {}
   PK_INLINE Book times(float factor) const { return Book(front * factor, back * factor); }
   PK_INLINE Vec at(WordVec codes) const {  // by the low four bits
@@ -183,9 +206,6 @@ struct Book {
  private:
   Book(Vec f, Vec b) : front(f), back(b) {}
 };
-PK_INLINE WordVec bytes(const uint8_t* from) {
-  return (WordVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-}
 #endif
 
 // A row with the even and the odd places of each chunk apart, and back.
@@ -200,6 +220,86 @@ inline void unsplit_row(const float* from, int64_t count, float* to) {
       to[p + 2 * i] = from[p + i], to[p + 2 * i + 1] = from[p + V + i];
 }
 
+// What is summed of V codes at a time one after the other, before it goes into totals.
+constexpr int64_t BLOCK_RUN = 64 * V;
+
+// Sums of a row side by side, so that none waits for the one before: with more rows there are enough.
+template <int R>
+constexpr int CHAINS = R <= 2 ? 2 : 1;
+
+template <int R>
+PK_INLINE void end_chains(Vec (&sums)[R][CHAINS<R>], Vec (&totals)[R][1]) {
+  for (int i = 0; i < R; i++)
+    for (int s = 0; s < CHAINS<R>; s++) totals[i][0] += std::exchange(sums[i][s], Vec{});
+}
+
+// totals[i][0] += x[i] . line, for R rows of x and a line of the weight, in blocks of GGUF's.
+template <int R, Layout L>
+PK_INLINE void add_block_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+  constexpr int PIECES = L >= Layout::q4_K ? 8 : 1;
+  const int64_t d = c.cols, first = line * d / PIECE;
+  Vec sums[R][CHAINS<R>]{};
+  for (int64_t p = 0; p < d; p += PIECES * PIECE) {
+#pragma GCC unroll 8
+    for (int piece = 0; piece < PIECES; piece++) {
+      Vec values[PIECE_VECS];
+      read_piece<L>(c.data, first + p / PIECE + piece, values);
+      for (int i = 0; i < R; i++)
+        for (int v = 0; v < PIECE_VECS; v++)
+          sums[i][v % CHAINS<R>] += load(x + i * d + p + piece * PIECE + v * V) * values[v];
+    }
+    const int64_t end = p + PIECES * PIECE;
+    if (end % BLOCK_RUN == 0 || end == d) end_chains<R>(sums, totals);
+  }
+}
+
+// The same of codes of a byte, d a multiple of V and so are the blocks.
+template <int R, Layout L>
+PK_INLINE void add_byte_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+  const int64_t d = c.cols;
+  for (int64_t p = 0; p < d;) {
+    const auto [block, left] = in_block(c, line * d + p);
+    const int64_t end = std::min({d, p + left, p + BLOCK_RUN});
+    Vec sums[R]{}, others[R]{}, rows[R]{};
+    const auto add = [&](int64_t q, Vec (&to)[R]) {
+      const Vec values = values_at(L, c.data + line * d + q);
+      for (int i = 0; i < R; i++) {
+        const Vec xs = load(x + i * d + q);
+        to[i] += xs * values;
+        if (c.shifts) rows[i] += xs;
+      }
+    };
+    int64_t q = p;
+    for (; q + 2 * V <= end; q += 2 * V) add(q, sums), add(q + V, others);
+    if (q < end) add(q, sums);
+    const Vec scale = splat(block_scale(c, block));
+    const Vec shift = splat(block_shift(c, block));
+    for (int i = 0; i < R; i++) totals[i][0] += (sums[i] + others[i]) * scale + rows[i] * shift;
+    p = end;
+  }
+}
+
+// Whether the lines of such a weight are read where they lie, in the order they have.
+inline bool is_read_in_order(const Codes& c) {
+  const bool in_bytes = c.layout == Layout::bytes || c.layout == Layout::e4m3;
+  return is_in_blocks(c) || (in_bytes && c.cols % V == 0 && c.block % V == 0);
+}
+
+template <int R>
+PK_INLINE void add_ordered_dots(const Codes& c, int64_t line, const float* x,
+                                Vec (&totals)[R][1]) {
+  switch (c.layout) {
+    case Layout::nibbles: return;
+    case Layout::bytes: return add_byte_dots<R, Layout::bytes>(c, line, x, totals);
+    case Layout::e4m3: return add_byte_dots<R, Layout::e4m3>(c, line, x, totals);
+    case Layout::q8_0: return add_block_dots<R, Layout::q8_0>(c, line, x, totals);
+    case Layout::q4_0: return add_block_dots<R, Layout::q4_0>(c, line, x, totals);
+    case Layout::q4_1: return add_block_dots<R, Layout::q4_1>(c, line, x, totals);
+    case Layout::q4_K: return add_block_dots<R, Layout::q4_K>(c, line, x, totals);
+    case Layout::q6_K: return add_block_dots<R, Layout::q6_K>(c, line, x, totals);
+  }
+}
+
 #if defined(__AVX2__)
 // totals[i][0] += x[i] . line, for R split rows of x and a line of the weight.
 template <int R>
@@ -207,44 +307,70 @@ PK_INLINE void add_code_dots(const Codes& c, int64_t line, const float* x, Vec (
   const int64_t d = c.cols, stretch = std::min(c.block, d);
   const uint8_t* from = c.data + line * d / 2;
   const Book book(c.book);
-  Vec sums[R]{};
+  int64_t block = in_block(c, line * d).block;
+  Vec sums[R][CHAINS<R>]{};
   for (int64_t p = 0; p < d; p += stretch) {
-    const Book scaled = book.times(block_scale(c, (line * d + p) / c.block));
+    const Book scaled = book.times(block_scale(c, block++));
     for (int64_t q = p; q < p + stretch; q += CHUNK) {
       const WordVec codes = bytes(from + q / 2);
       const Vec even = scaled.at(codes >> 4), odd = scaled.at(codes);
       for (int i = 0; i < R; i++) {
-        sums[i] += load(x + i * d + q) * even;
-        sums[i] += load(x + i * d + q + V) * odd;
+        sums[i][0] += load(x + i * d + q) * even;
+        sums[i][CHAINS<R> - 1] += load(x + i * d + q + V) * odd;
       }
     }
-    if ((p + stretch) % SPLIT_RUN == 0 || p + stretch == d)
-      for (int i = 0; i < R; i++) totals[i][0] += std::exchange(sums[i], Vec{});
+    if ((p + stretch) % SPLIT_RUN == 0 || p + stretch == d) end_chains<R>(sums, totals);
   }
 }
 
-// sums[i] += x[i] line, for R rows of split sums and the columns [col, col + count) of a line.
-template <int R>
-PK_INLINE void add_code_line(const Codes& c, int64_t line, int64_t col, int64_t count,
-                             const float* x, int64_t x_row, float* sums, int64_t sums_row) {
+// How many lines of the weight are read at once: books and values fill the registers.
+constexpr int64_t LINES = V == 16 ? 4 : 2;
+
+// sums[i] += sum over N lines of x[i][n] line[n], for m rows of split sums and the columns
+// [col, col + count) of lines that follow one another.
+template <int N>
+PK_INLINE void add_code_lines(const Codes& c, int64_t line, int64_t col, int64_t count, int64_t m,
+                              const float* x, int64_t x_row, float* sums, int64_t sums_row) {
   const Book book(c.book);
-  int64_t element = line * c.cols + col;
-  for (int64_t j = 0; j < count;) {
-    const int64_t end = std::min(count, j + c.block - element % c.block);
-    const Book scaled = book.times(block_scale(c, element / c.block));
-    element += end - j;
+  const uint8_t* from = c.data + (line * c.cols + col) / 2;
+  int64_t blocks[N];
+  for (int n = 0; n < N; n++) blocks[n] = in_block(c, (line + n) * c.cols + col).block;
+  // Alike in all: a line has whole blocks, or a block whole lines.
+  int64_t left = in_block(c, line * c.cols + col).left;
+  for (int64_t j = 0; j < count; left = c.block) {
+    const int64_t end = std::min(count, j + left);
+    Book scaled[N];
+    for (int n = 0; n < N; n++) scaled[n] = book.times(block_scale(c, blocks[n]++));
     for (; j < end; j += CHUNK) {
-      const WordVec codes = bytes(c.data + (line * c.cols + col + j) / 2);
-      const Vec even = scaled.at(codes >> 4), odd = scaled.at(codes);
-      for (int i = 0; i < R; i++) {
+      Vec even[N], odd[N];
+      for (int n = 0; n < N; n++) {
+        const WordVec codes = bytes(from + (n * c.cols + j) / 2);
+        even[n] = scaled[n].at(codes >> 4), odd[n] = scaled[n].at(codes);
+      }
+      for (int64_t i = 0; i < m; i++) {
         float* to = sums + i * sums_row + j;
-        const Vec factor = splat(x[i * x_row]);
-        store(to, load(to) + factor * even);
-        store(to + V, load(to + V) + factor * odd);
+        Vec first = load(to), second = load(to + V);
+        for (int n = 0; n < N; n++) {
+          const Vec factor = splat(x[i * x_row + n]);
+          first += factor * even[n], second += factor * odd[n];
+        }
+        store(to, first), store(to + V, second);
       }
     }
   }
 }
 #endif
+
+// Whether the lines of such a weight are read where they lie, by a few rows.
+inline bool is_read_in_place(const Codes& c) { return is_split_easily(c) || is_read_in_order(c); }
+
+// totals[i][0] += x[i] . line, for R rows of x: split where codes are nibbles.
+template <int R>
+PK_INLINE void add_line_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+#if defined(__AVX2__)
+  if (c.layout == Layout::nibbles) return add_code_dots<R>(c, line, x, totals);
+#endif
+  add_ordered_dots<R>(c, line, x, totals);
+}
 
 }  // namespace peft_kernels::PK_ISA

@@ -180,14 +180,13 @@ inline void few_project(const Sweep& s, const float* x, const Parallel& parallel
   for (int64_t i = 0; i < m * s.r; i++) s.z[i] = p.scale * p.s[i];
 }
 
-#if defined(__AVX2__)
-// out(row + i, col) for R rows: split x with a line of the weight, which is a column of G.
+// out(row + i, col) for R rows: x, or x split, with a line of the weight, which is a column of G.
 template <int R>
 PK_INLINE void few_code_dots(const Sweep& s, const float* x, int64_t row, int64_t col) {
   float dots[4][4];
   Vec totals[R][1]{};
   for (int i = 0; i < R; i++) dots[i][0] = s.gain ? 0 : bias_at(s, col);
-  add_code_dots<R>(*s.codes, col, x + row * s.x.cols, totals);
+  add_line_dots<R>(*s.codes, col, x + row * s.x.cols, totals);
   with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
     add_dots<R, 1>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, totals, dots);
   });
@@ -201,29 +200,28 @@ PK_INLINE void few_code_dots(const Sweep& s, const float* x, int64_t row, int64_
 // The product with a weight in codes, of which each is looked up once for 4 rows.
 inline void few_code_dot(const Sweep& s, const float* x, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
-  const Scratch split(m * d);
-  for (int64_t i = 0; i < m; i++) split_row(x + i * d, d, split + i * d);
+  const bool splits = s.codes->layout == Layout::nibbles;
+  const Scratch split(splits ? m * d : 0);
+  for (int64_t i = 0; i < m && splits; i++) split_row(x + i * d, d, split + i * d);
+  if (splits) x = split;
   const int64_t tasks = std::min<int64_t>(parallel.threads, c);
   parallel(tasks, [&](int64_t task) {
     for (int64_t col = c * task / tasks; col < c * (task + 1) / tasks; col++)
       for (int64_t row = 0; row < m; row += 4) switch (m - row) {
-          case 1: few_code_dots<1>(s, split, row, col); break;
-          case 2: few_code_dots<2>(s, split, row, col); break;
-          case 3: few_code_dots<3>(s, split, row, col); break;
-          default: few_code_dots<4>(s, split, row, col);
+          case 1: few_code_dots<1>(s, x, row, col); break;
+          case 2: few_code_dots<2>(s, x, row, col); break;
+          case 3: few_code_dots<3>(s, x, row, col); break;
+          default: few_code_dots<4>(s, x, row, col);
         }
   });
 }
-#endif
 
 // G with d contiguous: dot products of rows of X with columns of G. H too must have r contiguous.
 inline void sweep_few_dot(const Sweep& s, const Parallel& parallel) {
   const Scratch buffer(s.x.rows * s.x.cols);
   const float* x = contiguous_rows(s.x, buffer);
   if (s.projection) few_project(s, x, parallel);
-#if defined(__AVX2__)
-  if (s.codes && is_split_easily(*s.codes)) return few_code_dot(s, x, parallel);
-#endif
+  if (s.codes && is_read_in_place(*s.codes)) return few_code_dot(s, x, parallel);
   few_dot(s, x, parallel);
 }
 
@@ -293,20 +291,13 @@ inline void few_code_axpy(const Sweep& s, const float* x, int64_t col, int64_t c
   const int64_t m = s.x.rows, d = s.x.cols;
   float* split = sums + m * width;
   std::memset(sums, 0, 2 * m * width * sizeof(float));
-  for (int64_t p = 0; p < d; p++) {
+  const int64_t whole = d / LINES * LINES;
+  for (int64_t p = 0; p < whole; p += LINES) {
     if (p && p % AXPY_RUN == 0) end_run(m * width, sums, split);
-    for (int64_t i = 0; i < m; i += 4) {
-      const auto add = [&]<int R>(std::integral_constant<int, R>) {
-        add_code_line<R>(*s.codes, p, col, cols, x + i * d + p, d, sums + i * width, width);
-      };
-      switch (m - i) {
-        case 1: add(std::integral_constant<int, 1>{}); break;
-        case 2: add(std::integral_constant<int, 2>{}); break;
-        case 3: add(std::integral_constant<int, 3>{}); break;
-        default: add(std::integral_constant<int, 4>{});
-      }
-    }
+    add_code_lines<LINES>(*s.codes, p, col, cols, m, x + p, d, sums, width);
   }
+  for (int64_t p = whole; p < d; p++)
+    add_code_lines<1>(*s.codes, p, col, cols, m, x + p, d, sums, width);
   end_run(m * width, sums, split);
   for (int64_t i = 0; i < m; i++) {
     unsplit_row(split + i * width, cols, sums);

@@ -42,6 +42,7 @@ struct Codes {
   const float *nested_scales, *nested_book;  // null without; [256]
   int64_t nested_block;
   float offset;
+  int block_bits = -1, nested_bits = -1;  // of block and nested_block where those are powers of 2
 };
 
 // Element (i, j) is dropped when word j % 4 of philox(seed, j / 4, i, 0, 0) is below threshold.

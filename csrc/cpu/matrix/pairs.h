@@ -51,8 +51,8 @@ PK_PAIRS inline void round_row(const float* from, int64_t count, BFloat16* to) {
 }
 
 // A run of one block, of whole chunks: the book times the scale is a table of 16 words of 16 bits.
-PK_PAIRS inline void round_nibbles(const Codes& c, int64_t start, int64_t count, BFloat16* to) {
-  const float scale = block_scale(c, start / c.block);
+PK_PAIRS inline void round_nibbles(const Codes& c, int64_t start, int64_t count, float scale,
+                                   BFloat16* to) {
   const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(c.book), _mm512_set1_ps(scale));
   const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled));
   for (int64_t i = 0; i < count; i += CHUNK) {
@@ -67,17 +67,19 @@ PK_PAIRS inline void round_nibbles(const Codes& c, int64_t start, int64_t count,
 
 // to[i] = element first + i, counted row by row, of one row.
 inline void round_codes(const Codes& c, int64_t first, int64_t count, BFloat16* to) {
-  const bool in_chunks = is_split_easily(c) && first % CHUNK == 0 && count % CHUNK == 0;
+  if (is_split_easily(c) && first % CHUNK == 0 && count % CHUNK == 0) {
+    auto [block, left] = in_block(c, first);
+    for (int64_t i = 0, run; i < count; i += run, left = c.block) {
+      run = std::min(count - i, left);
+      round_nibbles(c, first + i, run, block_scale(c, block++), to + i);
+    }
+    return;
+  }
   alignas(64) float widened[WIDENED_DEPTH];
   for (int64_t i = 0, run; i < count; i += run) {
-    if (in_chunks) {
-      run = std::min(count - i, c.block - (first + i) % c.block);
-      round_nibbles(c, first + i, run, to + i);
-    } else {
-      run = std::min(count - i, WIDENED_DEPTH);
-      widen_codes(c, first + i, run, widened);
-      round_row(widened, run, to + i);
-    }
+    run = std::min(count - i, WIDENED_DEPTH);
+    widen_codes(c, first + i, run, widened);
+    round_row(widened, run, to + i);
   }
 }
 

@@ -97,6 +97,41 @@ PK_INLINE Vec load(const Half* p) { return load_block(p); }
 PK_INLINE Vec load(const BFloat16* p) { return load_block(p); }
 #endif
 
+// V bytes as words, and words as floats.
+#if defined(__AVX512F__)
+PK_INLINE WordVec bytes(const uint8_t* from) {
+  return (WordVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+PK_INLINE WordVec signed_bytes(const uint8_t* from) {
+  return (WordVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+PK_INLINE Vec floats(WordVec words) { return (Vec)_mm512_cvtepi32_ps((__m512i)words); }
+#elif defined(__AVX2__)
+PK_INLINE WordVec bytes(const uint8_t* from) {
+  return (WordVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+PK_INLINE WordVec signed_bytes(const uint8_t* from) {
+  return (WordVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+PK_INLINE Vec floats(WordVec words) { return (Vec)_mm256_cvtepi32_ps((__m256i)words); }
+#else
+PK_INLINE WordVec bytes(const uint8_t* from) {
+  WordVec words;
+  for (int i = 0; i < V; i++) words[i] = from[i];
+  return words;
+}
+PK_INLINE WordVec signed_bytes(const uint8_t* from) {
+  WordVec words;
+  for (int i = 0; i < V; i++) words[i] = static_cast<uint32_t>(static_cast<int8_t>(from[i]));
+  return words;
+}
+PK_INLINE Vec floats(WordVec words) {
+  Vec values;
+  for (int i = 0; i < V; i++) values[i] = static_cast<float>(static_cast<int32_t>(words[i]));
+  return values;
+}
+#endif
+
 // By halves.
 template <int N>
 PK_INLINE float sum_of(const float* values) {
