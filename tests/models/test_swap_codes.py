@@ -9,7 +9,7 @@ from torch import nn
 import peft_kernels
 from peft_kernels.codes.layers import codes_of
 from peft_kernels.nn import LoRALinear, QuantizedLoRALinear
-from peft_kernels.ops import dequantize
+from peft_kernels.ops import dequantize, quantize
 
 quantised = pytest.importorskip("quantised")
 transformers = pytest.importorskip("transformers")
@@ -207,3 +207,34 @@ def test_names_the_layer_whose_tensors_do_not_go_together(spoil, match):
     with pytest.raises(ValueError, match=name + match):
         peft_kernels.AdapterPool.attach(model, "all-linear", capacity=8)
     assert dict(model.named_modules()) == before
+
+
+def test_over_transformers_floats_of_8_bits():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(2):
+        found = quantize(torch.randn(128, 128), "fp8", by="block")
+        layer = fp8.FP8Linear(128, 128, block_size=(128, 128))
+        layer.weight.data = found.codes
+        layer.weight_scale_inv.data = found.scales.view(layer.weight_scale_inv.shape)
+        layers.append(layer)
+    model = nn.Sequential(*layers)
+    modules = dict(model.named_modules())
+    values = [dequantize(codes_of(layer)).double() for layer in model]
+    peft_kernels.swap_linear(model, ["0", "1"], 4, alpha=8)
+    x = torch.randn(3, 128)
+    expected = x.double()
+    for layer, weight in zip(model, values, strict=True):
+        layer.lora_b.data.normal_()
+        expected = expected @ (weight + 2 * (layer.lora_b @ layer.lora_a).double()).T
+    scale = expected.norm()
+    assert (model(x).double() - expected).norm() < 1e-5 * scale
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert not any(model.load_state_dict(model.state_dict()))
+    peft_kernels.merge(model)
+    assert (model(x).double() - expected).norm() < 1e-5 * scale
+    with pytest.raises(RuntimeError, match="merged"):
+        model[0].merge()
+    peft_kernels.unload(model, merge=False)
+    assert dict(model.named_modules()) == modules
