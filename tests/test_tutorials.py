@@ -152,3 +152,34 @@ def test_lora_fine_tuning_runs(tmp_path):
     losses = results["losses"]["fused"]
     assert len(losses) == 8
     assert sum(losses[4:]) < sum(losses[:4])
+
+
+@needs_the_model
+@pytest.mark.long
+def test_four_bits_run(tmp_path):
+    pytest.importorskip("peft")
+    assert run_tutorial("05-four-bits.py", tmp_path) == {
+        "adapter/README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/head.safetensors",
+        "chart.png",
+        "results.json",
+    }
+    results = json.loads((tmp_path / "results.json").read_text())
+    costs = results["costs"]
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
+    assert costs.keys() - {"bitsandbytes"} == bits.keys()
+    for kind, wanted in bits.items():
+        assert wanted <= costs[kind]["bits"] < wanted + 0.25  # of scales
+        losses = costs[kind]["losses"]
+        assert len(losses) == 6
+        assert sum(losses[3:]) < sum(losses[:3]), kind
+    assert costs["float32"]["same_answers"] == 1
+    if "bitsandbytes" in costs:
+        assert costs["bitsandbytes"]["weight_bytes"] == pytest.approx(
+            costs["nf4"]["weight_bytes"], rel=0.02
+        )
+        assert results["loss_difference"] < 1e-3
+    for difference in results["logit_differences"].values():
+        assert difference < 1e-4

@@ -21,6 +21,7 @@ LINES = (
     ("#0f6cbd", "o"),
     ("#7fb2e0", "s"),
 )
+BITS_COLOURS = ("#8a8f98", "#3a9a5b", "#7fb2e0", "#0f6cbd", "#e08a1e")  # of tutorial 05's kinds
 SMOOTHING = 0.8
 
 
@@ -30,6 +31,16 @@ class SoftPromptOutcome(Protocol):
     length: int
     trained: int
     test: float
+
+
+class BitsCost(Protocol):
+    """What tutorial 05's chart shows of a kind of weights."""
+
+    bits: float
+    weight_bytes: int
+    peak_bytes: int | None
+    step_seconds: float
+    text_seconds: float
 
 
 def save_chart(
@@ -101,6 +112,38 @@ def save_soft_prompts_chart(
     axes[1].set(title="By what trains beside the head", xlabel="parameters")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
+    _save(figure, path)
+
+
+def save_bits_chart(path: Path, names: Mapping[str, str], costs: Mapping[str, BitsCost]) -> None:
+    """Draws tutorial 05's three panels, by bits: memory, a training step, a short text's forward.
+
+    ``names`` maps a kind of weights to its caption, and ``costs`` to what was measured of it.
+    """
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
+    figure.suptitle("LoRA over the linear layers of all-MiniLM-L6-v2, by bits", fontsize=14)
+    captions = [
+        f"{names[kind].replace(', ', chr(10))}\n({c.bits:.2f})" for kind, c in costs.items()
+    ]
+    colours = BITS_COLOURS[: len(costs)]
+    weights = [cost.weight_bytes / 1e6 for cost in costs.values()]
+    bars = axes[0].bar(captions, weights, color=colours)
+    axes[0].bar_label(bars, fmt="%.1f", padding=2)
+    if all(cost.peak_bytes is not None for cost in costs.values()):
+        peaks = [(cost.peak_bytes or 0) / 1e6 for cost in costs.values()]
+        bars = axes[0].bar(captions, peaks, bottom=weights, color="#e1e4e9", label="a step, on top")
+        axes[0].bar_label(bars, fmt="%.0f", label_type="center")
+        axes[0].legend(frameon=False, loc="upper right")
+    axes[0].set(title="Memory: weights, and the peak of a training step", ylabel="MB")
+    axes[0].margins(y=0.2)
+    step = [1e3 * cost.step_seconds for cost in costs.values()]
+    axes[1].bar_label(axes[1].bar(captions, step, color=colours), fmt="%.0f", padding=2)
+    axes[1].set(title="Time of a training step (median)", ylabel="ms")
+    text = [1e3 * cost.text_seconds for cost in costs.values()]
+    axes[2].bar_label(axes[2].bar(captions, text, color=colours), fmt="%.1f", padding=2)
+    axes[2].set(title="Time of one short text's forward (median)", ylabel="ms")
+    for axis in axes:
+        axis.tick_params(axis="x", labelsize=8)
     _save(figure, path)
 
 

@@ -220,9 +220,16 @@ def load_in_peft(folder: str | Path, **options) -> nn.Module:
 class Trainee:
     """One variant under training: its model, its optimizer, and how a step runs."""
 
-    def __init__(self, variant: str, steps: int, seed: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        variant: str,
+        steps: int,
+        seed: int,
+        dropout: float = 0.0,
+        build: Callable[[str, int, float], Classifier] = build_classifier,
+    ) -> None:
         self.variant = variant
-        self.model = build_classifier(variant, seed, dropout)
+        self.model = build(variant, seed, dropout)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in parameters)
         self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
