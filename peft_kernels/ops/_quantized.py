@@ -29,6 +29,7 @@ from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops._gguf_blocks import BLOCKS, dequantize_blocks
 from peft_kernels.ops._packed import PACKED, check_packed, dequantize_packed
+from peft_kernels.ops._transforms import gradients_of, is_recorded, wants_gradient_composition
 
 
 class NestedScales(NamedTuple):
@@ -111,7 +112,14 @@ def _arguments(weight: QuantizedWeight) -> tuple:
     """What the ops take of it."""
     codes, scales, shape, block, book, unit, nested, shifts, layout, block_rows = weight
     own: tuple = (None, None, 0, 0.0)
-    if nested is not None and torch.compiler.is_compiling():  # the offset is no number in a graph
+    if nested is not None and (
+        # The offset is no number there; and kernels take neither a unit nor shifts beside it.
+        torch.compiler.is_compiling()
+        or is_recorded()
+        or nested.offset.is_meta
+        or unit != 1.0
+        or shifts is not None
+    ):
         scales, nested = scales_of_codes(scales, *nested), None
     if nested is not None:
         own = nested.scales, nested.book, nested.block, float(nested.offset)
@@ -159,6 +167,12 @@ def _fwd_ref(x, *rest):
     y = wide @ _dequantized(arguments, x.shape[1]).to(acc).T
     y = y + _scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
     return (y if bias is None else y + bias.to(acc)).to(x.dtype), s
+
+
+@_library.outside_autocast
+def _composition(x, *rest) -> Tensor:
+    """y in differentiable operations, for gradients of gradients."""
+    return _fwd_ref(x, *rest)[0]
 
 
 def _bwd_ref(dy, x, *rest):
@@ -226,13 +240,21 @@ class LoRALinearCodes(torch.autograd.Function):
         tensors = [t if other is None else other for t, other in zip(saved, ctx.aside, strict=True)]
         scale, dropout_p, variant, numbers = ctx.options
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        if wants_gradient_composition(dy):
+
+            def composed(x, lora_a, lora_b):
+                options = scale, scale_t, dropout_p, seed
+                return _composition(x, *tensors, *numbers, None, lora_a, lora_b, *options)
+
+            dx, da, db = gradients_of(composed, (x, lora_a, lora_b), needs, dy)
+            return dx, None, d_bias, da, db, None, None, None, None
         bwd = _library.get_op("lora_linear_codes_bwd", variant)
         found = bwd(
             dy.contiguous(), x, *tensors, *numbers, lora_a, lora_b, s,
             scale, scale_t, dropout_p, seed, *needs,
         )  # fmt: skip
         dx, da, db = (one if needed else None for one, needed in zip(found, needs, strict=True))
-        d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, d_bias, da, db, None, None, None, None
 
 

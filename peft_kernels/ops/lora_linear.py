@@ -271,8 +271,11 @@ def _over_codes(x, weight, lora_a, lora_b, *, bias, scale, dropout_p, seed) -> T
     check_codes(x, weight, bias, lora_a, lora_b)
     _check_options(scale, dropout_p)
     if is_special():
+        base = dequantize(weight, x.dtype)
+        if not lora_a.shape[0]:
+            return F.linear(x, base, bias)
         options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-        return lora_linear(x, dequantize(weight, x.dtype), lora_a, lora_b, **options)
+        return lora_linear(x, base, lora_a, lora_b, **options)
     rest = bias, lora_a, lora_b, *read_options(x, scale, dropout_p, seed)
     return in_shape_of(x, lora_linear_codes(rows_of(x), weight, *rest))
 

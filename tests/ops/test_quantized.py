@@ -197,6 +197,64 @@ def test_of_any_dimensions_and_under_vmap():
     torch.testing.assert_close(mapped, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["nested", "int8", "q4_0"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradients_of_gradients(kind, p):
+    weight = weight_of(24, 64, kind=kind)
+    x, a, b, bias = (one.requires_grad_() for one in problem(4, 24, 64))
+
+    def penalty(base):
+        y = lora_linear(x, base, a, b, bias=bias, dropout_p=p, seed=3)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, a, b, bias))
+
+    for one, other in zip(penalty(weight), penalty(dequantize(weight)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("r", [0, 6])
+def test_transforms(r):
+    weight = weight_of(24, 64)
+    x, a, b, bias = problem(4, 24, 64, r=r)
+
+    def layer(x):
+        return lora_linear(x, weight, a, b, bias=bias)
+
+    values = dequantize(weight) + b @ a
+    close = {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x), **close)
+    _, along = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(along, x @ values.T, **close)
+    slope = torch.func.grad(lambda x: layer(x).sum())(x)
+    torch.testing.assert_close(slope, values.sum(0).expand(4, 64), **close)
+
+
+@pytest.mark.parametrize("change", ["unit", "shifts", "both"])
+@pytest.mark.parametrize("m", [3, 40])
+def test_nested_scales_beside_a_unit_and_shifts(m, change):
+    weight = weight_of(24, 70)
+    if change != "shifts":
+        weight = weight._replace(unit=0.3)
+    if change != "unit":
+        weight = weight._replace(shifts=torch.randn(weight.scales.shape))
+    x, a, b, bias = problem(m, 24, 70)
+    dy = torch.randn(m, 24)
+    y, dx, *_ = run(x, weight, a, b, bias, dy)
+    values = dequantize(weight) + 0.5 * b @ a
+    torch.testing.assert_close(y, x @ values.T + bias, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(dx, dy @ values, rtol=1e-4, atol=1e-3)
+
+
+def test_nested_scales_without_values():
+    weight = weight_of(24, 64)
+    there = weight._replace(
+        codes=weight.codes.to("meta"), scales=weight.scales.to("meta"), book=BOOK.to("meta"),
+        nested=NestedScales(*(t.to("meta") if torch.is_tensor(t) else t for t in weight.nested)),
+    )  # fmt: skip
+    x, a, b, bias = (one.to("meta") for one in problem(4, 24, 64))
+    assert lora_linear(x, there, a, b, bias=bias).shape == (4, 24)
+
+
 def test_ops_are_registered_as_torch_expects():
     weight = weight_of(8, 64)
     x, a, b, bias = problem(3, 8, 64)
