@@ -69,7 +69,9 @@ def quantize(
 
 def _in_bytes(weight: Tensor) -> QuantizedWeight:
     n, k = weight.shape
-    half = weight.to(torch.float16)
+    if not k:
+        return QuantizedWeight(weight.to(torch.int8), weight.new_zeros(0).float(), (n, k), 1)
+    half = weight.to(torch.float16).contiguous()
     scales = half.abs().amax(1).float()
     codes = torch.round(half * (127.0 / scales[:, None])).to(torch.int8)
     return QuantizedWeight(codes, scales, (n, k), k, unit=1 / 127)

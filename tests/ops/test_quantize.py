@@ -69,6 +69,18 @@ def test_fp8_is_the_nearest_by_its_scale(by, n, k):
     assert weight.codes.dtype is FLOAT8 and torch.equal(dequantize(weight), expected)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("shape", [(24, 40), (3, 0), (0, 40)])
+def test_any_strides_and_no_elements(kind, shape):
+    torch.manual_seed(0)
+    n, k = shape
+    plain = torch.randn(k, n).T
+    weight, x = quantize(plain, kind), torch.randn(2, k)
+    assert torch.equal(dequantize(weight), dequantize(quantize(plain.contiguous(), kind)))
+    y = lora_linear(x, weight, torch.zeros(1, k), torch.zeros(n, 1))
+    torch.testing.assert_close(y, x @ dequantize(weight).T, rtol=1e-4, atol=1e-4)
+
+
 def test_fp8_computes():
     weight = quantize(torch.randn(130, 200), "fp8", by="block")
     x, a, b = torch.randn(5, 200), torch.randn(4, 200), torch.randn(130, 4)
