@@ -22,6 +22,7 @@ import four_bit
 import headline
 import peft_models
 import peft_overhead
+import quantized_models
 import traffic
 
 from peft_kernels import cli
@@ -109,8 +110,13 @@ def _peft_models() -> str:
 
 
 def _four_bit() -> str:
-    """LoRA over 4-bit weights."""
+    """LoRA over weights of 4 and 8 bits."""
     return four_bit.table(json.loads(_results.FOUR_BIT.read_text()))
+
+
+def _quantized_models() -> str:
+    """A model over its GGUF file."""
+    return quantized_models.table(json.loads(_results.QUANTIZED_MODELS.read_text()))
 
 
 def _peft_overhead() -> str:
@@ -153,5 +159,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "peft_models": _peft_models,
     "peft_overhead": _peft_overhead,
     "four_bit": _four_bit,
+    "quantized_models": _quantized_models,
     "commands": _commands,
 }

@@ -10,17 +10,14 @@ autograd records them. The limit is what was set before anything was measured.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
+from _record import main
 from torch import Tensor, nn
 
 import peft_kernels
@@ -85,17 +82,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="where the record goes")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
+def measured() -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    rows = [measure(training, Budget(31, 2.0)) for training in (False, True)]
-    print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return [measure(training, Budget(31, 2.0)) for training in (False, True)]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measured, table)
