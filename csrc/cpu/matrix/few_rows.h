@@ -180,24 +180,33 @@ inline void few_project(const Sweep& s, const float* x, const Parallel& parallel
   for (int64_t i = 0; i < m * s.r; i++) s.z[i] = p.scale * p.s[i];
 }
 
-// out(row + i, col) for R rows: x, or x split, with a line of the weight, which is a column of G.
+// out(row + i, col) = totals[i], what is left of its sums added.
 template <int R>
-PK_INLINE void few_code_dots(const Sweep& s, const float* x, int64_t row, int64_t col) {
+PK_INLINE void end_code_dots(const Sweep& s, int64_t row, int64_t col, const Vec* totals) {
   float dots[4][4];
-  Vec totals[R][1]{};
-  for (int i = 0; i < R; i++) dots[i][0] = s.gain ? 0 : bias_at(s, col);
-  add_line_dots<R>(*s.codes, col, x + row * s.x.cols, totals);
+  Vec sums[R][1];
+  for (int i = 0; i < R; i++) sums[i][0] = totals[i], dots[i][0] = s.gain ? 0 : bias_at(s, col);
   with_type(s.h.dtype, s.h.at(0, col), [&](auto* h) {
-    add_dots<R, 1>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, totals, dots);
+    add_dots<R, 1>(s.r, s.z + row * s.r, s.r, h, s.h.col_stride, sums, dots);
   });
   for (int i = 0; i < R; i++) {
-    dots[i][0] += sum(totals[i][0]);
+    dots[i][0] += sum(sums[i][0]);
     if (s.gain) end_sums(s, col, 1, dots[i]);
     store_row(s.out, row + i, col, dots[i], 1);
   }
 }
 
-// The product with a weight in codes, of which each is looked up once for 4 rows.
+// R rows, of x or of x split, with a line of the weight, which is a column of G.
+template <int R>
+PK_INLINE void few_code_dots(const Sweep& s, const float* x, int64_t row, int64_t col) {
+  Vec totals[R][1]{};
+  add_line_dots<R>(*s.codes, col, x + row * s.x.cols, totals);
+  constexpr int FIRST = std::min(R, 4);
+  end_code_dots<FIRST>(s, row, col, totals[0]);
+  if constexpr (R > FIRST) end_code_dots<R - FIRST>(s, row + FIRST, col, totals[FIRST]);
+}
+
+// The product with a weight in codes, of which each is looked up once for up to 8 rows.
 inline void few_code_dot(const Sweep& s, const float* x, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
   const bool splits = s.codes->layout == Layout::nibbles;
@@ -207,11 +216,12 @@ inline void few_code_dot(const Sweep& s, const float* x, const Parallel& paralle
   const int64_t tasks = std::min<int64_t>(parallel.threads, c);
   parallel(tasks, [&](int64_t task) {
     for (int64_t col = c * task / tasks; col < c * (task + 1) / tasks; col++)
-      for (int64_t row = 0; row < m; row += 4) switch (m - row) {
-          case 1: few_code_dots<1>(s, x, row, col); break;
-          case 2: few_code_dots<2>(s, x, row, col); break;
-          case 3: few_code_dots<3>(s, x, row, col); break;
-          default: few_code_dots<4>(s, x, row, col);
+      for (int64_t row = 0; row < m;) switch (m - row) {
+          case 1: few_code_dots<1>(s, x, row, col), row += 1; break;
+          case 2: few_code_dots<2>(s, x, row, col), row += 2; break;
+          case 3: few_code_dots<3>(s, x, row, col), row += 3; break;
+          case 8: few_code_dots<8>(s, x, row, col), row += 8; break;
+          default: few_code_dots<4>(s, x, row, col), row += 4;
         }
   });
 }
