@@ -6,6 +6,7 @@
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t PIECE = 32;
+constexpr int64_t MAX_BLOCK = 256;  // elements
 constexpr int PIECE_VECS = PIECE / V;
 
 inline bool is_in_blocks(const Codes& c) { return c.layout >= Layout::q8_0; }

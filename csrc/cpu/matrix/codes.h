@@ -223,48 +223,59 @@ inline void unsplit_row(const float* from, int64_t count, float* to) {
 // What is summed of V codes at a time one after the other, before it goes into totals.
 constexpr int64_t BLOCK_RUN = 64 * V;
 
-// Sums of a row side by side, so that none waits for the one before: with more rows there are enough.
+// Sums of a row side by side, so that none waits for the one before; more rows have enough of them.
 template <int R>
 constexpr int CHAINS = R <= 2 ? 2 : 1;
 
 template <int R>
-PK_INLINE void end_chains(Vec (&sums)[R][CHAINS<R>], Vec (&totals)[R][1]) {
+PK_INLINE void end_chains(Vec (&sums)[R][CHAINS<R>], Vec* totals) {
   for (int i = 0; i < R; i++)
-    for (int s = 0; s < CHAINS<R>; s++) totals[i][0] += std::exchange(sums[i][s], Vec{});
+    for (int s = 0; s < CHAINS<R>; s++) totals[i] += std::exchange(sums[i][s], Vec{});
 }
 
-// totals[i][0] += x[i] . line, for R rows of x and a line of the weight, in blocks of GGUF's.
+// Rows of floats, x[i] at data + i * row.
+struct FewRows {
+  const float* data;
+  int64_t row;
+};
+
+// A stretch of a line of the weight, of whole blocks of GGUF's and whole chunks.
+struct Stretch {
+  int64_t line, start, end;
+};
+
+// totals[i] += x[i] . stretch, for R rows of x, in blocks of GGUF's.
 template <int R, Layout L>
-PK_INLINE void add_block_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+PK_INLINE void add_block_dots(const Codes& c, Stretch s, FewRows x, Vec* totals) {
   constexpr int PIECES = L >= Layout::q4_K ? 8 : 1;
-  const int64_t d = c.cols, first = line * d / PIECE;
+  const int64_t first = s.line * c.cols / PIECE;
   Vec sums[R][CHAINS<R>]{};
-  for (int64_t p = 0; p < d; p += PIECES * PIECE) {
+  for (int64_t p = s.start; p < s.end; p += PIECES * PIECE) {
 #pragma GCC unroll 8
     for (int piece = 0; piece < PIECES; piece++) {
       Vec values[PIECE_VECS];
       read_piece<L>(c.data, first + p / PIECE + piece, values);
       for (int i = 0; i < R; i++)
         for (int v = 0; v < PIECE_VECS; v++)
-          sums[i][v % CHAINS<R>] += load(x + i * d + p + piece * PIECE + v * V) * values[v];
+          sums[i][v % CHAINS<R>] += load(x.data + i * x.row + p + piece * PIECE + v * V) * values[v];
     }
     const int64_t end = p + PIECES * PIECE;
-    if (end % BLOCK_RUN == 0 || end == d) end_chains<R>(sums, totals);
+    if (end % BLOCK_RUN == 0 || end == s.end) end_chains<R>(sums, totals);
   }
 }
 
 // The same of codes of a byte, d a multiple of V and so are the blocks.
 template <int R, Layout L>
-PK_INLINE void add_byte_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+PK_INLINE void add_byte_dots(const Codes& c, Stretch s, FewRows x, Vec* totals) {
   const int64_t d = c.cols;
-  for (int64_t p = 0; p < d;) {
-    const auto [block, left] = in_block(c, line * d + p);
-    const int64_t end = std::min({d, p + left, p + BLOCK_RUN});
+  for (int64_t p = s.start; p < s.end;) {
+    const auto [block, left] = in_block(c, s.line * d + p);
+    const int64_t end = std::min({s.end, p + left, p + BLOCK_RUN});
     Vec sums[R]{}, others[R]{}, rows[R]{};
     const auto add = [&](int64_t q, Vec (&to)[R]) {
-      const Vec values = values_at(L, c.data + line * d + q);
+      const Vec values = values_at(L, c.data + s.line * d + q);
       for (int i = 0; i < R; i++) {
-        const Vec xs = load(x + i * d + q);
+        const Vec xs = load(x.data + i * x.row + q);
         to[i] += xs * values;
         if (c.shifts) rows[i] += xs;
       }
@@ -274,7 +285,7 @@ PK_INLINE void add_byte_dots(const Codes& c, int64_t line, const float* x, Vec (
     if (q < end) add(q, sums);
     const Vec scale = splat(block_scale(c, block));
     const Vec shift = splat(block_shift(c, block));
-    for (int i = 0; i < R; i++) totals[i][0] += (sums[i] + others[i]) * scale + rows[i] * shift;
+    for (int i = 0; i < R; i++) totals[i] += (sums[i] + others[i]) * scale + rows[i] * shift;
     p = end;
   }
 }
@@ -286,40 +297,40 @@ inline bool is_read_in_order(const Codes& c) {
 }
 
 template <int R>
-PK_INLINE void add_ordered_dots(const Codes& c, int64_t line, const float* x,
-                                Vec (&totals)[R][1]) {
+PK_INLINE void add_ordered_dots(const Codes& c, Stretch s, FewRows x, Vec* totals) {
   switch (c.layout) {
     case Layout::nibbles: return;
-    case Layout::bytes: return add_byte_dots<R, Layout::bytes>(c, line, x, totals);
-    case Layout::e4m3: return add_byte_dots<R, Layout::e4m3>(c, line, x, totals);
-    case Layout::q8_0: return add_block_dots<R, Layout::q8_0>(c, line, x, totals);
-    case Layout::q4_0: return add_block_dots<R, Layout::q4_0>(c, line, x, totals);
-    case Layout::q4_1: return add_block_dots<R, Layout::q4_1>(c, line, x, totals);
-    case Layout::q4_K: return add_block_dots<R, Layout::q4_K>(c, line, x, totals);
-    case Layout::q6_K: return add_block_dots<R, Layout::q6_K>(c, line, x, totals);
+    case Layout::bytes: return add_byte_dots<R, Layout::bytes>(c, s, x, totals);
+    case Layout::e4m3: return add_byte_dots<R, Layout::e4m3>(c, s, x, totals);
+    case Layout::q8_0: return add_block_dots<R, Layout::q8_0>(c, s, x, totals);
+    case Layout::q4_0: return add_block_dots<R, Layout::q4_0>(c, s, x, totals);
+    case Layout::q4_1: return add_block_dots<R, Layout::q4_1>(c, s, x, totals);
+    case Layout::q4_K: return add_block_dots<R, Layout::q4_K>(c, s, x, totals);
+    case Layout::q6_K: return add_block_dots<R, Layout::q6_K>(c, s, x, totals);
   }
 }
 
 #if defined(__AVX2__)
-// totals[i][0] += x[i] . line, for R split rows of x and a line of the weight.
+// totals[i] += x[i] . stretch, for R split rows of x.
 template <int R>
-PK_INLINE void add_code_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
-  const int64_t d = c.cols, stretch = std::min(c.block, d);
-  const uint8_t* from = c.data + line * d / 2;
+PK_INLINE void add_code_dots(const Codes& c, Stretch s, FewRows x, Vec* totals) {
+  const int64_t d = c.cols;
+  const uint8_t* from = c.data + s.line * d / 2;
   const Book book(c.book);
-  int64_t block = in_block(c, line * d).block;
+  auto [block, left] = in_block(c, s.line * d + s.start);
   Vec sums[R][CHAINS<R>]{};
-  for (int64_t p = 0; p < d; p += stretch) {
+  for (int64_t p = s.start, end; p < s.end; p = end, left = c.block) {
+    end = std::min(s.end, p + left);
     const Book scaled = book.times(block_scale(c, block++));
-    for (int64_t q = p; q < p + stretch; q += CHUNK) {
+    for (int64_t q = p; q < end; q += CHUNK) {
       const WordVec codes = bytes(from + q / 2);
       const Vec even = scaled.at(codes >> 4), odd = scaled.at(codes);
       for (int i = 0; i < R; i++) {
-        sums[i][0] += load(x + i * d + q) * even;
-        sums[i][CHAINS<R> - 1] += load(x + i * d + q + V) * odd;
+        sums[i][0] += load(x.data + i * x.row + q) * even;
+        sums[i][CHAINS<R> - 1] += load(x.data + i * x.row + q + V) * odd;
       }
     }
-    if ((p + stretch) % SPLIT_RUN == 0 || p + stretch == d) end_chains<R>(sums, totals);
+    if (end % SPLIT_RUN == 0 || end == s.end) end_chains<R>(sums, totals);
   }
 }
 
@@ -364,13 +375,13 @@ PK_INLINE void add_code_lines(const Codes& c, int64_t line, int64_t col, int64_t
 // Whether the lines of such a weight are read where they lie, by a few rows.
 inline bool is_read_in_place(const Codes& c) { return is_split_easily(c) || is_read_in_order(c); }
 
-// totals[i][0] += x[i] . line, for R rows of x: split where codes are nibbles.
+// totals[i] += x[i] . stretch, for R rows of x: split where codes are nibbles.
 template <int R>
-PK_INLINE void add_line_dots(const Codes& c, int64_t line, const float* x, Vec (&totals)[R][1]) {
+PK_INLINE void add_stretch_dots(const Codes& c, Stretch s, FewRows x, Vec* totals) {
 #if defined(__AVX2__)
-  if (c.layout == Layout::nibbles) return add_code_dots<R>(c, line, x, totals);
+  if (c.layout == Layout::nibbles) return add_code_dots<R>(c, s, x, totals);
 #endif
-  add_ordered_dots<R>(c, line, x, totals);
+  add_ordered_dots<R>(c, s, x, totals);
 }
 
 }  // namespace peft_kernels::PK_ISA

@@ -39,6 +39,9 @@ struct Sweep {
 
 constexpr int64_t FEW_ROWS_DOT = 8;  // two blocks of 4
 constexpr int64_t FEW_ROWS_AXPY = 8;
+constexpr int64_t LINES_OF_X = 16;       // in codes, that read a part of x while it lies in L1
+constexpr int64_t L1_FLOATS = 4 * 1024;  // of such a part
+constexpr int64_t WAY = 1024;  // floats after which lines take the same place in L1; rows lie between
 constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
 constexpr int64_t MIN_AXPY_COLUMNS = 256;
 constexpr int64_t AXPY_RUN = 128;
@@ -196,33 +199,46 @@ PK_INLINE void end_code_dots(const Sweep& s, int64_t row, int64_t col, const Vec
   }
 }
 
-// R rows, of x or of x split, with a line of the weight, which is a column of G.
+// R rows, of x or of x split, with lines [col, col + lines) of the weight, which are columns of G.
 template <int R>
-PK_INLINE void few_code_dots(const Sweep& s, const float* x, int64_t row, int64_t col) {
-  Vec totals[R][1]{};
-  add_line_dots<R>(*s.codes, col, x + row * s.x.cols, totals);
+PK_INLINE void few_code_dots(const Sweep& s, FewRows x, int64_t row, int64_t col, int64_t lines) {
+  constexpr int64_t DEPTH = L1_FLOATS / R / MAX_BLOCK * MAX_BLOCK;
   constexpr int FIRST = std::min(R, 4);
-  end_code_dots<FIRST>(s, row, col, totals[0]);
-  if constexpr (R > FIRST) end_code_dots<R - FIRST>(s, row + FIRST, col, totals[FIRST]);
+  const int64_t d = s.x.cols;
+  Vec totals[LINES_OF_X][R]{};
+  x.data += row * x.row;
+  for (int64_t p = 0; p < d; p += DEPTH)
+    for (int64_t j = 0; j < lines; j++)
+      add_stretch_dots<R>(*s.codes, {col + j, p, std::min(d, p + DEPTH)}, x, totals[j]);
+  for (int64_t j = 0; j < lines; j++) {
+    end_code_dots<FIRST>(s, row, col + j, totals[j]);
+    if constexpr (R > FIRST) end_code_dots<R - FIRST>(s, row + FIRST, col + j, totals[j] + FIRST);
+  }
 }
 
 // The product with a weight in codes, of which each is looked up once for up to 8 rows.
 inline void few_code_dot(const Sweep& s, const float* x, const Parallel& parallel) {
-  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols;
-  const bool splits = s.codes->layout == Layout::nibbles;
-  const Scratch split(splits ? m * d : 0);
-  for (int64_t i = 0; i < m && splits; i++) split_row(x + i * d, d, split + i * d);
-  if (splits) x = split;
+  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols, width = round_up(d, WAY) + WAY / 2;
+  const Scratch buffer(m * width);
+  for (int64_t i = 0; i < m; i++)
+    if (s.codes->layout == Layout::nibbles)
+      split_row(x + i * d, d, buffer + i * width);
+    else
+      std::memcpy(buffer + i * width, x + i * d, d * sizeof(float));
+  const FewRows rows{buffer, width};
   const int64_t tasks = std::min<int64_t>(parallel.threads, c);
   parallel(tasks, [&](int64_t task) {
-    for (int64_t col = c * task / tasks; col < c * (task + 1) / tasks; col++)
+    const int64_t end = c * (task + 1) / tasks;
+    for (int64_t col = c * task / tasks; col < end; col += LINES_OF_X) {
+      const int64_t lines = std::min(LINES_OF_X, end - col);
       for (int64_t row = 0; row < m;) switch (m - row) {
-          case 1: few_code_dots<1>(s, x, row, col), row += 1; break;
-          case 2: few_code_dots<2>(s, x, row, col), row += 2; break;
-          case 3: few_code_dots<3>(s, x, row, col), row += 3; break;
-          case 8: few_code_dots<8>(s, x, row, col), row += 8; break;
-          default: few_code_dots<4>(s, x, row, col), row += 4;
+          case 1: few_code_dots<1>(s, rows, row, col, lines), row += 1; break;
+          case 2: few_code_dots<2>(s, rows, row, col, lines), row += 2; break;
+          case 3: few_code_dots<3>(s, rows, row, col, lines), row += 3; break;
+          case 8: few_code_dots<8>(s, rows, row, col, lines), row += 8; break;
+          default: few_code_dots<4>(s, rows, row, col, lines), row += 4;
         }
+    }
   });
 }
 
