@@ -73,6 +73,11 @@ def _in_bytes(weight: Tensor) -> QuantizedWeight:
         return QuantizedWeight(weight.to(torch.int8), weight.new_zeros(0).float(), (n, k), 1)
     half = weight.to(torch.float16).contiguous()
     scales = half.abs().amax(1).float()
+    if not (scales.is_meta or scales.isfinite().all()):
+        raise ValueError(
+            f"weight must be within {torch.finfo(torch.float16).max:.0f} for int8, which rounds it "
+            f"to float16; got {weight.abs().amax().item()}"
+        )
     codes = torch.round(half * (127.0 / scales[:, None])).to(torch.int8)
     return QuantizedWeight(codes, scales, (n, k), k, unit=1 / 127)
 

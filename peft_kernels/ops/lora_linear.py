@@ -223,7 +223,8 @@ def lora_linear(
     Args:
         x: ``[..., k]``, float32, float16, bfloat16 or float64, any strides.
         weight: ``[n, k]`` in the dtype of x (a transposed view of a ``[k, n]`` tensor is as good),
-            or one in codes, which is widened piece by piece and receives no gradient.
+            or one in codes, which is widened piece by piece and receives no gradient. With x in
+            bfloat16 it may be rounded to that as it is widened, where a CPU multiplies bfloat16.
         lora_a: ``[r, k]`` in float32 or the dtype of x, r >= 1.
         lora_b: ``[n, r]`` in the dtype of ``lora_a``.
         bias: ``[n]`` in the dtype of x.

@@ -100,6 +100,7 @@ def test_zeros_stay_zeros(kind):
     ("weight", "options", "error", "message"),
     [
         (torch.zeros(2, 64), {"kind": "nf5"}, ValueError, "kind must be one of nf4, fp4, int8"),
+        (torch.full((2, 64), 7e4), {"kind": "int8"}, ValueError, "within 65504 for int8.*70000"),
         (torch.zeros(64), {}, ValueError, r"weight must be \[n, k\]; got shape \(64,\)"),
         (torch.zeros(2, 64).double(), {}, TypeError, "got torch.float64"),
         (torch.zeros(2, 64), {"block": 48}, ValueError, "block must be a power of 2"),
