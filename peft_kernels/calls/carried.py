@@ -13,6 +13,7 @@ autograd's, which sees what the thread that called it carried.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -54,13 +55,40 @@ _NOW = _Now()
 _NOTHING: Frames = {}
 
 
+class _Open:
+    """Frames that were entered and not left, in any thread.
+
+    That there are none is a second guard of code that is compiled where nothing is carried. The
+    first, that the property gives its own object, Dynamo leaves out in some processes, and such
+    code would run within a call that carries something.
+    """
+
+    def __init__(self) -> None:
+        self.any = False
+        self._frames: set[Frame] = set()
+        self._lock = threading.Lock()
+
+    def add(self, frame: Frame) -> None:
+        with self._lock:
+            self._frames.add(frame)
+            self.any = True
+
+    def discard(self, frame: Frame) -> None:
+        with self._lock:
+            self._frames.discard(frame)
+            self.any = bool(self._frames)
+
+
+_OPEN = _Open()
+
+
 def carried() -> Frames:
     """All that the running call carries; it is never written to, only replaced."""
     found: Any = _NOW.carried
     if found is not _NOW:
         return found
     if torch.compiler.is_compiling():
-        return _NOTHING
+        return {} if _OPEN.any else _NOTHING
     return of_backward_s_caller(_CARRIED, _NOTHING)
 
 
@@ -135,6 +163,7 @@ class Carried(Generic[T]):
         frame = Frame(value)
         state = {**carried(), self._key: (*self.frames(), frame)}
         frame.entered = state, _CARRIED.set(state)
+        _OPEN.add(frame)
         return frame
 
     def leave(self, frame: Frame[T]) -> None:
@@ -147,6 +176,7 @@ class Carried(Generic[T]):
         assert frame.entered is not None
         (state, token), now = frame.entered, _CARRIED.get(_NOTHING)
         frame.value, frame.closed, frame.entered = None, True, None
+        _OPEN.discard(frame)
         try:
             _CARRIED.reset(token)
         except ValueError:
