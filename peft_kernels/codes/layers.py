@@ -106,10 +106,15 @@ def _library_of(module: nn.Module, kind: type) -> tuple[ModuleType, Reader] | No
     """The file of a layer's library, and its reader of such layers."""
     if kind is nn.Linear:
         kind = type(module._parameters.get("weight"))
+    if (found := _FOUND.get(kind)) is not None:
+        return found
     for library in LIBRARIES:
         if (reader := library.readers().get(kind)) is not None:
-            return library, reader
+            return _FOUND.setdefault(kind, (library, reader))
     return None
+
+
+_FOUND: dict[type, tuple[ModuleType, Reader]] = {}  # a layer looks its own up in each call
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -28,7 +28,9 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
     library would compute in; the result has its dtype.
 
     It is what :func:`peft_kernels.swap_linear` makes of bitsandbytes' ``Linear4bit`` and
-    ``Linear8bitLt`` (with a threshold of 0), and :class:`LoRALinear` in all but this:
+    ``Linear8bitLt`` (with a threshold of 0), of an ``nn.Linear`` over torchao's weights, of
+    transformers' ``FP8Linear`` and of :class:`QuantizedLinear`, and :class:`LoRALinear` in all but
+    this:
 
     - ``weight`` is the library's Parameter, of its shape. The state dict has what the library's
       layer has, and takes over what it has beside the codes (``weight.absmax``, ``SCB``).

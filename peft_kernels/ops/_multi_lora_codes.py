@@ -1,7 +1,7 @@
 """Multi-LoRA linear over a weight in codes: the base from the codes, the update added to it.
 
 Neither pass writes or keeps anything of the weight's size. y is rounded to the dtype of x twice,
-before the update and after it.
+before the update and after it. A row's result doesn't depend on its batch, as over a dense weight.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels.ops._dtypes import autocast
@@ -44,5 +45,17 @@ def multi_lora_over_codes(
         trained = trained_of(banks) if torch.is_grad_enabled() else None
         banks = bank_of(banks)
     rows = rows_of(x)
-    y = linear_of_codes(rows, weight, bias)
+    y = _base_of(rows, weight, bias)
     return in_shape_of(x, add(y, rows, banks, ids, trained=trained, **options))
+
+
+# lora_linear sums in one order from so many rows on; fewer it reads codes for in another.
+_IN_ONE_ORDER = 9
+
+
+def _base_of(rows: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    count = rows.shape[0]
+    if not 0 < count < _IN_ONE_ORDER:
+        return linear_of_codes(rows, weight, bias)
+    filled = F.pad(rows, (0, 0, 0, _IN_ONE_ORDER - count))
+    return linear_of_codes(filled, weight, bias)[:count]

@@ -113,10 +113,11 @@ def _arguments(weight: QuantizedWeight) -> tuple:
     codes, scales, shape, block, book, unit, nested, shifts, layout, block_rows = weight
     own: tuple = (None, None, 0, 0.0)
     if nested is not None and (
-        # The offset is no number there; and kernels take neither a unit nor shifts beside it.
+        # The offset is no number in a graph, and one to wait for elsewhere than on a CPU; and
+        # kernels take neither a unit nor shifts beside it.
         torch.compiler.is_compiling()
         or is_recorded()
-        or nested.offset.is_meta
+        or not nested.offset.is_cpu
         or unit != 1.0
         or shifts is not None
     ):

@@ -132,3 +132,13 @@ def test_bad_input_is_named():
         multi_lora_linear(x, weight._replace(codes=weight.codes[1:]), bank, ids)
     with pytest.raises(ValueError, match="ids"):
         multi_lora_linear(x, weight, bank, ids + 99)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "nested"), KINDS)
+def test_a_row_does_not_depend_on_its_batch(kind, nested, dtype):
+    x, weight, bank, ids, bias = make(140, kind, nested, dtype)
+    whole = multi_lora_linear(x, weight, bank, ids, bias=bias)
+    for first, last in ((0, 1), (0, 3), (5, 13), (0, 9), (2, 42), (0, 129)):
+        part = multi_lora_linear(x[first:last], weight, bank, ids[first:last], bias=bias)
+        assert torch.equal(part, whole[first:last])

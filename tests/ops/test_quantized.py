@@ -3,6 +3,9 @@
 In each build, in test_lora_linear.py; the formats' own libraries in integrations/.
 """
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from errors import assert_as_good_as
@@ -11,6 +14,7 @@ import peft_kernels
 from peft_kernels.ops import NestedScales, QuantizedWeight, dequantize, lora_linear
 from peft_kernels.ops._gguf_blocks import BLOCKS
 from peft_kernels.ops._quantized import _arguments
+from peft_kernels.ops.lora_linear import linear_of_codes
 from peft_kernels.tools.bench.measure import saved_bytes
 from peft_kernels.tools.bench.peak import peak_bytes
 
@@ -313,3 +317,27 @@ def test_rank_0_is_the_base_alone(m):
     torch.testing.assert_close(found[0].double(), y, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(found[1].double(), dx, rtol=1e-5, atol=2e-5)
     assert found[2].shape == (0, 70) and found[3].shape == (37, 0)
+
+
+@pytest.mark.parametrize("op", ["lora_linear_codes", "lora_linear_codes_bwd"])
+def test_a_cpu_has_a_kernel(op):
+    """What passes above on the reference as well isn't served by it."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{op}", "CPU")
+
+
+def test_bfloat16_goes_by_pairs_where_the_processor_takes_them():
+    """There the weight is rounded to it: 1 + 2^-9 is 1, and two halves of a row cancel."""
+    k = 512
+    codes = torch.ones(9, k, dtype=torch.int8)
+    scales = torch.tensor([1 + 2**-9, 1.0]).repeat(9)
+    weight = QuantizedWeight(codes, scales, (9, k), k // 2)
+    x = torch.ones(9, k, dtype=torch.bfloat16)
+    x[:, k // 2 :] = -1
+    y = linear_of_codes(x, weight)
+    assert y.eq(0.0 if multiplies_bf16() else 0.5).all()
+
+
+def multiplies_bf16():
+    flags = Path("/proc/cpuinfo")
+    has = flags.exists() and "avx512_bf16" in flags.read_text()
+    return has and os.environ.get("PEFT_KERNELS_ISA", "avx512") == "avx512"

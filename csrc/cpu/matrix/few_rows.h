@@ -37,7 +37,7 @@ struct Sweep {
   const Finish* finish;    // with uniform only; null for none
 };
 
-constexpr int64_t FEW_ROWS_DOT = 8;  // two blocks of 4
+constexpr int64_t FEW_ROWS_DOT = 8;  // two blocks of 4; over codes one
 constexpr int64_t FEW_ROWS_AXPY = 8;
 constexpr int64_t LINES_OF_X = 16;       // in codes, that read a part of x while it lies in L1
 constexpr int64_t L1_FLOATS = 4 * 1024;  // of such a part
