@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from peft_kernels._library import backend_of
 from peft_kernels.integrations.peft.codes import layers as over_codes
-from peft_kernels.integrations.peft.dora import NORMS, dora
+from peft_kernels.integrations.peft.dora import NORMS
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
+from peft_kernels.integrations.peft.linear import KERNEL, linear
 from peft_kernels.integrations.peft.lora_model import LoraModel
 from peft_kernels.integrations.peft.plain import read_plain
-from peft_kernels.integrations.peft.rows import rows_linear
-from peft_kernels.integrations.peft.several import add, sum_of_biases, together
 from peft_kernels.integrations.peft.state import (
     Adapter,
     Base,
@@ -31,11 +30,9 @@ from peft_kernels.integrations.peft.state import (
     why_not_in,
 )
 from peft_kernels.integrations.served import CALLS, count
-from peft_kernels.ops import lora_linear
 from peft_kernels.ops.lora_linear import lora_linear_plain
 
 LIBRARY = "PEFT"
-KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
 
 
 class Linear(peft_lora.Linear):
@@ -63,28 +60,7 @@ class Linear(peft_lora.Linear):
         if isinstance(found, str):
             count(self, found)
             return super().forward(x, *args, **kwargs)
-        base, adapters = found
-        if names is not None:
-            self._check_forward_args(x, adapter_names=names)
-            count(self, ROWS)
-            return rows_linear(x, base.weight, base.bias, adapters, names)
-        if adapters[0].magnitude is not None:
-            count(self, DORA)
-            return dora(self, x, base, adapters[0])
-        count(self, KERNEL)
-        first, others = together(adapters)
-        y = lora_linear(
-            x,
-            base.weight,
-            first.a,
-            first.b,
-            bias=sum_of_biases(base.bias, adapters, x.dtype),
-            scale=first.scale,
-            dropout_p=first.dropout_p,
-        )
-        for adapter in others:
-            add(y, x, adapter)
-        return y
+        return linear(self, x, *found, names)
 
 
 # The classes of PEFT's, and what takes their places.

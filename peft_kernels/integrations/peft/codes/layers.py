@@ -18,14 +18,10 @@ from peft_kernels.codes import layers as codes
 from peft_kernels.integrations.peft import state
 from peft_kernels.integrations.peft.codes import bitsandbytes, gptqmodel, hqq, torchao
 from peft_kernels.integrations.peft.codes.bases import Base, read_base
-from peft_kernels.integrations.peft.dora import dora
-from peft_kernels.integrations.peft.rows import rows_linear
-from peft_kernels.integrations.peft.several import add, sum_of_biases, together
+from peft_kernels.integrations.peft.linear import KERNEL, linear
 from peft_kernels.integrations.served import count
-from peft_kernels.ops import lora_linear
 from peft_kernels.ops._quantized import has_kernel
 
-KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
 LIBRARIES = (bitsandbytes, torchao, hqq, gptqmodel)
 
 
@@ -95,30 +91,8 @@ class _OverCodes(nn.Module):
             count(self, found)
             return super().forward(x, *args, **kwargs)
         base, adapters = found
-        own = None if base.bias is None else base.bias.to(x.dtype)
-        if names is not None:
-            self._check_forward_args(x, adapter_names=names)  # type: ignore[operator]
-            count(self, ROWS)
-            return rows_linear(x, base.weight, own, adapters, names)
-        if adapters[0].magnitude is not None:
-            count(self, DORA)
-            return dora(self, x, base._replace(bias=own), adapters[0])
-        count(self, KERNEL)
-        first, others = together(adapters)
-        dtype = x.dtype if base.bias is None else base.bias.dtype
-        bias = sum_of_biases(base.bias, adapters, dtype)
-        y = lora_linear(
-            x,
-            base.weight,
-            first.a,
-            first.b,
-            bias=None if bias is None else bias.to(x.dtype),
-            scale=first.scale,
-            dropout_p=first.dropout_p,
-        )
-        for adapter in others:
-            add(y, x, adapter)
-        return y.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        return linear(self, x, base._replace(bias=bias), adapters, names).to(x.dtype)
 
 
 def _over_codes(kind: type) -> type:

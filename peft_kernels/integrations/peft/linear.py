@@ -1,0 +1,55 @@
+"""What a linear layer of PEFT's computes with its adapters, over a base in floats or in codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from peft_kernels.integrations.peft.codes.bases import Base as BaseInCodes
+from peft_kernels.integrations.peft.dora import dora
+from peft_kernels.integrations.peft.rows import rows_linear
+from peft_kernels.integrations.peft.several import add, sum_of_biases, together
+from peft_kernels.integrations.peft.state import Adapter, Base
+from peft_kernels.integrations.served import count
+from peft_kernels.ops import lora_linear
+
+KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
+
+
+def linear(
+    layer: Any,
+    x: Tensor,
+    base: Base | BaseInCodes,
+    adapters: list[Adapter],
+    names: Sequence[str] | None,
+) -> Tensor:
+    """The layer's output for x, counted as a call of the kernel that it took.
+
+    Args:
+        base: what the layer is over, its bias in the dtype of x.
+        adapters: those that are active, or that rows name.
+        names: the adapter of each row, or None.
+    """
+    if names is not None:
+        layer._check_forward_args(x, adapter_names=names)
+        count(layer, ROWS)
+        return rows_linear(x, base.weight, base.bias, adapters, names)
+    if adapters[0].magnitude is not None:
+        count(layer, DORA)
+        return dora(layer, x, base, adapters[0])
+    count(layer, KERNEL)
+    first, others = together(adapters)
+    y = lora_linear(
+        x,
+        base.weight,
+        first.a,
+        first.b,
+        bias=sum_of_biases(base.bias, adapters, x.dtype),
+        scale=first.scale,
+        dropout_p=first.dropout_p,
+    )
+    for adapter in others:
+        add(y, x, adapter)
+    return y
