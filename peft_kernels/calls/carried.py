@@ -13,7 +13,6 @@ autograd's, which sees what the thread that called it carried.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
@@ -55,41 +54,22 @@ _NOW = _Now()
 _NOTHING: Frames = {}
 
 
-class _Open:
-    """Frames that were entered and not left, in any thread.
-
-    That there are none is a second guard of code that is compiled where nothing is carried. The
-    first, that the property gives its own object, Dynamo leaves out in some processes, and such
-    code would run within a call that carries something.
-    """
-
-    def __init__(self) -> None:
-        self.any = False
-        self._frames: set[Frame] = set()
-        self._lock = threading.Lock()
-
-    def add(self, frame: Frame) -> None:
-        with self._lock:
-            self._frames.add(frame)
-            self.any = True
-
-    def discard(self, frame: Frame) -> None:
-        with self._lock:
-            self._frames.discard(frame)
-            self.any = bool(self._frames)
-
-
-_OPEN = _Open()
-
-
 def carried() -> Frames:
     """All that the running call carries; it is never written to, only replaced."""
     found: Any = _NOW.carried
     if found is not _NOW:
         return found
     if torch.compiler.is_compiling():
-        return {} if _OPEN.any else _NOTHING
+        return _NOTHING
     return of_backward_s_caller(_CARRIED, _NOTHING)
+
+
+def is_carrying() -> bool:
+    """Whether the running call carries anything.
+
+    Code that is compiled where this was asked is run again only where as much is carried.
+    """
+    return sum(len(frames) for frames in carried().values()) > 0
 
 
 def of_backward_s_caller(variable: ContextVar[T], default: T) -> T:
@@ -163,7 +143,6 @@ class Carried(Generic[T]):
         frame = Frame(value)
         state = {**carried(), self._key: (*self.frames(), frame)}
         frame.entered = state, _CARRIED.set(state)
-        _OPEN.add(frame)
         return frame
 
     def leave(self, frame: Frame[T]) -> None:
@@ -176,7 +155,6 @@ class Carried(Generic[T]):
         assert frame.entered is not None
         (state, token), now = frame.entered, _CARRIED.get(_NOTHING)
         frame.value, frame.closed, frame.entered = None, True, None
-        _OPEN.discard(frame)
         try:
             _CARRIED.reset(token)
         except ValueError:

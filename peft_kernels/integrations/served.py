@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.calls.carried import carried
+from peft_kernels.calls.carried import is_carrying
 
 CALLS = "_peft_kernels_calls"  # in a layer's __dict__: how many calls took which way
 WHOLE = (nn.Parameter, Tensor)
@@ -16,7 +16,7 @@ WHOLE = (nn.Parameter, Tensor)
 def count(layer: nn.Module, way: str) -> None:
     """One more call of the layer that took this way."""
     if torch.compiler.is_compiling():  # a count is no constant of a graph
-        carried()  # a guard: what hooks hand to the layer goes by it, and hooks aren't guarded
+        is_carrying()  # a guard: what hooks hand to the layer goes by it, and hooks aren't guarded
         return
     counts = layer.__dict__.setdefault(CALLS, {})
     counts[way] = counts.get(way, 0) + 1

@@ -7,6 +7,9 @@ import pytest
 import torch
 from peft_pairs import Pair, inputs_of
 
+from peft_kernels.calls.carried import Frame, carrying
+from peft_kernels.integrations.peft.lora_model import _CALLER
+
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,8 +92,11 @@ def test_compiled_calls_have_their_own():
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_calls_need_no_guard_that_two_objects_are_one(monkeypatch):
-    """Dynamo leaves it out in some processes: code compiled without names then ran with them."""
-    builder = pytest.importorskip("torch._dynamo.variables.builder")
-    monkeypatch.setattr(builder, "make_dupe_guard", lambda *sources: None)
-    test_compiled_calls_have_their_own()
+REST = {}, {"another": ()}, {"another": (Frame("x"),)}, {"another": (Frame("x"),), _CALLER._key: ()}
+
+
+@pytest.mark.parametrize("rest", REST, ids=len)
+def test_compiled_calls_have_their_own_where_something_is_carried(rest):
+    """As after generators that took turns, or inside another's block."""
+    with carrying(rest):
+        test_compiled_calls_have_their_own()
