@@ -41,6 +41,7 @@ INSIDE = {
         "common": "",
         "lora_linear": "common",
         "dora_linear": "common lora_linear",
+        "lora_linear_codes": "common lora_linear",
         "multi_lora_linear": "common",
         "adapter": "common lora_linear",
         "adapter_fusion": "common adapter",

@@ -27,16 +27,17 @@ void check_shapes(const Tensor& x, int64_t n, const Tensor& lora_a, const Tensor
 
 std::tuple<Tensor, Tensor> lora_linear_codes(
     Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> shifts, std::optional<Tensor> book,
-    std::optional<Tensor> nested_scales, std::optional<Tensor> nested_book, int64_t n,
-    int64_t block, int64_t block_rows, int64_t nested_block, double unit, double offset,
-    std::string layout, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scale, std::optional<Tensor> scale_t, double dropout_p,
+    std::optional<Tensor> nested_scales, std::optional<Tensor> nested_book,
+    std::optional<Tensor> nested_offset, int64_t n, int64_t block, int64_t block_rows,
+    int64_t nested_block, double unit, std::string layout, std::optional<Tensor> bias,
+    Tensor lora_a, Tensor lora_b, double scale, std::optional<Tensor> scale_t, double dropout_p,
     std::optional<Tensor> seed) {
   check_shapes(x, n, lora_a, lora_b);
   x = with_unit_stride(x, true);
   lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
   const int64_t m = x.size(0), k = x.size(1), r = lora_a.size(0);
-  const Codes weight = codes_of({codes, scales, shifts, book, nested_scales, nested_book, n, block,
-                                 block_rows, nested_block, unit, offset, layout},
+  const Codes weight = codes_of({codes, scales, shifts, book, nested_scales, nested_book,
+                                 nested_offset, n, block, block_rows, nested_block, unit, layout},
                                 k);
   Tensor y = torch::stable::new_empty(x, {m, n});
   Tensor s = torch::stable::new_empty(x, {m, r}, ScalarType::Float);
@@ -59,9 +60,9 @@ std::tuple<Tensor, Tensor> lora_linear_codes(
 std::tuple<Tensor, Tensor, Tensor> lora_linear_codes_bwd(
     Tensor dy, Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> shifts,
     std::optional<Tensor> book, std::optional<Tensor> nested_scales,
-    std::optional<Tensor> nested_book, int64_t n, int64_t block, int64_t block_rows,
-    int64_t nested_block, double unit, double offset, std::string layout, Tensor lora_a, Tensor lora_b,
-    Tensor s, double scale, std::optional<Tensor> scale_t, double dropout_p,
+    std::optional<Tensor> nested_book, std::optional<Tensor> nested_offset, int64_t n,
+    int64_t block, int64_t block_rows, int64_t nested_block, double unit, std::string layout,
+    Tensor lora_a, Tensor lora_b, Tensor s, double scale, std::optional<Tensor> scale_t, double dropout_p,
     std::optional<Tensor> seed, bool needs_x, bool needs_a, bool needs_b) {
   check_shapes(x, n, lora_a, lora_b);
   STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == n, "dy must be [m, n]");
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_codes_bwd(
   x = with_unit_stride(x, true), dy = with_unit_stride(dy, true);
   lora_a = with_unit_stride(lora_a, true), lora_b = with_unit_stride(lora_b, true);
   const int64_t k = x.size(1);
-  const Codes weight = codes_of({codes, scales, shifts, book, nested_scales, nested_book, n, block,
-                                 block_rows, nested_block, unit, offset, layout},
+  const Codes weight = codes_of({codes, scales, shifts, book, nested_scales, nested_book,
+                                 nested_offset, n, block, block_rows, nested_block, unit, layout},
                                 k);
   const auto shaped = [](const Tensor& like, bool needed) {
     if (!needed) return torch::stable::new_empty(like, {0});

@@ -44,9 +44,9 @@ constexpr std::array<Blocks, 5> BLOCKS{{{"q8_0", Layout::q8_0, 32, 34},
 // QuantizedWeight's fields, as its op takes them.
 struct __attribute__((visibility("hidden"))) CodesArguments {
   Tensor codes, scales;
-  std::optional<Tensor> shifts, book, nested_scales, nested_book;
+  std::optional<Tensor> shifts, book, nested_scales, nested_book, nested_offset;
   int64_t n, block, block_rows, nested_block;
-  double unit, offset;
+  double unit;
   std::string layout;
 };
 
@@ -76,16 +76,17 @@ inline Codes codes_of(const CodesArguments& c, int64_t k) {
               .block = c.block,
               .block_rows = c.block_rows,
               .unit = static_cast<float>(c.unit),
-              .offset = static_cast<float>(c.offset),
               .block_bits = bits_of(c.block),
               .nested_bits = bits_of(c.nested_block)};
   if (c.nested_scales) {
-    STD_TORCH_CHECK(c.nested_book && c.nested_block > 0, "nested scales need a book and a block");
+    STD_TORCH_CHECK(c.nested_book && c.nested_offset && c.nested_block > 0,
+                    "nested scales need a book, an offset and a block");
     found.scale_codes = bytes_of(c.scales, blocks, "scales");
     found.nested_block = c.nested_block;
     const int64_t count = parts(blocks, c.nested_block);
     found.nested_scales = floats_of(*c.nested_scales, count, "nested_scales");
     found.nested_book = floats_of(*c.nested_book, 256, "nested_book");
+    found.offset = *floats_of(*c.nested_offset, 1, "nested_offset");
     return found;
   }
   const auto numbers_of = [&](const Tensor& tensor, const char* name) {

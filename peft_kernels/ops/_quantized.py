@@ -29,7 +29,7 @@ from peft_kernels.ops._dropout import dropout_factor
 from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops._gguf_blocks import BLOCKS, dequantize_blocks
 from peft_kernels.ops._packed import PACKED, check_packed, dequantize_packed
-from peft_kernels.ops._transforms import gradients_of, is_recorded, wants_gradient_composition
+from peft_kernels.ops._transforms import gradients_of, wants_gradient_composition
 
 
 class NestedScales(NamedTuple):
@@ -61,12 +61,12 @@ PLANES = "planes"
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight itself, ``[n, k]``, rounded once from float32."""
-    return _dequantized(_arguments(weight), weight.shape[1]).to(dtype)
+    return _dequantized(arguments_of(weight), weight.shape[1]).to(dtype)
 
 
 def _dequantized(arguments: tuple, k: int) -> Tensor:
-    codes, scales, shifts, book, nested_scales, nested_book, n, block, block_rows = arguments[:9]
-    nested_block, unit, offset, layout = arguments[9:]
+    codes, scales, shifts, book, nested_scales, nested_book, offset = arguments[:_TENSORS]
+    n, block, block_rows, nested_block, unit, layout = arguments[_TENSORS:]
     if layout in PACKED:
         return dequantize_packed(layout, codes, scales, shifts, book, block, n, k)
     if layout != PLANES:
@@ -100,7 +100,7 @@ def _values_of(codes: Tensor, book: Tensor | None) -> Tensor:
 
 
 def has_kernel(weight: QuantizedWeight) -> bool:
-    """Whether a CPU's kernels read its layout."""
+    """Whether kernels read its layout."""
     return weight.layout not in PACKED
 
 
@@ -108,34 +108,24 @@ def _variant(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     return _library.variant(dtype) if has_kernel(weight) else "_ref"
 
 
-def _arguments(weight: QuantizedWeight) -> tuple:
+def arguments_of(weight: QuantizedWeight) -> tuple:
     """What the ops take of it."""
     codes, scales, shape, block, book, unit, nested, shifts, layout, block_rows = weight
-    own: tuple = (None, None, 0, 0.0)
-    if nested is not None and (
-        # The offset is no number in a graph, and one to wait for elsewhere than on a CPU; and
-        # kernels take neither a unit nor shifts beside it.
-        torch.compiler.is_compiling()
-        or is_recorded()
-        or not nested.offset.is_cpu
-        or unit != 1.0
-        or shifts is not None
-    ):
+    if nested is not None and (unit != 1.0 or shifts is not None):  # kernels take neither beside it
         scales, nested = scales_of_codes(scales, *nested), None
-    if nested is not None:
-        own = nested.scales, nested.book, nested.block, float(nested.offset)
+    own: tuple = (None, None, 0, None) if nested is None else nested
     nested_scales, nested_book, nested_block, offset = own
-    tensors = codes, scales, shifts, book, nested_scales, nested_book
-    return *tensors, shape[0], block, block_rows, nested_block, unit, offset, layout
+    tensors = codes, scales, shifts, book, nested_scales, nested_book, offset
+    return *tensors, shape[0], block, block_rows, nested_block, unit, layout
 
 
 # ---- ops ---------------------------------------------------------------------------------------
 
-_TENSORS, _COUNT = 6, 13  # of the arguments that are a weight's
+_TENSORS, _COUNT = 7, 13  # of the arguments that are a weight's
 _CODES = (
     "Tensor codes, Tensor scales, Tensor? shifts, Tensor? book, Tensor? nested_scales,"
-    " Tensor? nested_book, int n, int block, int block_rows, int nested_block, float unit,"
-    " float offset, str layout"
+    " Tensor? nested_book, Tensor? nested_offset, int n, int block, int block_rows,"
+    " int nested_block, float unit, str layout"
 )
 _OPTIONS = "float scale, Tensor? scale_t, float dropout_p, Tensor? seed"
 FWD_SCHEMA = (
@@ -210,7 +200,8 @@ for _name, _schema, _reference, _fake in (
     ("lora_linear_codes", FWD_SCHEMA, _fwd_ref, _fwd_fake),
     ("lora_linear_codes_bwd", BWD_SCHEMA, _bwd_ref, _bwd_fake),
 ):
-    _library.define(_name, _schema, reference=_reference, fake=_fake, triton=None)
+    _launcher = f"peft_kernels.triton.lora_linear_codes.launch:{_name}"
+    _library.define(_name, _schema, reference=_reference, fake=_fake, triton=_launcher)
 
 
 def _unsavable(tensors: tuple) -> list:
@@ -225,7 +216,7 @@ class LoRALinearCodes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
-        variant, arguments = _variant(weight, x.dtype), _arguments(weight)
+        variant, arguments = _variant(weight, x.dtype), arguments_of(weight)
         fwd = _library.get_op("lora_linear_codes", variant)
         y, s = fwd(x, *arguments, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed)
         tensors = arguments[:_TENSORS]
@@ -267,7 +258,7 @@ def lora_linear_codes(x, weight: QuantizedWeight, *rest) -> Tensor:
     if learns:
         return LoRALinearCodes.apply(x, weight, *rest)
     op = _library.get_op("lora_linear_codes", _variant(weight, x.dtype))
-    return op(x, *_arguments(weight), *rest)[0]
+    return op(x, *arguments_of(weight), *rest)[0]
 
 
 # ---- checks ------------------------------------------------------------------------------------
@@ -298,11 +289,14 @@ def check_codes(x, weight: QuantizedWeight, bias, lora_a, lora_b) -> None:
     check_weight(weight)
 
 
+_OF_SCALES = ("scales", "book", "offset")
+
+
 def check_weight(weight: QuantizedWeight) -> None:
     """Raises a ValueError unless its tensors are those of such a weight, on one device."""
     others = {name: getattr(weight, name) for name in ("scales", "shifts", "book")}
     if weight.nested is not None:
-        others |= {"nested.scales": weight.nested.scales, "nested.book": weight.nested.book}
+        others |= {f"nested.{name}": getattr(weight.nested, name) for name in _OF_SCALES}
     named = [(f"weight.{name}", tensor) for name, tensor in others.items()]
     check_devices("weight.codes", weight.codes, named)
     if weight.layout == PLANES:
@@ -359,6 +353,9 @@ def _check_planes(weight: QuantizedWeight) -> None:
             f"weight.nested must have a book of 256 and {wanted} scales, one for each "
             f"{nested.block} codes; got {tuple(nested.book.shape)} and {nested.scales.numel()}"
         )
+    if nested.offset.numel() != 1 or nested.offset.dtype is not torch.float32:
+        got = f"{tuple(nested.offset.shape)}, {nested.offset.dtype}"
+        raise ValueError(f"weight.nested.offset must be one float32; got {got}")
 
 
 def _check_scales(name: str, given: Tensor, dtype: torch.dtype, count: int, block: int) -> None:

@@ -1,8 +1,8 @@
 """``peft-kernels tune``: measures `lora_linear`'s plans on the present GPU and caches the best.
 
 The plans are in ``peft_kernels/triton/lora_linear/plans.py``. Every measured bucket of
-(direction, dtypes, m, n, k, r, dropout) goes into the tune cache, which later processes on this
-kind of GPU read.
+(direction, dtypes, m, n, k, r, dropout, the weight's codes) goes into the tune cache, which later
+processes on this kind of GPU read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from rich.table import Table
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from peft_kernels.ops._quantize import quantize
+from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
 from peft_kernels.tools import UserError
 from peft_kernels.tools.outputs import check_file
 from peft_kernels.tools.printing import show
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.lora_linear import launch as launchers
 from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
+from peft_kernels.triton.lora_linear_codes.launch import kind_of
 
 # (m, n, k, r): decoding, a short and a long batch, on the layer shapes of 1B to 70B models
 SHAPES = tuple(
@@ -34,6 +38,9 @@ SHAPES = tuple(
     for n, k in ((2048, 2048), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 )
 DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
+# What weights are in: "" is dense. Over codes the border between the plans lies below so many rows.
+WEIGHTS = ("", "nf4", "int8")
+ROWS_OVER_CODES = 1024
 ROUNDS = 3
 
 Timer = Callable[[Callable[[], object]], float]
@@ -56,6 +63,7 @@ def tune(
     shapes: Iterable[tuple[int, int, int, int]] = SHAPES,
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = DTYPES,
     *,
+    weights: Iterable[str] = WEIGHTS,
     dropout_p: float = 0.0,
     device: torch.device | str | None = None,
     timer: Timer | None = None,
@@ -66,6 +74,8 @@ def tune(
     Args:
         shapes: (m, n, k, r) of the layers; each stands for its bucket (`Problem.bucket`).
         dtypes: (dtype of x, dtype of the adapters).
+        weights: what the weight is in, ``""`` or a kind of ``ops.quantize``; codes are measured up
+            to `ROWS_OVER_CODES` rows.
         dropout_p: dropout has a bucket of its own; give its p to measure that.
         device: the GPU, by default the current one.
         timer: milliseconds of a call; by default the median of ``triton.testing.do_bench``.
@@ -81,9 +91,11 @@ def tune(
     check_file("the tune cache (PEFT_KERNELS_CACHE)", plans.cache_file())
     measurements = [
         measurement
+        for codes in weights
         for dtype, adapter_dtype in dtypes
         for shape in shapes
-        for measurement in _measure(shape, dtype, adapter_dtype, dropout_p, device, timer)
+        if not codes or shape[0] <= ROWS_OVER_CODES
+        for measurement in _measure(shape, dtype, adapter_dtype, codes, dropout_p, device, timer)
     ]
     measured = {m.problem.bucket(): m.best for m in measurements}
     path = plans.save_cache({plans.device_key(device): measured})
@@ -115,16 +127,17 @@ def _measure(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
+    codes: str,
     dropout_p: float,
     device: torch.device,
     timer: Timer,
 ) -> list[Measurement]:
     """The forward's measurement and the backward's."""
-    m, n, k, r = shape
-    calls = _calls(shape, dtype, adapter_dtype, dropout_p, device)
+    inputs = _inputs(shape, dtype, adapter_dtype, codes, device)
+    kind = kind_of(inputs["weight"]) if codes else ""
     found = []
-    for direction, call in calls.items():
-        problem = plans.Problem(direction, dtype, adapter_dtype, m, n, k, r, dropout_p > 0)
+    for direction, call in _calls(inputs, dropout_p).items():
+        problem = plans.Problem(direction, dtype, adapter_dtype, *shape, dropout_p > 0, kind)
         times = _time_plans(_candidates(problem, device), call, timer)
         found.append(Measurement(problem, times, min(times, key=times.__getitem__)))
     return found
@@ -133,36 +146,46 @@ def _measure(
 def _candidates(problem: plans.Problem, device: torch.device) -> list[str]:
     """The plans that can serve the problem: a forced plan that can't is replaced by another."""
     able = []
-    for plan in plans.PLANS:
+    for plan in problem.plans():
         with plans.force(plan):
             if plans.choose(device, problem) == plan:
                 able.append(plan)
     return able
 
 
-def _calls(
+def _inputs(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
-    dropout_p: float,
+    codes: str,
     device: torch.device,
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Any]:
     op = importlib.import_module("peft_kernels.ops.lora_linear")
-    m, n, _, r = shape
     inputs = op.example_inputs(*shape, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+    if codes:
+        inputs["weight"] = quantize(inputs["weight"], codes)
+    return inputs
+
+
+def _calls(inputs: dict[str, Any], dropout_p: float) -> dict[str, Callable[[], object]]:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     a, b = inputs["lora_a"], inputs["lora_b"]
-    dy = torch.randn(m, n, device=device).to(dtype)
-    s = torch.randn(m, r, device=device)
-    seed: Tensor | None = torch.tensor(0, device=device) if dropout_p else None
+    dy = x.new_empty(x.shape[0], b.shape[0]).normal_()
+    s = torch.randn(x.shape[0], a.shape[0], device=x.device)
+    seed: Tensor | None = torch.tensor(0, device=x.device) if dropout_p else None
+    options = 1.0, None, dropout_p, seed
+    if isinstance(weight, QuantizedWeight):
+        fwd, bwd = codes_launchers.lora_linear_codes, codes_launchers.lora_linear_codes_bwd
+        parts = arguments_of(weight)
+    else:
+        fwd, bwd = launchers.lora_linear_fwd, launchers.lora_linear_bwd
+        parts = (weight,)
 
     def forward() -> object:
-        return launchers.lora_linear_fwd(x, weight, bias, a, b, 1.0, None, dropout_p, seed)
+        return fwd(x, *parts, bias, a, b, *options)
 
     def backward() -> object:
-        return launchers.lora_linear_bwd(
-            dy, x, weight, a, b, s, 1.0, None, dropout_p, seed, True, True, True
-        )
+        return bwd(dy, x, *parts, a, b, s, *options, True, True, True)
 
     return {"fwd": forward, "bwd": backward}
 
@@ -213,7 +236,8 @@ def print_cached(console: Console, found: dict[str, Any]) -> None:
 def _table(measurements: list[Measurement], device: torch.device) -> Table:
     table = Table(title=f"milliseconds on {plans.device_key(device)}")
     table.add_column("bucket")
-    for plan in plans.PLANS:
+    shown = plans.PLANS + plans.CODES_PLANS
+    for plan in shown:
         table.add_column(plan, justify="right")
     table.add_column("best")
     table.add_column("default")
@@ -221,7 +245,7 @@ def _table(measurements: list[Measurement], device: torch.device) -> Table:
         times = measurement.milliseconds
         table.add_row(
             measurement.problem.bucket(),
-            *(f"{times[plan]:.4f}" if plan in times else "" for plan in plans.PLANS),
+            *(f"{times[plan]:.4f}" if plan in times else "" for plan in shown),
             measurement.best,
             plans.default_plan(chips.arch_name(device), measurement.problem),
         )

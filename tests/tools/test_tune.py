@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_a_plan_that_cannot_serve_is_replaced():
 
 
 def test_force_takes_known_plans_only():
-    expected = pytest.raises(ValueError, match=r"plan must be one of i, ii, library; got 'iii'")
+    expected = pytest.raises(ValueError, match=r"plan must be one of i, ii, .*; got 'iii'")
     with expected, plans.force("iii"):
         pass
 
@@ -97,9 +98,10 @@ class FakeTimer:
         return self.milliseconds[plan]
 
 
-def run_tune(timer, shapes=((5, 12, 9, 3),), **options):
+def run_tune(timer, shapes=((5, 12, 9, 3),), weights=("",), **options):
     console = Console(file=io.StringIO(), width=200)
-    found = tuning.tune(shapes, ((BF16, F32),), timer=timer, console=console, **options)
+    options = {"timer": timer, "console": console, "weights": weights, **options}
+    found = tuning.tune(shapes, ((BF16, F32),), **options)
     return found, console.file.getvalue()
 
 
@@ -130,6 +132,36 @@ def test_tuned_plan_is_chosen_for_its_bucket_only():
         problem(m=5, n=12, k=9, r=3, adapter=F32, dropout=True),
     ):
         assert plans.choose(CPU, other) == "library"
+
+
+def test_weights_in_codes_have_plans_of_their_own(cache):
+    """Measured up to a number of rows, and chosen for a weight of that kind alone."""
+    timer = FakeTimer(fused=3.0, scratch=1.0)
+    shapes = (5, 12, 128, 3), (tuning.ROWS_OVER_CODES + 1, 12, 128, 3)
+    found, printed = run_tune(timer, shapes, weights=("nf4", "int8"))
+    assert [m.milliseconds for m in found] == [{"fused": 3.0, "scratch": 1.0}] * 4
+    assert timer.calls == ["fused", "scratch"] * 12 and "scratch" in printed
+    buckets = json.loads(cache.read_text())[plans.device_key(CPU)]
+    assert buckets == dict.fromkeys(
+        (
+            "fwd bfloat16/float32 m8 n16 k128 r4 4-bit/64/nested",
+            "bwd bfloat16/float32 m8 n16 k128 r4 4-bit/64/nested",
+            "fwd bfloat16/float32 m8 n16 k128 r4 int8/row",
+            "bwd bfloat16/float32 m8 n16 k128 r4 int8/row",
+        ),
+        "scratch",
+    )
+    case = problem(m=5, n=12, k=128, r=3, adapter=F32)
+    assert plans.choose(CPU, case) == "library"
+    assert plans.choose(CPU, replace(case, codes="int8/row")) == "scratch"
+    assert plans.choose(CPU, replace(case, codes="q4_K")) == "fused"
+
+
+def test_the_default_over_codes_goes_by_rows():
+    for chip, rows in (("sm_90", 64), ("sm_100", 32), ("sm_80", 512), ("other", 512)):
+        for m, plan in ((rows, "fused"), (rows + 1, "scratch")):
+            case = problem(m=m)
+            assert plans.default_plan(chip, replace(case, codes="4-bit/64")) == plan
 
 
 def test_a_plan_that_does_not_fit_the_gpu_is_left_out():

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from peft_kernels.ops._gguf_blocks import BLOCKS
 from peft_kernels.tools.report.compile_prefix import PREFIX_CASES, PrefixCase
 from peft_kernels.triton.adapter import launch as adapter_launchers
 from peft_kernels.triton.adapter_fusion import launch as fusion_launchers
@@ -38,6 +39,7 @@ from peft_kernels.triton.common import launch as common_launch
 from peft_kernels.triton.dora_linear import launch as dora_launchers
 from peft_kernels.triton.lora_linear import launch as launchers
 from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
 from peft_kernels.triton.multi_lora_linear import launch as multi_launchers
 
 
@@ -70,8 +72,8 @@ TARGETS = {
 PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")
 # Kernels that multiply no tiles: sums, and few rows against an adapter each.
 ELEMENTWISE_KERNELS = (
-    "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "adapter_fold", "adapter_down",
-    "adapter_fusion_weights", "adapter_fusion_weights_bwd",
+    "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "dequantize",
+    "adapter_fold", "adapter_down", "adapter_fusion_weights", "adapter_fusion_weights_bwd",
     "prefix_attention_combine", "prefix_attention_delta",
 )  # fmt: skip
 
@@ -133,6 +135,51 @@ class DoraCase(Case):
                 y, s = dora_launchers.dora_linear_fwd(*inputs, *options)
                 needs = True, True, True, True
                 dora_launchers.dora_linear_bwd(dy, *inputs, y, s, *options, *needs)
+
+
+@dataclass(frozen=True)
+class CodesCase(Case):
+    """The same of `lora_linear` over a weight in codes."""
+
+    kind: str = "4-bit"
+
+    def label(self) -> str:
+        return f"{self.kind} {super().label()}"
+
+    def run(self) -> None:
+        x, _, bias, dy = _base(self.m, N, self.dtype)
+        weight = _in_codes(self.kind)
+        a, b = (
+            _empty(self.r, K, dtype=self.adapter_dtype),
+            _empty(N, self.r, dtype=self.adapter_dtype),
+        )
+        seed = _empty(dtype="int64") if self.dropout else None
+        options = 1.0, None, 0.1 if self.dropout else 0.0, seed
+        for plan in self.plans:
+            with plans.force(plan):
+                _, s = codes_launchers.lora_linear_codes(x, *weight, bias, a, b, *options)
+                needs = True, True, True
+                codes_launchers.lora_linear_codes_bwd(dy, x, *weight, a, b, s, *options, *needs)
+
+
+def _in_codes(kind: str) -> tuple:
+    """A weight's arguments, without data."""
+    blocks = N * K // 64
+    codes, scales = _empty(N * K // 2, dtype="uint8"), _empty(blocks, dtype="uint8")
+    book, nested_book = _empty(16, dtype="float32"), _empty(256, dtype="float32")
+    nested = _empty(blocks // 256, dtype="float32"), nested_book, _empty(dtype="float32")
+    if kind == "4-bit nested":
+        return codes, scales, None, book, *nested, N, 64, 1, 256, 1.0, "planes"
+    rest: tuple = (None, None, None, None, None, N)
+    if kind == "int8":
+        codes, scales = _empty(N, K, dtype="int8"), _empty(N, dtype="float32")
+        return codes, scales, *rest, K, 1, 0, 1.0, "planes"
+    if kind == "e4m3 128 x 128":
+        codes, scales = _empty(N, K, dtype="float8_e4m3fn"), _empty(blocks // 256, dtype="float32")
+        return codes, scales, *rest, 128, 128, 0, 1.0, "planes"
+    elements, size = BLOCKS[kind]
+    codes = _empty(N * K // elements * size, dtype="uint8")
+    return codes, _empty(0, dtype="float32"), *rest, elements, 1, 0, 1.0, kind
 
 
 @dataclass(frozen=True)
@@ -306,7 +353,18 @@ DORA_CASES = (
     DoraCase(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
     DoraCase(8192, 64, "float32", "float32", True, ("library",)),
 )
-CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + DORA_CASES
+# weights in codes: every layout, the heaviest in each dtype, few rows and many
+CODES_CASES = (
+    CodesCase(8192, 64, "bfloat16", "float32", True, plans.CODES_PLANS, "4-bit nested"),
+    CodesCase(16, 64, "bfloat16", "float32", True, ("fused",), "4-bit nested"),
+    CodesCase(8192, 64, "float16", "float32", True, ("fused",), "4-bit nested"),
+    CodesCase(8192, 64, "float32", "float32", True, plans.CODES_PLANS, "4-bit nested"),
+    CodesCase(8192, 16, "bfloat16", "bfloat16", False, plans.CODES_PLANS, "int8"),
+    CodesCase(8192, 64, "bfloat16", "float32", True, plans.CODES_PLANS, "e4m3 128 x 128"),
+    *(CodesCase(512, 64, "bfloat16", "float32", True, plans.CODES_PLANS, kind) for kind in BLOCKS),
+    CodesCase(16, 64, "bfloat16", "float32", True, ("fused",), "q6_K"),
+)
+CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + DORA_CASES + CODES_CASES
 N = K = 4096
 
 

@@ -140,6 +140,7 @@ def print_tables(console: Console, found: Found) -> None:
     """Every table, and how many kernels are outside their budget."""
     for op, view in (
         ("lora_linear", _traffic_view),
+        ("lora_linear_codes", _codes_traffic_view),
         ("multi_lora_linear", _multi_traffic_view),
         ("adapter", _adapter_traffic_view),
         ("adapter_fusion", _fusion_traffic_view),
@@ -169,6 +170,19 @@ def _traffic_view(rows: list[TrafficRow]) -> Table:
     for index, direction in enumerate(("fwd", "bwd")):
         for peer, passes in PEERS.items():
             table.add_row(direction, peer, "", f"{passes[index]:g}", "", "", "")
+    return table
+
+
+def _codes_traffic_view(rows: list[TrafficRow]) -> Table:
+    m, n, k, r = rows[0].sizes
+    table = Table(
+        title=f"lora_linear over codes: memory traffic at m={m} n={n} k={k} r={r}, bfloat16 with"
+        " float32 adapters",
+        caption="floor: the codes with their scales, and every other input and output, once",
+    )
+    _traffic_columns(table, "direction", "plan")
+    for row in rows:
+        table.add_row(row.direction, row.plan, *_traffic_cells(row))
     return table
 
 

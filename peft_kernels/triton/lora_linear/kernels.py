@@ -36,7 +36,7 @@ from peft_kernels.triton.common.blocks import (
 
 
 @triton.jit
-def _low_rank(
+def low_rank(
     p, q, rows, cols, m, n, r, sq_r, sq_n, factor, dtype: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _low_rank(
 
 
 @triton.jit
-def _ended(acc, gain, bias, cols, n, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr):
+def ended(acc, gain, bias, cols, n, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr):
     """gain acc + bias, of a tile's columns; gain [n] is float32."""
     if HAS_GAIN:
         acc *= tl.load(gain + cols, mask=cols < n, other=0.0)[None, :]
@@ -135,7 +135,7 @@ def tile_kernel(
 
     # 1. factor P Q, first: the mask applies to it alone, and the base then adds to the same tile
     scale = float_scalar(factor, FACTOR_ON_DEVICE)
-    acc = _low_rank(
+    acc = low_rank(
         p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
     )
     if DROPOUT:
@@ -154,7 +154,7 @@ def tile_kernel(
         w_ptrs += step(BLOCK_K, sw_k)
 
     # 3. gain and bias, and the only rounding and store
-    acc = _ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
+    acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
@@ -215,7 +215,7 @@ def in_loop_kernel(
     b_mask = (ranks < r)[:, None] & (cols < n)[None, :]
     b_tile = tl.load(pointers(b, ranks, cols, sb_r, sb_n), mask=b_mask, other=0.0)
     acc = rank_dot(s_acc * float_scalar(scale, SCALE_ON_DEVICE), b_tile, acc, dtype, PRECISION)
-    acc = _ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
+    acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(y, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
@@ -348,7 +348,7 @@ def add_low_rank_kernel(
 
     # 1. factor P Q
     scale = float_scalar(factor, FACTOR_ON_DEVICE)
-    acc = _low_rank(
+    acc = low_rank(
         p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
     )
     if DROPOUT:
@@ -359,5 +359,5 @@ def add_low_rank_kernel(
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     out_ptrs = pointers(out, rows, cols, n, 1)
     acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    acc = _ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
+    acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     tl.store(out_ptrs, rounded(acc, dtype), mask=mask)

@@ -58,13 +58,13 @@ def with_gain(
 ) -> tuple[Tensor, Tensor]:
     """The same with ``y = gain (x W^T + scale S B^T) + bias``; gain ``[n]`` in float32."""
     factor = scale if scale_t is None else scale_t
-    call = _Call("fwd", x, weight, lora_a, dropout_p, seed)
+    call = Call("fwd", x, weight.shape[0], lora_a, dropout_p, seed)
     plan = plans.choose(x.device, call.problem)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         if plan == "ii":
             return _in_loop(call, x, weight, bias, gain, lora_a, lora_b, factor)
-        s = _shrink(call, x, lora_a)
+        s = shrink(call, x, lora_a)
         if plan == "library":
             early, late = (bias, None) if gain is None else (None, bias)
             y = F.linear(x, weight, early)
@@ -92,11 +92,11 @@ def lora_linear_bwd(
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx ``[m, k]``, dA ``[r, k]``, dB ``[n, r]``; of size 0 where not needed."""
-    call = _Call("bwd", x, weight, lora_a, dropout_p, seed)
+    call = Call("bwd", x, weight.shape[0], lora_a, dropout_p, seed)
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     with torch.cuda.device_of(x):
         factor = scale if scale_t is None else scale_t
-        ds, db = _from_dy(call, dy, lora_b, s.contiguous(), factor, needs_x or needs_a, needs_b, db)
+        ds, db = from_dy(call, dy, lora_b, s.contiguous(), factor, needs_x or needs_a, needs_b, db)
         if needs_x:
             factor = call.inv_keep
             if plans.choose(x.device, call.problem) == "library":
@@ -105,30 +105,31 @@ def lora_linear_bwd(
                 dx = x.new_empty(call.m, call.k)
                 dx = _tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
         if needs_a:
-            da = _grad_a(call, x, ds, lora_a)
+            da = grad_a(call, x, ds, lora_a)
     return dx, da, db
 
 
 # ---- what the launches of one call share -------------------------------------------------------
 
 
-class _Call:
+class Call:
     """The sizes, tiles and dropout of one call of the op."""
 
     def __init__(
         self,
         direction: str,
         x: Tensor,
-        weight: Tensor,
+        n: int,
         lora_a: Tensor,
         dropout_p: float,
         seed: Tensor | None,
+        codes: str = "",
     ) -> None:
         self.m, self.k = x.shape
-        self.n, self.r = weight.shape[0], lora_a.shape[0]
+        self.n, self.r = n, lora_a.shape[0]
         self.dropout = seed is not None
         self.problem = plans.Problem(
-            direction, x.dtype, lora_a.dtype, self.m, self.n, self.k, self.r, self.dropout
+            direction, x.dtype, lora_a.dtype, self.m, n, self.k, self.r, self.dropout, codes
         )
         self.arch_name = chips.arch_name(x.device)
         self.block_r = chips.rank_block(self.r)
@@ -160,7 +161,7 @@ class _Call:
 # ---- launches ----------------------------------------------------------------------------------
 
 
-def _shrink(call: _Call, x: Tensor, lora_a: Tensor) -> Tensor:
+def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
     """S = dropout(x) A^T."""
     tile = call.tile("shrink")
     programs = triton.cdiv(call.m, tile.m) * call.rank_blocks
@@ -182,7 +183,7 @@ def _shrink(call: _Call, x: Tensor, lora_a: Tensor) -> Tensor:
 
 
 def _in_loop(
-    call: _Call,
+    call: Call,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -213,7 +214,7 @@ def _in_loop(
 
 
 def _tile(
-    call: _Call,
+    call: Call,
     a: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -246,7 +247,7 @@ def _tile(
 
 
 def _add_low_rank(
-    call: _Call,
+    call: Call,
     p: Tensor,
     q: Tensor,
     out: Tensor,
@@ -272,8 +273,8 @@ def _add_low_rank(
     return out
 
 
-def _from_dy(
-    call: _Call,
+def from_dy(
+    call: Call,
     dy: Tensor,
     lora_b: Tensor,
     s: Tensor,
@@ -303,7 +304,7 @@ def _from_dy(
     return sum_partials(ds_parts, ds, scale), sum_partials(db_parts, db, scale)
 
 
-def _grad_a(call: _Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
+def grad_a(call: Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
     """dA = dS^T dropout(x)."""
     tile = call.tile("grad_a")
     programs = triton.cdiv(call.k, tile.k) * call.rank_blocks

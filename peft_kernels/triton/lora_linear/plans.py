@@ -6,6 +6,11 @@ A *plan* is one way to compute the op:
 ``"ii"``       S and y in one loop over k; forward only, and only up to `IN_LOOP_MAX_RANK`
 ``"library"``  the library's GEMM, then the low-rank part added in place
 
+Over a weight in codes there are two others:
+
+``"fused"``    as "i", the weight widened in the tile
+``"scratch"``  the weight dequantised for the call, then one of the above
+
 `choose` takes the plan that `peft-kernels tune` measured for the device and the shape's bucket, and
 without a measurement the one that `default_plan` computes.
 """
@@ -27,7 +32,12 @@ import triton
 from peft_kernels.triton.common import chips
 
 PLANS = ("i", "ii", "library")
+CODES_PLANS = ("fused", "scratch")
 IN_LOOP_MAX_RANK = 64
+# Up to so many rows a product that widens 4 bits itself beats dequantising first, as bitsandbytes
+# 0.50 measured and dispatches by; on other chips up to FUSED_ROWS_ELSEWHERE.
+FUSED_ROWS = {"sm_90": 64, "sm_100": 32}
+FUSED_ROWS_ELSEWHERE = 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Problem:
     k: int
     r: int
     dropout: bool
+    codes: str = ""  # what the weight is in, "" where it is dense
 
     def terms(self) -> int:
         return chips.terms(self.dtype, self.adapter_dtype)
@@ -53,7 +64,12 @@ class Problem:
             for name, size in (("m", self.m), ("n", self.n), ("k", self.k), ("r", self.r))
         )
         dtypes = f"{_short(self.dtype)}/{_short(self.adapter_dtype)}"
-        return f"{self.direction} {dtypes} {sizes}" + (" dropout" if self.dropout else "")
+        options = (" dropout" if self.dropout else "") + (f" {self.codes}" if self.codes else "")
+        return f"{self.direction} {dtypes} {sizes}{options}"
+
+    def plans(self) -> tuple[str, ...]:
+        """Those that it has to choose from."""
+        return CODES_PLANS if self.codes else PLANS
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -72,6 +88,8 @@ def default_plan(name: str, problem: Problem) -> str:
     are free, so "ii" also saves a launch. Under dropout the mask would be drawn T times (some 20
     integer instructions an element), so T must be 1 there.
     """
+    if problem.codes:
+        return "fused" if problem.m <= FUSED_ROWS.get(name, FUSED_ROWS_ELSEWHERE) else "scratch"
     if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
     if problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK:
@@ -93,8 +111,8 @@ _forced: str | None = None
 def force(plan: str) -> Iterator[None]:
     """Uses ``plan`` wherever it can serve inside a ``with`` block: for `tune` and the tests."""
     global _forced
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)}; got {plan!r}")
+    if plan not in PLANS + CODES_PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS + CODES_PLANS)}; got {plan!r}")
     previous, _forced = _forced, plan
     try:
         yield
@@ -104,7 +122,7 @@ def force(plan: str) -> Iterator[None]:
 
 def choose(device: torch.device, problem: Problem) -> str:
     """The plan that serves ``problem`` on ``device``."""
-    plan = _forced or _chosen(device, problem)
+    plan = _forced if _forced in problem.plans() else _chosen(device, problem)
     # Without columns of y no program of "ii" would store S.
     cannot = problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK or problem.n == 0
     return "i" if plan == "ii" and cannot else plan
@@ -153,8 +171,9 @@ def _checked(content: object) -> dict[str, dict[str, str]]:
     if not isinstance(content, dict):
         raise ValueError("it must hold an object")
     for buckets in content.values():
-        if not isinstance(buckets, dict) or not set(map(str, buckets.values())) <= set(PLANS):
-            raise ValueError(f"every bucket's plan must be one of {', '.join(PLANS)}")
+        known = PLANS + CODES_PLANS
+        if not isinstance(buckets, dict) or not set(map(str, buckets.values())) <= set(known):
+            raise ValueError(f"every bucket's plan must be one of {', '.join(known)}")
     return content
 
 

@@ -13,13 +13,15 @@ from peft_kernels.tools.report.traffic import (
     adapter,
     adapter_fusion,
     lora_linear,
+    lora_linear_codes,
     multi_lora_linear,
     prefix_attention,
 )
 
 
 def _main(m: int, n: int, k: int, r: int) -> None:
-    rows = lora_linear.rows(m, n, k, r) + multi_lora_linear.rows(m, n, k)
+    rows = lora_linear.rows(m, n, k, r) + lora_linear_codes.rows(n, k, r)
+    rows += multi_lora_linear.rows(m, n, k)
     rows += adapter.rows(m, k, r) + adapter_fusion.rows(m, k)
     rows += prefix_attention.rows()
     json.dump([asdict(row) for row in rows], sys.stdout)
