@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_kernels.codes.reading import NOT_YET, Reader
 from peft_kernels.ops import NestedScales, QuantizedWeight
+from peft_kernels.ops._quantize import book_of
 
 PACKED = "codes packed for bfloat16"
 OUTLIERS = "outliers beyond a threshold"
@@ -44,12 +45,15 @@ def _nibbles_of(module: Any) -> QuantizedWeight | str:
     nested = None
     if quantised.nested:
         own = quantised.state2
-        nested = NestedScales(own.absmax, own.code, own.blocksize, quantised.offset)
+        nested = NestedScales(own.absmax, own.code, own.blocksize, quantised.offset.float())
     n, k = quantised.shape
     codes, block, scales = weight.data.view(torch.uint8), quantised.blocksize, quantised.absmax
+    book = quantised.code
+    if book.dtype is not torch.float32:  # made, as a loaded offset is, in another default dtype
+        book = book_of(quantised.quant_type).to(codes.device)  # which the library doesn't read
     if scales.dim() == 2:  # as a state dict's unpacking leaves those that weren't nested
         scales = scales.T.reshape(-1)
-    return QuantizedWeight(codes, scales, (n, k), block, quantised.code, nested=nested)
+    return QuantizedWeight(codes, scales, (n, k), block, book, nested=nested)
 
 
 def _state_of(module: Any, weight: Any) -> Any:

@@ -101,7 +101,7 @@ def _in_float8(weight: Tensor, by: str) -> QuantizedWeight:
 
 def _in_nibbles(weight: Tensor, kind: str, block: int, nested: bool) -> QuantizedWeight:
     n, k = weight.shape
-    book = _book(kind).to(weight.device)
+    book = book_of(kind).to(weight.device)
     blocks, count = _blocks_of(weight.float().flatten(), block)
     scales = blocks.abs().amax(1)
     parts = (blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).clamp(-1, 1).flatten()[:count]
@@ -140,7 +140,8 @@ def _code_of_zero(book: Tensor) -> int:
 
 
 @functools.cache
-def _book(kind: str) -> Tensor:
+def book_of(kind: str) -> Tensor:
+    """What the codes of nf4 or fp4 mean."""
     return torch.tensor(NF4 if kind == "nf4" else FP4, dtype=torch.float32)
 
 
@@ -149,7 +150,7 @@ def _dynamic_book() -> Tensor:
     """The 256 values of the dynamic type: 7 decades of either sign, each with twice the steps."""
     values = [0.0, 1.0]
     for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1)
+        bounds = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         means = 10.0 ** (decade - 6) * (bounds[:-1] + bounds[1:]) / 2
         values += [*means.tolist(), *(-means).tolist()]
     return torch.tensor(sorted(values), dtype=torch.float32)

@@ -335,9 +335,9 @@ def _check_planes(weight: QuantizedWeight) -> None:
     blocks = -(-n * k // block) if block_rows == 1 else -(-n // block_rows) * -(-k // block)
     if book is not None:
         _check_codes(codes, torch.uint8, -(-n * k // 2), weight.shape)
-        if book.shape != (16,) or book.dtype is not torch.float32:
-            got = f"{tuple(book.shape)}, {book.dtype}"
-            raise ValueError(f"weight.book must be [16] float32; got {got}")
+        if book.shape != (16,):
+            raise ValueError(f"weight.book must be [16]; got {tuple(book.shape)}")
+        _check_floats("book", book)
     else:
         in_floats = codes.dtype is torch.float8_e4m3fn
         _check_codes(codes, codes.dtype if in_floats else torch.int8, n * k, weight.shape)
@@ -353,9 +353,19 @@ def _check_planes(weight: QuantizedWeight) -> None:
             f"weight.nested must have a book of 256 and {wanted} scales, one for each "
             f"{nested.block} codes; got {tuple(nested.book.shape)} and {nested.scales.numel()}"
         )
-    if nested.offset.numel() != 1 or nested.offset.dtype is not torch.float32:
-        got = f"{tuple(nested.offset.shape)}, {nested.offset.dtype}"
-        raise ValueError(f"weight.nested.offset must be one float32; got {got}")
+    if nested.offset.numel() != 1:
+        got = tuple(nested.offset.shape)
+        raise ValueError(f"weight.nested.offset must be one number; got {got}")
+    for name in _OF_SCALES:
+        _check_floats(f"nested.{name}", getattr(nested, name))
+
+
+def _check_floats(name: str, given: Tensor) -> None:
+    """Kernels read it in no other dtype, and no strides."""
+    if given.dtype is not torch.float32 or not given.is_contiguous():
+        raise ValueError(
+            f"weight.{name} must be contiguous float32; got {given.dtype}, strides {given.stride()}"
+        )
 
 
 def _check_scales(name: str, given: Tensor, dtype: torch.dtype, count: int, block: int) -> None:

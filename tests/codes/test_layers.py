@@ -6,6 +6,7 @@ from torch import nn
 
 from peft_kernels.codes.layers import is_in_codes, read_codes
 from peft_kernels.ops import dequantize
+from peft_kernels.ops.lora_linear import linear_of_codes
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -22,6 +23,32 @@ def test_four_bits(nested, storage):
     assert found.codes.data_ptr() == layer.weight.data_ptr()
     expected = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert torch.equal(dequantize(found), expected)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_under_another_default_dtype(default_dtype, kind):
+    """In which the library makes the book and, loading, the offset, but doesn't compute."""
+    layer = bitsandbytes.nn.Linear4bit(64, 32, compress_statistics=True, quant_type=kind).to("cpu")
+    loaded = bitsandbytes.nn.Linear4bit(64, 32)
+    state = {key: value for key, value in layer.state_dict().items() if key != "bias"}
+    codes = state.pop("weight")
+    state = {key.removeprefix("weight."): value for key, value in state.items()}
+    loaded.weight = bitsandbytes.nn.Params4bit.from_prequantized(codes, state, device="cpu")
+    assert loaded.weight.quant_state.offset.dtype is not torch.float32
+    x = torch.randn(2, 64, dtype=torch.float32)
+    for one in (layer, loaded):
+        found, kept = read_codes(one), one.weight.quant_state
+        expected = bitsandbytes.functional.dequantize_4bit(one.weight.data, kept).float()
+        torch.testing.assert_close(dequantize(found, kept.dtype).float(), expected)
+        y = linear_of_codes(x, found)
+        torch.testing.assert_close(y, x @ dequantize(found).T)
 
 
 @pytest.mark.skipif(

@@ -6,7 +6,7 @@ Bit by bit as bitsandbytes, in integrations/test_bitsandbytes_codes.py.
 import pytest
 import torch
 
-from peft_kernels.ops import dequantize, lora_linear, quantize
+from peft_kernels.ops import _quantize, dequantize, lora_linear, quantize
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -115,3 +115,17 @@ def test_zeros_stay_zeros(kind):
 def test_bad_input_is_named(weight, options, error, message):
     with pytest.raises(error, match=message):
         quantize(weight, **options)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
+def test_the_default_dtype_is_no_matter(kind):
+    weight = torch.randn(32, 64)
+    expected = quantize(weight, kind)
+    for one in (_quantize.book_of, _quantize._dynamic_book):
+        one.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = quantize(weight, kind)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(dequantize(found), dequantize(expected))

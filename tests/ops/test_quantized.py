@@ -222,6 +222,29 @@ def test_ops_are_registered_as_torch_expects():
     torch.library.opcheck(ops.lora_linear_codes_bwd.default, backward)
 
 
+HALVES = torch.randn(256, dtype=torch.bfloat16)
+EVERY_OTHER = torch.randn(512)[::2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": HALVES[:1]}, r"nested.scales must be contiguous float32; got torch.bfloat16"),
+        ({"book": HALVES}, r"nested.book must be contiguous float32; got torch.bfloat16"),
+        ({"book": EVERY_OTHER}, r"nested.book must be contiguous float32; .* strides \(2,\)"),
+        ({"offset": HALVES[0]}, r"nested.offset must be contiguous float32; got torch.bfloat16"),
+        ({"offset": torch.ones(2)}, r"nested.offset must be one number; got \(2,\)"),
+        ({"offset": torch.ones((), device="meta")}, "nested.offset must be on .* cpu; got meta"),
+    ],
+)
+def test_bad_nested_scales_are_named(change, message):
+    """A GPU would read a book with strides as one without."""
+    x, a, b, _ = problem(4, 32, 64)
+    weight = weight_of(32, 64)
+    with pytest.raises(ValueError, match=message):
+        lora_linear(x, weight._replace(nested=weight.nested._replace(**change)), a, b)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -232,6 +255,8 @@ def test_ops_are_registered_as_torch_expects():
         ({"codes": torch.zeros(5, dtype=torch.uint8)}, "codes must be 1024 contiguous torch.uint8"),
         ({"scales": torch.zeros(3)}, "scales must be 32 contiguous torch.uint8"),
         ({"book": torch.zeros(8)}, r"book must be \[16\]"),
+        ({"book": EVERY_OTHER[:16]}, r"weight.book must be contiguous float32"),
+        ({"book": HALVES[:16]}, r"weight.book must be contiguous float32"),
         ({"nested": NestedScales(torch.ones(2), torch.ones(256), 256, torch.ones(()))}, "1 scales"),
         ({"shape": (32, 32)}, "k = 32"),
     ],

@@ -159,9 +159,12 @@ def test_the_base_alone(plan):
     """Rank 0, as an adapter that is off has it."""
     weight = weight_of(35, 64, kind="nested")
     x, _, _, bias = problem(9, 35, 64)
+    x.requires_grad_()
     with lora_plans.force(plan), peft_kernels.backend("triton"):
         found = linear_of_codes(x, weight, bias)
+        (dx,) = torch.autograd.grad(found, x, dy := torch.randn(9, 35))
     torch.testing.assert_close(found, torch.nn.functional.linear(x, dequantize(weight), bias))
+    torch.testing.assert_close(dx, dy @ dequantize(weight))
 
 
 @plans

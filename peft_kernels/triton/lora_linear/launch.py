@@ -152,7 +152,7 @@ class Call:
         sums, (G m + C n) r numbers, are fewest at G / C = n / m.
         """
         blocks = triton.cdiv(self.n, block)
-        wanted = 2 * chips.arch(self.arch_name).cores / self.rank_blocks
+        wanted = 2 * chips.arch(self.arch_name).cores / max(self.rank_blocks, 1)
         groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
         group = triton.cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
         return group, triton.cdiv(blocks, group) if blocks else 0
