@@ -58,4 +58,5 @@ def _base_of(rows: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     if not 0 < count < _IN_ONE_ORDER:
         return linear_of_codes(rows, weight, bias)
     filled = F.pad(rows, (0, 0, 0, _IN_ONE_ORDER - count))
-    return linear_of_codes(filled, weight, bias)[:count]
+    # Not a view: the update is added to it in place, and its gradients aren't a view's.
+    return linear_of_codes(filled, weight, bias)[:count].clone()

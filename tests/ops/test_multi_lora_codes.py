@@ -58,6 +58,14 @@ def test_is_that_over_the_values(kind, nested):
         assert torch.equal(multi_lora_linear(x, weight, bank, ids, bias=bias), found[0])
 
 
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_few_rows_train_too(m):
+    """These are filled up to as many as are summed in one order."""
+    x, weight, bank, ids, bias = make(m)
+    found = step(x, weight, bank, ids, bias)
+    assert_close(found, step(x, dequantize(weight), bank, ids, bias))
+
+
 def test_dropout_and_ids_of_rows_in_a_batch():
     x, weight, bank, _, bias = make(m=12)
     shares = torch.tensor([0.5, 0.2, 0.0, 0.0], dtype=torch.float64)
