@@ -75,7 +75,7 @@ def _nf4_of(module: Any) -> QuantizedWeight | str:
     if not (codes.is_contiguous() and weight.is_contiguous()):
         return STRIDED
     nested, scales = None, weight.quantized_scalers
-    if weight.dtype is torch.float32:
+    if weight.dtype is factors.dtype is torch.float32:  # float() changes the first alone
         nested = NestedScales(
             factors.reciprocal(),
             _signed(codes.device),

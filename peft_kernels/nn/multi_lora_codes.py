@@ -11,7 +11,7 @@ class QuantizedMultiLoRALinear(OverCodes, MultiLoRALinear):
     """:class:`MultiLoRALinear` in the place of another library's quantised layer.
 
     ``weight`` is the library's Parameter, of its shape, and the state dict is that of the library's
-    layer. Neither pass writes anything of the weight's size. x may be float32, or a half where the
+    layer. Neither pass keeps anything of the weight's size. x may be float32, or a half where the
     pages are float32 or of its dtype; the result has its dtype.
     """
 

@@ -1,7 +1,8 @@
 """Multi-LoRA linear over a weight in codes: the base from the codes, the update added to it.
 
-Neither pass writes or keeps anything of the weight's size. y is rounded to the dtype of x twice,
-before the update and after it. A row's result doesn't depend on its batch, as over a dense weight.
+Neither pass keeps anything of the weight's size, nor writes it but where a GPU has many rows. y is
+rounded to the dtype of x twice, before the update and after it. A row's result doesn't depend on
+its batch on a CPU, as over a dense weight.
 """
 
 from __future__ import annotations

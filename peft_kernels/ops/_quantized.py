@@ -1,4 +1,5 @@
-"""Weights in codes, and LoRA linear over them: nothing of the weight's size is ever written.
+"""Weights in codes, and LoRA linear over them: nothing of the weight's size is kept, nor written
+but where a GPU has many rows.
 
 Element (i, j) of a weight ``[n, k]`` is, where codes and scales lie in planes of their own,
 

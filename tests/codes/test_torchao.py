@@ -6,6 +6,7 @@ from torch import nn
 
 from peft_kernels.codes.layers import is_in_codes, read_codes
 from peft_kernels.ops import dequantize, quantize
+from peft_kernels.ops.lora_linear import linear_of_codes
 
 quantization = pytest.importorskip("torchao.quantization")
 from torchao.quantization import granularity, quant_api  # noqa: E402
@@ -81,6 +82,16 @@ def test_nf4_of_halves_is_rounded_as_there(dtype):
     layer = in_nf4(dtype)
     expected = layer.weight.get_original_weight()
     assert torch.equal(dequantize(read_codes(layer), dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nf4_whose_dtype_alone_was_changed(dtype):
+    """float() leaves the tensors that scales are made of as they were."""
+    layer = in_nf4(dtype).float()
+    found, expected = read_codes(layer), layer.weight.get_original_weight()
+    torch.testing.assert_close(dequantize(found), expected, rtol=1e-6, atol=0)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(linear_of_codes(x, found), x @ expected.T)
 
 
 def test_what_is_not_read_says_why():
