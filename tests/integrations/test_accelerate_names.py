@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft_pairs import Pair, inputs_of
 
+import peft_kernels
 from peft_kernels.calls.carried import Frame, carrying
 from peft_kernels.integrations.peft.lora_model import _CALLER
 
@@ -100,3 +101,35 @@ def test_compiled_calls_have_their_own_where_something_is_carried(rest):
     """As after generators that took turns, or inside another's block."""
     with carrying(rest):
         test_compiled_calls_have_their_own()
+
+
+class _InTwoFrames(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.body(x)
+        torch._dynamo.graph_break()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("part", ["", "base_model.model", "base_model.model.head"])
+def test_compiled_heads_have_their_own_names(part):
+    """What compiled code has of a wrapper of PEFT's may have none of its LoRA layers in it."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["body"], modules_to_save=["head"])
+    model = peft.get_peft_model(_InTwoFrames(), config)
+    model.add_adapter("other", config)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    report, x = peft_kernels.accelerate(model.eval()), torch.randn(4, 8)
+    with torch.no_grad():
+        expected = [model(x, **named(names)) for names in NAMES]
+        model.get_submodule(part).compile(backend="eager")
+        for _ in range(2):
+            for names, one in zip(NAMES, expected, strict=True):
+                torch.testing.assert_close(model(x, **named(names)), one)
+    assert [layer.name for layer in report.layers] == ["base_model.model.body"]
+    peft_kernels.restore(model)
+    assert type(model.base_model.model.head) is peft.utils.other.ModulesToSaveWrapper

@@ -19,7 +19,7 @@ from peft_kernels.integrations.peft.codes import layers as over_codes
 from peft_kernels.integrations.peft.dora import NORMS
 from peft_kernels.integrations.peft.embedding import Embedding, read_factors
 from peft_kernels.integrations.peft.linear import KERNEL, linear
-from peft_kernels.integrations.peft.lora_model import LoraModel
+from peft_kernels.integrations.peft.lora_model import WRAPPERS, LoraModel
 from peft_kernels.integrations.peft.plain import read_plain
 from peft_kernels.integrations.peft.state import (
     Adapter,
@@ -68,6 +68,7 @@ SERVED: dict[type, type] = {
     peft_lora.Linear: Linear,
     peft_lora.Embedding: Embedding,
     PeftLoraModel: LoraModel,
+    **WRAPPERS,
     **over_codes.SERVED,
 }
 _OWN = {ours: theirs for theirs, ours in (*SERVED.items(), *over_codes.PLAIN.items())}

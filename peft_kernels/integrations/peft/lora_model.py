@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from peft import LoraModel as PeftLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import other as peft_other
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from peft_kernels.calls.carried import Carried
+from peft_kernels.calls.carried import Carried, is_carrying
 
 # The thread that began the call: what compiled code finds unchanged in its next call.
 _CALLER: Carried[int] = Carried("a call with adapter_names")
@@ -45,6 +46,29 @@ class LoraModel(PeftLoraModel):
             yield
         finally:
             torch.compiler.disable(hooks.end)()
+
+
+class _Guarded(AuxiliaryTrainingWrapper):
+    """Hooks hand it names, by which what torch.compile makes of it isn't guarded; by this it is."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            is_carrying()
+        return super().forward(*args, **kwargs)
+
+
+class ModulesToSaveWrapper(_Guarded, peft_other.ModulesToSaveWrapper):
+    """PEFT's."""
+
+
+class TrainableTokensWrapper(_Guarded, peft_other.TrainableTokensWrapper):
+    """PEFT's."""
+
+
+WRAPPERS: dict[type, type] = {
+    peft_other.ModulesToSaveWrapper: ModulesToSaveWrapper,
+    peft_other.TrainableTokensWrapper: TrainableTokensWrapper,
+}
 
 
 class _HandingNames:
