@@ -72,7 +72,7 @@ def test_against_float64(m, kind, p, backend):
 
 
 @pytest.mark.parametrize("kind", ["nested", "flat", "int8", "q4_K"])
-@pytest.mark.parametrize("m", [1, 9, 40, 130])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 40, 130])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_as_good_as_a_weight_in_halves(dtype, m, kind):
     """Where the processor multiplies bfloat16 the weight is rounded to it; else not at all."""
@@ -311,6 +311,18 @@ def test_bfloat16_goes_by_pairs_where_the_processor_takes_them():
     x[:, k // 2 :] = -1
     y = linear_of_codes(x, weight)
     assert y.eq(0.0 if multiplies_bf16() else 0.5).all()
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_few_rows_of_bfloat16_go_by_pairs_too(m):
+    """Of 4 bits the book is rounded."""
+    k, book = 512, torch.ones(16)
+    book[0] += 2**-9
+    codes = torch.tensor([0, 17], dtype=torch.uint8).repeat_interleave(k // 4).repeat(9)
+    weight = QuantizedWeight(codes, torch.ones(9 * k // 64), (9, k), 64, book)
+    x = torch.ones(m, k, dtype=torch.bfloat16)
+    x[:, k // 2 :] = -1
+    assert linear_of_codes(x, weight).eq(0.0 if multiplies_bf16() else 0.5).all()
 
 
 def multiplies_bf16():

@@ -235,6 +235,7 @@ PK_INLINE void end_chains(Vec (&sums)[R][CHAINS<R>], Vec* totals) {
 
 // Rows of floats, x[i] at data + i * row.
 struct FewRows {
+  static constexpr int64_t PART = 4 * 1024;  // elements of all rows that stay in L1
   const float* data;
   int64_t row;
 };

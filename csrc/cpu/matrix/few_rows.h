@@ -40,7 +40,6 @@ struct Sweep {
 constexpr int64_t FEW_ROWS_DOT = 8;  // two blocks of 4; over codes one
 constexpr int64_t FEW_ROWS_AXPY = 8;
 constexpr int64_t LINES_OF_X = 16;       // in codes, that read a part of x while it lies in L1
-constexpr int64_t L1_FLOATS = 4 * 1024;  // of such a part
 constexpr int64_t WAY = 1024;  // floats after which lines take the same place in L1; rows lie between
 constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
 constexpr int64_t MIN_AXPY_COLUMNS = 256;
@@ -199,10 +198,11 @@ PK_INLINE void end_code_dots(const Sweep& s, int64_t row, int64_t col, const Vec
   }
 }
 
-// R rows, of x or of x split, with lines [col, col + lines) of the weight, which are columns of G.
-template <int R>
-PK_INLINE void few_code_dots(const Sweep& s, FewRows x, int64_t row, int64_t col, int64_t lines) {
-  constexpr int64_t DEPTH = L1_FLOATS / R / MAX_BLOCK * MAX_BLOCK;
+// R rows, of x or of x split or in pairs, with lines [col, col + lines) of the weight, which are
+// columns of G.
+template <int R, class X>
+PK_INLINE void few_code_dots(const Sweep& s, X x, int64_t row, int64_t col, int64_t lines) {
+  constexpr int64_t DEPTH = X::PART / R / MAX_BLOCK * MAX_BLOCK;
   constexpr int FIRST = std::min(R, 4);
   const int64_t d = s.x.cols;
   Vec totals[LINES_OF_X][R]{};
@@ -216,16 +216,13 @@ PK_INLINE void few_code_dots(const Sweep& s, FewRows x, int64_t row, int64_t col
   }
 }
 
+// How far apart rows of so many floats lie.
+inline int64_t apart(int64_t floats) { return round_up(floats, WAY) + WAY / 2; }
+
 // The product with a weight in codes, of which each is looked up once for up to 8 rows.
-inline void few_code_dot(const Sweep& s, const float* x, const Parallel& parallel) {
-  const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols, width = round_up(d, WAY) + WAY / 2;
-  const Scratch buffer(m * width);
-  for (int64_t i = 0; i < m; i++)
-    if (s.codes->layout == Layout::nibbles)
-      split_row(x + i * d, d, buffer + i * width);
-    else
-      std::memcpy(buffer + i * width, x + i * d, d * sizeof(float));
-  const FewRows rows{buffer, width};
+template <class X>
+void few_code_dot(const Sweep& s, X rows, const Parallel& parallel) {
+  const int64_t m = s.x.rows, c = s.out.cols;
   const int64_t tasks = std::min<int64_t>(parallel.threads, c);
   parallel(tasks, [&](int64_t task) {
     const int64_t end = c * (task + 1) / tasks;
@@ -242,12 +239,24 @@ inline void few_code_dot(const Sweep& s, const float* x, const Parallel& paralle
   });
 }
 
+// The same, rows of floats.
+inline void few_code_dot_floats(const Sweep& s, const float* x, const Parallel& parallel) {
+  const int64_t m = s.x.rows, d = s.x.cols, width = apart(d);
+  const Scratch buffer(m * width);
+  for (int64_t i = 0; i < m; i++)
+    if (s.codes->layout == Layout::nibbles)
+      split_row(x + i * d, d, buffer + i * width);
+    else
+      std::memcpy(buffer + i * width, x + i * d, d * sizeof(float));
+  few_code_dot(s, FewRows{buffer, width}, parallel);
+}
+
 // G with d contiguous: dot products of rows of X with columns of G. H too must have r contiguous.
 inline void sweep_few_dot(const Sweep& s, const Parallel& parallel) {
   const Scratch buffer(s.x.rows * s.x.cols);
   const float* x = contiguous_rows(s.x, buffer);
   if (s.projection) few_project(s, x, parallel);
-  if (s.codes && is_read_in_place(*s.codes)) return few_code_dot(s, x, parallel);
+  if (s.codes && is_read_in_place(*s.codes)) return few_code_dot_floats(s, x, parallel);
   few_dot(s, x, parallel);
 }
 

@@ -8,6 +8,7 @@
 // with c contiguous they are columns of G, so a weight is never transposed; with few rows nothing is
 // packed at all, and bfloat16 with a weight in codes goes by pairs where the processor takes those.
 #pragma once
+#include "few_pairs.h"
 #include "sweep_lanes.h"
 #include "sweep_pairs.h"
 
@@ -28,6 +29,9 @@ inline void sweep(const Sweep& s, const Parallel& parallel) {
 #endif
   if (rows_contiguous && !s.dropout) {
     const bool dot = !s.uniform && m <= FEW_ROWS_DOT && s.h.row_stride == 1;
+#if defined(__AVX512F__)
+    if (dot && is_of_few_pairs(s)) return sweep_few_pairs(s, parallel);
+#endif
     if (dot) return sweep_few_dot(s, parallel);
     if (!s.codes || m <= WIDENED_AGAIN) return sweep_rows_as_lanes(s, parallel);
   }
