@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,3 +273,19 @@ def test_outliers_stay_bitsandbytes_own():
     x = torch.randn(5, K)
     torch.testing.assert_close(model(x), theirs(x))
     assert report.counts() == {"base_layer: outliers beyond a threshold": 2}
+
+
+@pytest.mark.parametrize(("device", "serves"), [("cpu", "cpu"), ("cuda", "triton")])
+def test_what_serves_goes_by_the_device(device, serves, monkeypatch):
+    from peft_kernels.integrations.peft.codes import layers
+
+    model = lora(in_codes())
+    peft_kernels.accelerate(model)
+    layer = model.base_model.model.up
+    base = layers.read_base(layer)
+    there = SimpleNamespace(device=torch.device(device))
+    elsewhere = base._replace(weight=base.weight._replace(codes=there))
+    monkeypatch.setattr(layers, "read_base", lambda layer: elsewhere)
+    assert layers.backend(layer) == serves
+    monkeypatch.setattr(layers, "has_kernel", lambda weight: False)
+    assert layers.backend(layer) == "reference"

@@ -55,11 +55,11 @@ def why_not(layer: nn.Module) -> str | None:
 
 
 def backend(layer: nn.Module) -> str:
-    """What serves the layer's calls: in codes only a CPU has kernels."""
+    """What serves the layer's calls, where they are the kernel's."""
     base = read_base(layer)
-    if isinstance(base, str) or base.weight.codes.device.type != "cpu":
+    if isinstance(base, str) or not has_kernel(base.weight):
         return "reference"
-    return backend_of(KERNEL, "cpu", torch.float32) if has_kernel(base.weight) else "reference"
+    return backend_of(KERNEL, base.weight.codes.device, torch.float32)
 
 
 def _read_parts(
