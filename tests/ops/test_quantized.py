@@ -89,6 +89,28 @@ def test_halves_are_as_good_as_a_weight_in_halves(dtype, m, kind):
         assert_as_good_as(one, other, reference, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_that_share_rows_and_columns(dtype):
+    """A row's sums are the same, whoever has them: many rows, and a depth of few rows a block."""
+    n, k = 13, 8192
+    weight = weight_of(n, k)
+    x, a, b, bias = problem(130, n, k, dtype)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 4, 6):
+            torch.set_num_threads(count)
+            found.append(lora_linear(x, weight, a, b, bias=bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+    exact = lora_linear(*(t.double() for t in (x, dequantize(weight), a, b)), bias=bias.double())
+    eager = torch.nn.functional.linear(x, dequantize(weight, dtype), bias) + (x @ a.T.to(dtype)) @ (
+        b.T.to(dtype)
+    )
+    assert_as_good_as(found[0], eager, exact, "y")
+
+
 def test_nothing_of_the_weights_size_is_allocated_or_kept():
     n = k = 1024
     weight = weight_of(n, k)

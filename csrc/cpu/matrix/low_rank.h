@@ -7,9 +7,9 @@ namespace peft_kernels::PK_ISA {
 constexpr int64_t MIN_ROWS = 32;      // fewest that are worth a thread's reading all columns
 constexpr int64_t STRIP = 4 * LANES;  // columns whose dropout factors are drawn at once
 
-// How the threads share [m, c]: groups of rows, as long as each has MIN_ROWS, by groups of columns.
-inline int64_t row_groups(int64_t m, int64_t threads) {
-  int64_t groups = std::clamp<int64_t>(m / MIN_ROWS, 1, threads);
+// How the threads share [m, c]: groups of rows, as long as each has `least`, by groups of columns.
+inline int64_t row_groups(int64_t m, int64_t threads, int64_t least = MIN_ROWS) {
+  int64_t groups = std::clamp<int64_t>(m / least, 1, threads);
   while (threads % groups) groups--;
   return groups;
 }

@@ -122,10 +122,11 @@ inline void sweep_packed(const Sweep& s, int64_t row, int64_t rows, int64_t col,
 inline void sweep_rows_as_lanes(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, d = s.x.cols, c = s.out.cols, panel = (d + s.r) * LANES;
   const int64_t row_units = round_up(m, LANES) / LANES, column_units = round_up(c, ROWS) / ROWS;
-  const int64_t groups = row_groups(m, parallel.threads);
-  const int64_t splits = std::clamp<int64_t>(parallel.threads / groups, 1, column_units + 1);
   const int64_t wanted = std::max<int64_t>(MIN_ROWS, PACKED_X / std::max<int64_t>(d, 1));
   const int64_t block = std::min(round_up(wanted, LANES), row_units * LANES);
+  // Each group widens all codes for each of its blocks: groups of less than one would do so more.
+  const int64_t groups = row_groups(m, parallel.threads, s.codes ? block : MIN_ROWS);
+  const int64_t splits = std::clamp<int64_t>(parallel.threads / groups, 1, column_units + 1);
   const Matrix x_columns = s.x.transposed(), z_columns{s.z, DType::f32, s.r, m, 1, s.r};
   parallel(groups * splits, [&](int64_t task) {
     const int64_t group = task / splits, split = task % splits;

@@ -63,9 +63,9 @@ inline void sweep_packed_pairs(const Sweep& s, const PackedPairs& packed, int64_
 inline void sweep_pairs_rows(const Sweep& s, const Parallel& parallel) {
   const int64_t m = s.x.rows, c = s.out.cols, pairs = s.x.cols / 2;
   const int64_t units = round_up(m, LANES) / LANES, columns = round_up(c, ROWS) / ROWS;
-  const int64_t groups = row_groups(m, parallel.threads), splits = parallel.threads / groups;
   const int64_t wanted = std::max<int64_t>(MIN_ROWS, PACKED_PAIRS / std::max<int64_t>(pairs, 1));
   const int64_t block = std::min(round_up(wanted, LANES), units * LANES);
+  const int64_t groups = row_groups(m, parallel.threads, block), splits = parallel.threads / groups;
   parallel(groups * splits, [&](int64_t task) {
     const int64_t group = task / splits, split = task % splits;
     const int64_t end = std::min(m, units * (group + 1) / groups * LANES);
