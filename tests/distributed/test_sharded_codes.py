@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from processes import Cases
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,17 +24,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def llama(kind="nf4", storage=torch.uint8):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    return quantised.in_codes(model, kind, storage=storage)
+    return quantised.in_codes(quantised.make_plain_llama(), kind, storage=storage)
 
 
 def swapped(model, **options):

@@ -12,23 +12,13 @@ from peft_kernels.nn import LoRALinear, QuantizedLoRALinear
 from peft_kernels.ops import dequantize, quantize
 
 quantised = pytest.importorskip("quantised")
-transformers = pytest.importorskip("transformers")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 IDS = torch.arange(12).view(2, 6) % 32
 
 
 def make(kind="nf4"):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return quantised.in_codes(transformers.LlamaForCausalLM(config).eval(), kind)
+    return quantised.in_codes(quantised.make_plain_llama(), kind)
 
 
 def swapped(kind="nf4", target_modules="all-linear", **options):

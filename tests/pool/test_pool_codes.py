@@ -11,26 +11,16 @@ from peft_kernels import AdapterPool
 from peft_kernels.nn import QuantizedMultiLoRALinear
 
 quantised = pytest.importorskip("quantised")
-transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(12).view(2, 6) % 32
 TARGETS = ["q_proj", "down_proj"]
 
 
 def make(kind="nf4"):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     without = ["lm_head"]
     if kind == "int8":  # where bitsandbytes' own layers round x as well
         without += ["k_proj", "v_proj", "o_proj", "up_proj", "gate_proj"]
-    return quantised.in_codes(transformers.LlamaForCausalLM(config).eval(), kind, without)
+    return quantised.in_codes(quantised.make_plain_llama(), kind, without)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import make_llama
 from torch import nn
 
 from peft_kernels.codes.layers import codes_of, is_in_codes
@@ -29,6 +30,12 @@ def layer_in_codes(linear, kind="nf4", nested=True, storage=torch.uint8):
     if bias:
         layer.bias.data = linear.bias.data.clone()
     return layer.to("cpu").train(linear.training)
+
+
+def make_plain_llama():
+    """One with layers of whole blocks."""
+    torch.manual_seed(0)
+    return make_llama(hidden_size=64, intermediate_size=128).eval()
 
 
 def in_codes(model, kind="nf4", without=("lm_head",), **options):

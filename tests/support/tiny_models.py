@@ -23,11 +23,11 @@ def make_gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def make_llama(layers: int = 2) -> nn.Module:
+def make_llama(layers: int = 2, hidden_size: int = 16, intermediate_size: int = 24) -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
