@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft_kernels.ops._dtypes import acc_dtype
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -45,6 +47,18 @@ def dropout_factor(seed: Tensor, p: float, m: int, k: int, dtype: torch.dtype) -
     rows = torch.arange(m, device=seed.device)[:, None]
     words = torch.stack(philox(seed, groups, rows), dim=-1).flatten(1)[:, :k]
     return (words >= threshold(p)).to(dtype) / (1.0 - p)
+
+
+def factor_of(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The same for x ``[m, k]``, in the dtype of its sums."""
+    m, k = x.shape
+    return dropout_factor(seed, p, m, k, acc_dtype(x)).to(x.device)
+
+
+def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """dropout(x), in the dtype of sums."""
+    wide = x.to(acc_dtype(x))
+    return wide if seed is None else wide * factor_of(x, p, seed)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -11,6 +11,11 @@ def acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
+    """The factor of a low-rank part, as references multiply with it."""
+    return scale if scale_t is None else scale_t.to(x.device, acc_dtype(x))
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """Under autocast, these in autocast's dtype; what isn't given, as adapters, stays wide."""
     if not torch._C._is_any_autocast_enabled():  # of no device: the cheapest to ask

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
-from peft_kernels.ops._dropout import dropout_factor
-from peft_kernels.ops._dtypes import acc_dtype
+from peft_kernels.ops._dropout import dropped, factor_of
+from peft_kernels.ops._dtypes import acc_dtype, scale_of
 from peft_kernels.ops._gguf_blocks import BLOCKS, dequantize_blocks
 from peft_kernels.ops._packed import PACKED, check_packed, dequantize_packed
 from peft_kernels.ops._transforms import gradients_of, wants_gradient_composition
@@ -139,25 +139,13 @@ BWD_SCHEMA = (
 )
 
 
-def _factor(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | float:
-    if seed is None:
-        return 1.0
-    m, k = x.shape
-    return dropout_factor(seed, dropout_p, m, k, acc_dtype(x)).to(x.device)
-
-
-def _scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
-    return scale if scale_t is None else scale_t.to(x.device, acc_dtype(x))
-
-
 def _fwd_ref(x, *rest):
     arguments, rest = rest[:_COUNT], rest[_COUNT:]
     bias, lora_a, lora_b, scale, scale_t, dropout_p, seed = rest
     acc = acc_dtype(x)
-    wide = x.to(acc)
-    s = (wide * _factor(x, dropout_p, seed)) @ lora_a.to(acc).T
-    y = wide @ _dequantized(arguments, x.shape[1]).to(acc).T
-    y = y + _scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
+    s = dropped(x, dropout_p, seed) @ lora_a.to(acc).T
+    y = x.to(acc) @ _dequantized(arguments, x.shape[1]).to(acc).T
+    y = y + scale_of(scale, scale_t, x) * (s @ lora_b.to(acc).T)
     return (y if bias is None else y + bias.to(acc)).to(x.dtype), s
 
 
@@ -171,15 +159,17 @@ def _bwd_ref(dy, x, *rest):
     arguments, rest = rest[:_COUNT], rest[_COUNT:]
     lora_a, lora_b, s, scale, scale_t, dropout_p, seed, needs_x, needs_a, needs_b = rest
     acc = acc_dtype(x)
-    scale, wide = _scale_of(scale, scale_t, x), dy.to(acc)
+    scale, wide = scale_of(scale, scale_t, x), dy.to(acc)
     ds = scale * (wide @ lora_b.to(acc))
-    factor = _factor(x, dropout_p, seed)
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if needs_x:
         weight = _dequantized(arguments, x.shape[1]).to(acc)
-        dx = (wide @ weight + (ds @ lora_a.to(acc)) * factor).to(x.dtype)
+        low_rank = ds @ lora_a.to(acc)
+        if seed is not None:
+            low_rank *= factor_of(x, dropout_p, seed)
+        dx = (wide @ weight + low_rank).to(x.dtype)
     if needs_a:
-        da = (ds.T @ (x.to(acc) * factor)).to(lora_a.dtype)
+        da = (ds.T @ dropped(x, dropout_p, seed)).to(lora_a.dtype)
     if needs_b:
         db = (scale * (wide.T @ s)).to(lora_b.dtype)
     return dx, da, db

@@ -27,7 +27,8 @@ from torch import Tensor
 from peft_kernels import _library
 from peft_kernels.ops._checks import check_devices
 from peft_kernels.ops._dispatch import define_call, wants_function
-from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._dropout import dropped
+from peft_kernels.ops._dtypes import acc_dtype, autocast, scale_of
 from peft_kernels.ops._quantized import QuantizedWeight
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded, lora_linear_sharded, norm_of_shards
@@ -35,11 +36,9 @@ from peft_kernels.ops._transforms import gradients_of, wants_gradient_compositio
 from peft_kernels.ops._weight_rows import cross_of_codes, squares_of_codes
 from peft_kernels.ops.lora_linear import (
     check_lora,
-    dropped,
     lora_linear,
     lora_linear_bwd_ref,
     read_options,
-    scale_of,
 )
 from peft_kernels.ops.lora_linear import example_inputs as lora_inputs
 

@@ -29,8 +29,8 @@ from peft_kernels.ops._checks import (
     check_same,
 )
 from peft_kernels.ops._dispatch import define_call, wants_function
-from peft_kernels.ops._dropout import dropout_factor, seed_tensor
-from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._dropout import dropped, factor_of, seed_tensor
+from peft_kernels.ops._dtypes import acc_dtype, autocast, scale_of
 from peft_kernels.ops._quantized import (
     QuantizedWeight,
     check_codes,
@@ -61,24 +61,6 @@ BWD_SCHEMA = (
 # ---- reference -------------------------------------------------------------------------------
 
 
-def _factor(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    m, k = x.shape
-    return dropout_factor(seed, dropout_p, m, k, acc_dtype(x)).to(x.device)
-
-
-def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """dropout(x), in the dtype of sums."""
-    wide = x.to(acc_dtype(x))
-    if seed is None:
-        return wide
-    return wide * _factor(x, dropout_p, seed)
-
-
-def scale_of(scale: float, scale_t: Tensor | None, x: Tensor) -> float | Tensor:
-    """The factor of the low-rank part, as the reference multiplies with it."""
-    return scale if scale_t is None else scale_t.to(x.device, acc_dtype(x))
-
-
 def lora_linear_fwd_ref(x, weight, bias, lora_a, lora_b, scale, scale_t, dropout_p, seed):
     acc = acc_dtype(x)
     s = dropped(x, dropout_p, seed) @ lora_a.to(acc).T
@@ -97,7 +79,7 @@ def lora_linear_bwd_ref(
     if needs_x:
         low_rank = ds @ lora_a.to(acc)
         if seed is not None:
-            low_rank *= _factor(x, dropout_p, seed)
+            low_rank *= factor_of(x, dropout_p, seed)
         dx = (dy @ weight + low_rank).to(x.dtype)
     if needs_a:
         da = (ds.T @ dropped(x, dropout_p, seed)).to(lora_a.dtype)
