@@ -160,10 +160,10 @@ def made_up_report():
     from peft_kernels.tools.report.compile import CompiledRow
     from peft_kernels.tools.report.traffic.counted import TrafficRow
 
-    ops = ("lora_linear", "multi_lora_linear", "adapter", "adapter_fusion", "prefix_attention")
     sizes = {"multi_lora_linear": (2, 3, 4), "adapter_fusion": (2, 3, 4)}
     traffic = [
-        TrafficRow(op, "fwd", "i", sizes.get(op, (2, 3, 4, 5)), 1, 0.5, 1000, 500, 0) for op in ops
+        TrafficRow(op, "fwd", "i", sizes.get(op, (2, 3, 4, 5)), 1, 0.5, 1000, 500, 0)
+        for op in report.TRAFFIC_VIEWS
     ]
     name = "a_kernel_with_a_long_name_of_its_own"
     kernel = ("sm_80", name, "bf16/f32", "float32", "64x64", 40)

@@ -138,14 +138,7 @@ def report(console: Console | None = None, targets: tuple[str, ...] = TARGETS) -
 
 def print_tables(console: Console, found: Found) -> None:
     """Every table, and how many kernels are outside their budget."""
-    for op, view in (
-        ("lora_linear", _traffic_view),
-        ("lora_linear_codes", _codes_traffic_view),
-        ("multi_lora_linear", _multi_traffic_view),
-        ("adapter", _adapter_traffic_view),
-        ("adapter_fusion", _fusion_traffic_view),
-        ("prefix_attention", _prefix_traffic_view),
-    ):
+    for op, view in TRAFFIC_VIEWS.items():
         show(console, view([row for row in found.traffic if row.op == op]))
     show(console, _compile_view(found.compiled))
     show(console, cuda_objects.table(found.objects))
@@ -242,6 +235,16 @@ def _fusion_traffic_view(rows: list[TrafficRow]) -> Table:
     for row in rows:
         table.add_row(row.direction, row.plan, *_traffic_cells(row))
     return table
+
+
+TRAFFIC_VIEWS = {
+    "lora_linear": _traffic_view,
+    "lora_linear_codes": _codes_traffic_view,
+    "multi_lora_linear": _multi_traffic_view,
+    "adapter": _adapter_traffic_view,
+    "adapter_fusion": _fusion_traffic_view,
+    "prefix_attention": _prefix_traffic_view,
+}
 
 
 def _traffic_columns(table: Table, *names: str) -> None:
