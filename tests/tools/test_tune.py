@@ -158,9 +158,14 @@ def test_weights_in_codes_have_plans_of_their_own(cache):
 
 
 def test_the_default_over_codes_goes_by_rows():
-    for chip, rows in (("sm_90", 64), ("sm_100", 32), ("sm_80", 512), ("other", 512)):
+    for chip, dtype, rows in (
+        ("sm_90", BF16, 64),
+        ("sm_100", BF16, 32),
+        ("other", BF16, 64),
+        ("sm_100", F32, 7),
+    ):
         for m, plan in ((rows, "fused"), (rows + 1, "scratch")):
-            case = problem(m=m)
+            case = problem(m=m, dtype=dtype)
             assert plans.default_plan(chip, replace(case, codes="4-bit/64")) == plan
 
 

@@ -38,7 +38,7 @@ PK_PAIRS PK_INLINE ByteTables tables_of(const float* book) {
   return {_mm512_broadcast_i32x4(low), _mm512_broadcast_i32x4(high)};
 }
 
-// A group's values, in the order of order_row.
+// A group's values, in the order of order_group.
 PK_PAIRS PK_INLINE void look_up(ByteTables tables, const uint8_t* from, __m512i (&values)[4]) {
   const __m512i packed = _mm512_loadu_si512(from), mask = _mm512_set1_epi8(15);
   const __m512i even = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);

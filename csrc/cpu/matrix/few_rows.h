@@ -216,9 +216,6 @@ PK_INLINE void few_code_dots(const Sweep& s, X x, int64_t row, int64_t col, int6
   }
 }
 
-// How far apart rows of so many floats lie.
-inline int64_t apart(int64_t floats) { return round_up(floats, WAY) + WAY / 2; }
-
 // The product with a weight in codes, of which each is looked up once for up to 8 rows.
 template <class X>
 void few_code_dot(const Sweep& s, X rows, const Parallel& parallel) {
@@ -241,7 +238,7 @@ void few_code_dot(const Sweep& s, X rows, const Parallel& parallel) {
 
 // The same, rows of floats.
 inline void few_code_dot_floats(const Sweep& s, const float* x, const Parallel& parallel) {
-  const int64_t m = s.x.rows, d = s.x.cols, width = apart(d);
+  const int64_t m = s.x.rows, d = s.x.cols, width = round_up(d, WAY) + WAY / 2;
   const Scratch buffer(m * width);
   for (int64_t i = 0; i < m; i++)
     if (s.codes->layout == Layout::nibbles)

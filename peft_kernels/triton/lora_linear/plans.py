@@ -34,10 +34,11 @@ from peft_kernels.triton.common import chips
 PLANS = ("i", "ii", "library")
 CODES_PLANS = ("fused", "scratch")
 IN_LOOP_MAX_RANK = 64
-# Up to so many rows a product that widens 4 bits itself beats dequantising first, as bitsandbytes
-# 0.50 measured and dispatches by; on other chips up to FUSED_ROWS_ELSEWHERE.
-FUSED_ROWS = {"sm_90": 64, "sm_100": 32}
-FUSED_ROWS_ELSEWHERE = 512
+# Up to so many rows the weight is widened in the tile, where nothing was measured. Borders of other
+# kernels: bitsandbytes 0.50 dispatches by 32 to 128 on an A100 for large weights, by at most 32 on
+# a B200, and in float32 by fewer than 8 (backends/cuda/ops.py).
+FUSED_ROWS, FUSED_ROWS_FLOAT32 = 64, 7
+FUSED_ROWS_OF = {"sm_100": 32}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def default_plan(name: str, problem: Problem) -> str:
     integer instructions an element), so T must be 1 there.
     """
     if problem.codes:
-        return "fused" if problem.m <= FUSED_ROWS.get(name, FUSED_ROWS_ELSEWHERE) else "scratch"
+        rows = FUSED_ROWS_OF.get(name, FUSED_ROWS)
+        if problem.dtype is torch.float32:
+            rows = FUSED_ROWS_FLOAT32
+        return "fused" if problem.m <= rows else "scratch"
     if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
     if problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK:

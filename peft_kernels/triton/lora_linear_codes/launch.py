@@ -90,18 +90,17 @@ class _Weight(NamedTuple):
     def arguments(self) -> tuple:
         return *self[:7], self.unit, self.n, self.k
 
-    def constants(self, columns: int) -> dict[str, Any]:
-        """For tiles of so many columns."""
+    def constants(self) -> dict[str, Any]:
         return {
             "LAYOUT": self.layout,
             "BLOCK": self.block,
             "BLOCK_ROWS": self.block_rows,
             "NESTED_BLOCK": self.nested_block,
             "E4M3": self.codes.dtype is torch.uint8 and self.book is None,
-            "IN_RUNS": self.lies_in_runs(columns),
+            "IN_RUNS": self.lies_in_runs(),
         }
 
-    def lies_in_runs(self, columns: int) -> bool:
+    def lies_in_runs(self) -> bool:
         if self.layout != "planes" or self.block_rows > 1:
             return False
         if self.book is not None and self.k % 2:
@@ -142,7 +141,7 @@ def dequantized(weight: _Weight, dtype: torch.dtype) -> Tensor:
         kernels.dequantize_kernel,
         (blocks,),
         *weight.arguments(), out,
-        **weight.constants(DEQUANTIZE_K),
+        **weight.constants(),
         BLOCK_N=DEQUANTIZE_N, BLOCK_K=DEQUANTIZE_K, num_warps=DEQUANTIZE_WARPS, num_stages=1,
     )  # fmt: skip
     return out
@@ -172,7 +171,7 @@ def _tile(
         (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
         a, *weight.arguments(), bias, p, q, out, value, call.seed, call.threshold, m, call.r,
         *a.stride(), *q.stride(),
-        **weight.constants(tile.k if forward else tile.n),
+        **weight.constants(),
         FORWARD=forward, HAS_BIAS=bias is not None, DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
