@@ -256,7 +256,7 @@ def _down(
         (programs, splits),
         call.x, dz, parts, 0, 0, 1.0, call.m, call.k, call.r, chunk, *call.x.stride(),
         DROPOUT=False, SEED_ON_DEVICE=False, TERMS=call.flags["TERMS"],
-        PRECISION=chips.float32_precision(),
+        PRECISION=chips.float32_precision(call.x.device),
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
     d_down, d_pre_norm = dz.new_empty(call.r, call.k), dz.new_empty(2, call.k)
@@ -341,7 +341,7 @@ class _Call:
     def _precision(self) -> str:
         """Of products of float32 tiles; beside a 16-bit x they are split for the tensor cores."""
         if self.x.dtype is torch.float32:
-            return chips.float32_precision()
+            return chips.float32_precision(self.x.device)
         if INTERPRET.value:
             return "ieee"
         return "bf16x6" if self.wide and self.norm else "bf16x3"

@@ -186,7 +186,7 @@ class _Call:
     def _precision(self) -> str:
         """Of products of float32 tiles; beside a 16-bit x they are split for the tensor cores."""
         if self.x.dtype is torch.float32:
-            return chips.float32_precision()
+            return chips.float32_precision(self.x.device)
         return "ieee" if INTERPRET.value else "bf16x3"
 
     def tile(self, kernel: str) -> Tile:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 
 # Ranks are handled in blocks of at most this many; a higher rank loops over blocks.
 MAX_BLOCK_R = 64
@@ -197,6 +199,20 @@ def terms(dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
     return 3 if dtype is torch.bfloat16 and adapter_dtype is torch.float32 else 2
 
 
-def float32_precision() -> str:
-    """``input_precision`` of the products of float32 x: TF32 if torch allows it, as `F.linear`."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def float32_precision(device: torch.device) -> str:
+    """``input_precision`` of the products of float32 x: TF32 if torch allows it, as `F.linear`.
+
+    And if Triton has it on ``device``; else it refuses the kernel, whatever x's dtype.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and _has_tf32(device) else "ieee"
+
+
+@functools.cache
+def _has_tf32(device: torch.device) -> bool:
+    """Of AMD's GPUs only some have it: Triton's own list says which."""
+    if device.type != "cuda" or not torch.version.hip:
+        return True
+    name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    backend = make_backend(GPUTarget("hip", name, 64))
+    return "tf32" in backend.parse_options({}).allowed_dot_input_precisions

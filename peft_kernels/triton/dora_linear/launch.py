@@ -109,7 +109,7 @@ def _gain_end(
         (triton.cdiv(n, END_N),),
         dy, x, weight, lora_b, s, sums, gain, dgain, factor, m, n, k, r,
         *dy.stride(), *x.stride(), weight.stride(1), weight.stride(0), *lora_b.stride(),
-        SCALE_ON_DEVICE=on_device, PRECISION=chips.float32_precision(),
+        SCALE_ON_DEVICE=on_device, PRECISION=chips.float32_precision(x.device),
         BLOCK_M=END_M, BLOCK_N=END_N, BLOCK_K=END_K, BLOCK_R=END_R, num_warps=WARPS,
     )  # fmt: skip
     return dgain

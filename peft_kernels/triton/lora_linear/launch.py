@@ -137,7 +137,7 @@ class Call:
         self.inv_keep = 1.0 / (1.0 - dropout_p)
         self.threshold = threshold(dropout_p)
         self.seed, self.seed_on_device = argument(seed, 0)
-        self.precision = chips.float32_precision()
+        self.precision = chips.float32_precision(x.device)
 
     def tile(self, kernel: str) -> chips.Tile:
         return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)

@@ -214,7 +214,7 @@ class _Call:
         self.plan = plans.choose(plan, self.m, self.per_id, dropout=self.dropout, backward=backward)
         self._routes = (order, starts)
         self.arch_name = chips.arch_name(x.device)
-        self.precision = chips.float32_precision()
+        self.precision = chips.float32_precision(x.device)
         self.block_r = chips.rank_block(max(bank.s_width for bank in self.banks))
 
     @functools.cached_property

@@ -211,7 +211,7 @@ class _Call:
         return {
             "GROUP": self.group,
             "PADDED": self.block_d != self.size,
-            "PRECISION": chips.float32_precision() if float32 else "ieee",
+            "PRECISION": chips.float32_precision(self.q.device) if float32 else "ieee",
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
             "BLOCK_D": self.block_d,
