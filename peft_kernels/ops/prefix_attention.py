@@ -356,7 +356,8 @@ def prefix_attention(
     2021, equation 3; Liu et al. 2022, P-tuning v2). Every query sees the whole prefix, which is
     neither concatenated with the keys nor copied for each row of the batch. Sums are kept in
     float32 and rounded once. The backward saves the output and one number by query; the gradient of
-    a prefix is summed over the rows in a fixed order.
+    a prefix is summed over the rows in a fixed order. On a GPU, and under ``backend("triton")``,
+    heads of more than 256 are served by the reference: no Triton kernel has room for them.
 
     Args:
         q: ``[B, Hq, S, D]``, float32, float16, bfloat16 or float64.

@@ -377,3 +377,14 @@ def test_the_backend_launches_its_kernels():
         "prefix_attention_text_grad_kernel",
         "prefix_attention_prefix_grad_kernel",
     } <= launched
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(256, True), (257, False), (512, False)])
+def test_heads_too_wide_for_a_tile_are_the_references(size, kernels):
+    """In both directions, though Triton is asked for; those just below are its own."""
+    inputs = inputs_of(b=1, s=3, t=4, length=2, d=size, dtypes="bf16")
+    with noting() as launched:
+        out = run(inputs, "triton")
+    assert bool(launched) == kernels
+    if not kernels:
+        assert_same_bits(out, run(inputs, "reference"))

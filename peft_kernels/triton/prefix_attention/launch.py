@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from peft_kernels.ops.prefix_attention import prefix_attention_bwd_ref, prefix_attention_fwd_ref
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import MAX_SPLITS, launch, options, sum_partials
@@ -97,6 +98,9 @@ _FLOAT32 = {
     "text_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
     "prefix_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
 }
+# Wider heads are the reference's, in both directions: whole rows of q, k and v lie in a tile, and
+# would take 200 KB of shared memory and more.
+MAX_SIZE = 256
 FEW_ROWS = 16
 # A part of the keys has so many per row of its tile, so that storing its out in float32, and
 # reading that again, is an eighth of reading its keys and values.
@@ -118,6 +122,10 @@ def prefix_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``, and lse ``[B, Hq, S]`` float32."""
+    if q.shape[-1] > MAX_SIZE:
+        return prefix_attention_fwd_ref(
+            q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale
+        )
     call = _Call(q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale)
     with torch.cuda.device_of(q):
         return call.forward()
@@ -143,6 +151,11 @@ def prefix_attention_bwd(
     needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the prefixes' dk and dv; of size 0 where not needed."""
+    if q.shape[-1] > MAX_SIZE:
+        return prefix_attention_bwd_ref(
+            dout, q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, out, lse,
+            is_causal, scale, needs_q, needs_kv, needs_prefix,
+        )  # fmt: skip
     call = _Call(q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale)
     dq, dk, dv = q.new_empty(0), k.new_empty(0), v.new_empty(0)
     d_prefix_k, d_prefix_v = (q.new_empty(0, dtype=torch.float32) for _ in "kv")
