@@ -1,14 +1,17 @@
 """The one ``torch.library.Library`` of the package, and the choice of backend.
 
-Every op is defined here under up to three names with one schema:
+Every op is defined here under up to four names with one schema:
 
 ``peft_kernels::<op>``
     dispatched by key: the reference is its default (CompositeExplicitAutograd) kernel, the native
-    library registers the CPU key, Triton the CUDA key (which ROCm builds of torch use as well).
+    library registers the CPU key, and what serves a GPU the CUDA key (ROCm builds of torch use it
+    as well): the native library's CUDA kernels where they run, else Triton's, else the reference.
 ``peft_kernels::<op>_ref`` and ``peft_kernels::<op>_triton``
     the reference, and Triton, whatever the device: what a forced backend calls.
+``peft_kernels::<op>_cuda``
+    the native library's CUDA kernels.
 
-An op without Triton kernels has no third name, and the native library registers its CUDA key too.
+An op without Triton or CUDA kernels lacks that name.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from peft_kernels import _cuda_kernels
+
 NAMESPACE = "peft_kernels"
 BACKENDS = ("auto", "reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -36,12 +41,19 @@ _WITHOUT_TRITON: set[str] = set()
 
 
 def define(
-    op: str, schema: str, *, reference: Callable, fake: Callable, triton: str | None
+    op: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: str | None,
+    cuda: bool = False,
 ) -> None:
     """Defines ``op`` with its reference, its shape function and its Triton launcher, if it has one.
 
     ``triton`` names the launcher as ``module:function``; that module is imported at the first call,
-    so importing the package never imports Triton.
+    so importing the package never imports Triton. ``cuda`` says that the native library has CUDA
+    kernels of it.
     """
     reference = outside_autocast(reference)
     defaults = {op: reference, op + "_ref": reference}
@@ -55,8 +67,10 @@ def define(
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         LIBRARY.impl(name, fake, "Meta")
-    if launcher is not None:
-        LIBRARY.impl(op, launcher, "CUDA")
+    if cuda:
+        LIBRARY.define(f"{op}_cuda{schema}")
+    if launcher is not None or cuda:
+        LIBRARY.impl(op, _on_a_gpu(op, cuda, launcher or reference), "CUDA")
     if op.endswith("_fwd"):
         OPS.append(op.removesuffix("_fwd"))
 
@@ -69,6 +83,18 @@ def _imported_at_first_call(target: str) -> Callable:
         return getattr(importlib.import_module(module), function)
 
     return lambda *args: resolve()(*args)
+
+
+def _on_a_gpu(op: str, has_cuda: bool, otherwise: Callable) -> Callable:
+    if not has_cuda:
+        return otherwise
+
+    def run(*args):
+        if _cuda_kernels.why_not(args[0].device) is None:
+            return get_op(op, "_cuda")(*args)
+        return otherwise(*args)
+
+    return run
 
 
 def _on_a_gpu_or_interpreted(launcher: Callable) -> Callable:
@@ -218,15 +244,28 @@ def backend_of(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     Raises:
         ValueError: there is no such op.
     """
-    qualified = f"{NAMESPACE}::{op}_fwd"
-    if not torch._C._dispatch_has_kernel(qualified):
+    if not _is_defined(f"{op}_fwd"):
         raise ValueError(f"op must be one that peft_kernels defines; got {op!r}")
-    suffix, has_triton = variant(dtype), f"{op}_fwd" not in _WITHOUT_TRITON
+    suffix = variant(dtype)
     if suffix == "_ref":
         return "reference"
-    if suffix == "_triton" and has_triton:
+    if suffix == "_triton" and f"{op}_fwd" not in _WITHOUT_TRITON:
         return "triton"
-    on_gpu = ("CUDA", "triton" if has_triton else "cuda")
-    key, name = ("CPU", "cpu") if torch.device(device).type == "cpu" else on_gpu
-    present = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
-    return name if present else "reference"
+    device = torch.device(device)
+    return _on_cpu(op) if device.type == "cpu" else _on_gpu(op, device)
+
+
+def _on_cpu(op: str) -> str:
+    qualified = f"{NAMESPACE}::{op}_fwd"
+    present = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU")
+    return "cpu" if present else "reference"
+
+
+def _on_gpu(op: str, device: torch.device) -> str:
+    if _is_defined(f"{op}_fwd_cuda") and _cuda_kernels.why_not(device) is None:
+        return "cuda"
+    return "triton" if _is_defined(f"{op}_fwd_triton") else "reference"
+
+
+def _is_defined(name: str) -> bool:
+    return hasattr(getattr(torch.ops, NAMESPACE), name)

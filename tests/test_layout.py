@@ -21,10 +21,11 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.starts
 # Who may import whom. A room may also import what is in its own; rooms inside of a room follow the
 # same rule, by the table of their own. None imports the package itself, which imports them all.
 ROOMS = {
-    "_library": "",
+    "_cuda_kernels": "",
+    "_library": "_cuda_kernels",
     "modules": "",
     "ops": "_library",
-    "triton": "ops",
+    "triton": "_cuda_kernels ops",
     "calls": "modules ops",
     "codes": "ops",
     "nn": "modules ops calls codes",
@@ -32,7 +33,7 @@ ROOMS = {
     "integrations": "_library modules ops calls codes nn models",
     "formats": "modules ops codes nn models integrations",
     "pool": "modules ops calls codes nn models integrations formats",
-    "tools": "_library ops triton nn integrations",
+    "tools": "_cuda_kernels _library ops triton nn integrations",
     "_moved": "",
     "cli": "_library tools",
 }

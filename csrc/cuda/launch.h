@@ -7,8 +7,10 @@
 
 namespace peft_kernels {
 
+// PK_NAME: of an op that is dispatched by device, the name of its CUDA kernels.
 #if defined(__CUDACC__)
 #define PK_KEY CUDA
+#define PK_NAME(op) op "_cuda"
 using torch::stable::accelerator::DeviceGuard;
 inline cudaStream_t current_stream(int device) {
   const auto stream = torch::stable::accelerator::getCurrentStream(device);
@@ -16,6 +18,7 @@ inline cudaStream_t current_stream(int device) {
 }
 #else  // the emulation
 #define PK_KEY CPU
+#define PK_NAME(op) op
 using simt::DeviceGuard;
 inline cudaStream_t current_stream(int) { return nullptr; }
 #endif

@@ -1,4 +1,4 @@
-// Registers prompt_lookup for the CUDA key: checks, tensors to pointers, and one launch a pass.
+// Registers prompt_lookup's CUDA kernels: checks, tensors to pointers, and one launch a pass.
 // Nothing here waits for the GPU, so that a CUDA graph can hold it; what the ids and the positions
 // are, only the kernels see.
 #include "prompt_lookup.cuh"
@@ -197,6 +197,6 @@ std::tuple<Tensor, Tensor> prompt_lookup_bwd(Tensor d_out, Maybe task_ids, Tenso
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, PK_KEY, library) {
-  library.impl("prompt_lookup_fwd", TORCH_BOX(&peft_kernels::prompt_lookup_fwd));
-  library.impl("prompt_lookup_bwd", TORCH_BOX(&peft_kernels::prompt_lookup_bwd));
+  library.impl(PK_NAME("prompt_lookup_fwd"), TORCH_BOX(&peft_kernels::prompt_lookup_fwd));
+  library.impl(PK_NAME("prompt_lookup_bwd"), TORCH_BOX(&peft_kernels::prompt_lookup_bwd));
 }

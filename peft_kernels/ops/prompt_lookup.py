@@ -169,10 +169,20 @@ def _bwd_fake(d_out, task_ids, positions, prompts, needs_embeddings, needs_promp
 
 
 _library.define(
-    "prompt_lookup_fwd", FWD_SCHEMA, reference=prompt_lookup_fwd_ref, fake=_fwd_fake, triton=None
+    "prompt_lookup_fwd",
+    FWD_SCHEMA,
+    reference=prompt_lookup_fwd_ref,
+    fake=_fwd_fake,
+    triton=None,
+    cuda=True,
 )
 _library.define(
-    "prompt_lookup_bwd", BWD_SCHEMA, reference=prompt_lookup_bwd_ref, fake=_bwd_fake, triton=None
+    "prompt_lookup_bwd",
+    BWD_SCHEMA,
+    reference=prompt_lookup_bwd_ref,
+    fake=_bwd_fake,
+    triton=None,
+    cuda=True,
 )
 
 

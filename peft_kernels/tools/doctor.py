@@ -12,18 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 import peft_kernels
-from peft_kernels._library import (
-    _WITHOUT_TRITON,
-    NATIVE_LIBRARY,
-    OPS,
-    backend_of,
-    why_no_native,
-)
+from peft_kernels import _cuda_kernels
+from peft_kernels._library import HAS_TRITON, NATIVE_LIBRARY, OPS, backend_of, why_no_native
 from peft_kernels.tools.printing import show
 
 PACKAGES = ("triton", "peft", "transformers", "loralib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WITHOUT_NVCC = "built without CUDA kernels (no nvcc, or PEFT_KERNELS_CUDA=OFF)"
 
 
 def doctor(console: Console) -> None:
@@ -53,6 +47,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
     yield "GPU", _gpu()
     yield "native library", _native()
+    yield "its CUDA kernels", _cuda()
 
 
 def _version(package: str) -> str:
@@ -66,8 +61,14 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return "none found" if built else "none: this torch is built for the CPU alone"
-    devices = range(torch.cuda.device_count())
-    return ", ".join(torch.cuda.get_device_name(i) for i in devices)
+    return ", ".join(map(_chip, range(torch.cuda.device_count())))
+
+
+def _chip(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return f"{properties.name} ({properties.gcnArchName.split(':')[0]})"
+    return f"{properties.name} (sm_{properties.major}{properties.minor})"
 
 
 def native_info() -> str | None:
@@ -78,14 +79,17 @@ def native_info() -> str | None:
 
 
 def _native() -> str:
-    info = native_info()
-    if info is None:
-        return f"not loaded: {_why_no_native()}"
-    return info if _has_cuda_kernels() else f"{info}; {WITHOUT_NVCC}"
+    return native_info() or f"not loaded: {_why_no_native()}"
 
 
-def _has_cuda_kernels() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("peft_kernels::prompt_lookup_fwd", "CUDA")
+def _cuda() -> str:
+    """What the CUDA kernels' probe of each GPU found."""
+    if native_info() is None or not _cuda_kernels.are_built():
+        return "not built"
+    if not torch.cuda.is_available():
+        return "built; there is no GPU to run them"
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return "; ".join(f"{d}: {_cuda_kernels.why_not(d) or 'they run'}" for d in devices)
 
 
 def _why_no_native() -> str:
@@ -140,18 +144,20 @@ def _why_backend(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     if forced == backend:
         return f"PEFT_KERNELS_BACKEND={forced} is set"
     if backend == "reference":
-        return _why_reference(op, device)
+        return _why_reference(device)
+    if device == "cuda" and backend == "triton" and has_cuda_kernels(op):
+        return f"{_KERNELS[backend]}: {_cuda_kernels.why_not(torch.device(device))}"
     return _KERNELS[backend]
 
 
-def _why_reference(op: str, device: str) -> str:
-    if device == "cuda" and not _is_native(op):
+def _why_reference(device: str) -> str:
+    if device == "cuda" and not HAS_TRITON:
         return "triton is not installed"
     if native_info() is None:
         return f"the native library is not loaded: {_why_no_native()}"
-    return f"the native library is {WITHOUT_NVCC}"
+    return f"{_cuda_kernels.why_not(torch.device(device))}"
 
 
-def _is_native(op: str) -> bool:
-    """Whether it has no Triton kernels, so that the native library serves it on a GPU too."""
-    return f"{op}_fwd" in _WITHOUT_TRITON
+def has_cuda_kernels(op: str) -> bool:
+    """Whether the native library's CUDA kernels serve it, where they run."""
+    return hasattr(torch.ops.peft_kernels, f"{op}_fwd_cuda")

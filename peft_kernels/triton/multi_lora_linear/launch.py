@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from peft_kernels import _cuda_kernels
 from peft_kernels.ops.multi_lora_linear import PAGE, sort_by_adapter
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import GROUP_M, chunks, launch, options, sum_partials
@@ -93,19 +94,7 @@ def multi_lora_linear_add(
 
 
 def _has_native_decode(x: Tensor, banks: int) -> bool:
-    return x.is_cuda and banks <= MAX_BANKS and torch.version.hip is None and _native_decode()
-
-
-@functools.cache
-def _native_decode() -> bool:
-    """Whether the native library with its CUDA kernels is loaded."""
-    names = ("multi_lora_linear_decode", "multi_lora_linear_decode_add")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return all(
-        torch._C._dispatch_has_kernel(f"peft_kernels::{name}")
-        and has_kernel(f"peft_kernels::{name}", "CUDA")
-        for name in names
-    )
+    return x.is_cuda and banks <= MAX_BANKS and _cuda_kernels.why_not(x.device) is None
 
 
 # ---- backward ----------------------------------------------------------------------------------
