@@ -27,14 +27,15 @@ from peft_kernels.tools.outputs import check_file
 from peft_kernels.tools.printing import show
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.lora_linear import launch as launchers
-from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear import plan_cache, plans
 from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
 from peft_kernels.triton.lora_linear_codes.launch import kind_of
 
-# (m, n, k, r): decoding, a short and a long batch, on the layer shapes of 1B to 70B models
+# (m, n, k, r): decoding, a short and a long batch, on the layer shapes of 1B to 70B models; any
+# number of rows up to 16384 is within a factor of two of one.
 SHAPES = tuple(
     (m, n, k, 16)
-    for m in (1, 16, 64, 512, 2048, 8192)
+    for m in (1, 4, 16, 64, 512, 2048, 8192)
     for n, k in ((2048, 2048), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 )
 DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
@@ -88,7 +89,7 @@ def tune(
     if timer is None:
         timer, device = _gpu_timer, device or _require_gpu()
     device = torch.device(device or "cpu")
-    check_file("the tune cache (PEFT_KERNELS_CACHE)", plans.cache_file())
+    check_file("the tune cache (PEFT_KERNELS_CACHE)", plan_cache.cache_file())
     measurements = [
         measurement
         for codes in weights
@@ -98,7 +99,8 @@ def tune(
         for measurement in _measure(shape, dtype, adapter_dtype, codes, dropout_p, device, timer)
     ]
     measured = {m.problem.bucket(): m.best for m in measurements}
-    path = plans.save_cache({plans.device_key(device): measured})
+    path = plan_cache.save({plan_cache.device_key(device): measured})
+    plans.forget_cache()
     console = console or Console()
     show(console, _table(measurements, device))
     console.print(f"{len(measured)} buckets written to {path}", soft_wrap=True)
@@ -213,12 +215,12 @@ def to_document(measurements: Iterable[Measurement]) -> dict[str, Any]:
         {"bucket": m.problem.bucket(), "milliseconds": m.milliseconds, "best": m.best}
         for m in measurements
     ]
-    return {"cache": str(plans.cache_file()), "measurements": rows}
+    return {"cache": str(plan_cache.cache_file()), "measurements": rows}
 
 
 def cached() -> dict[str, Any]:
     """The tune cache: its file, and the plan of each bucket by device and versions."""
-    return {"cache": str(plans.cache_file()), "plans": plans.load_cache()}
+    return {"cache": str(plan_cache.cache_file()), "plans": plan_cache.load()}
 
 
 def print_cached(console: Console, found: dict[str, Any]) -> None:
@@ -234,7 +236,7 @@ def print_cached(console: Console, found: dict[str, Any]) -> None:
 
 
 def _table(measurements: list[Measurement], device: torch.device) -> Table:
-    table = Table(title=f"milliseconds on {plans.device_key(device)}")
+    table = Table(title=f"milliseconds on {plan_cache.device_key(device)}")
     table.add_column("bucket")
     shown = plans.PLANS + plans.CODES_PLANS
     for plan in shown:

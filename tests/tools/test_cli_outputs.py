@@ -115,15 +115,11 @@ def test_bench_as_json_prints_what_it_writes(capsys, tmp_path):
 
 
 @pytest.fixture
-def plans(tmp_path, monkeypatch):
+def plans(tmp_path):
     """The file of an empty tune cache of the test's own."""
-    from peft_kernels.triton.lora_linear import plans
+    from tune_caches import own_cache
 
-    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path))
-    plans.forget_cache()
-    yield plans.cache_file()
-    monkeypatch.undo()
-    plans.forget_cache()
+    yield from own_cache(tmp_path)
 
 
 @needs_triton

@@ -11,25 +11,22 @@ Over a weight in codes there are two others:
 ``"fused"``    as "i", the weight widened in the tile
 ``"scratch"``  the weight dequantised for the call, then one of the above
 
-`choose` takes the plan that `peft-kernels tune` measured for the device and the shape's bucket, and
-without a measurement the one that `default_plan` computes.
+`choose` takes the plan that was measured on this kind of device for the shape's bucket or a near
+one (`plan_cache.py`), and without a measurement the one that `default_plan` computes.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
 
 from peft_kernels.triton.common import chips
+from peft_kernels.triton.lora_linear import plan_cache
 
 PLANS = ("i", "ii", "library")
 CODES_PLANS = ("fused", "scratch")
@@ -134,68 +131,12 @@ def choose(device: torch.device, problem: Problem) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(device: torch.device, problem: Problem) -> str:
-    measured = load_cache().get(device_key(device), {}).get(problem.bucket())
-    return measured or default_plan(chips.arch_name(device), problem)
-
-
-# ---- the tune cache --------------------------------------------------------------------------
-
-
-def cache_file() -> Path:
-    """``$PEFT_KERNELS_CACHE/plans.json``, by default in ``~/.cache/peft_kernels``."""
-    folder = os.environ.get("PEFT_KERNELS_CACHE") or Path.home() / ".cache" / "peft_kernels"
-    return Path(folder) / "plans.json"
-
-
-@functools.cache
-def device_key(device: torch.device) -> str:
-    """A measurement holds for one kind of device and one version of torch and Triton."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name} | torch {torch.__version__} | triton {triton.__version__}"
-
-
-@functools.cache
-def load_cache() -> dict[str, dict[str, str]]:
-    """The measured plans, ``{device key: {bucket: plan}}``, read once a process."""
-    path = cache_file()
-    try:
-        return _checked(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warnings.warn(
-            f"{path} is not a tune cache ({error}); the default plans are used. Delete it, or"
-            " write it anew with `peft-kernels tune`.",
-            stacklevel=2,
-        )
-        return {}
-
-
-def _checked(content: object) -> dict[str, dict[str, str]]:
-    if not isinstance(content, dict):
-        raise ValueError("it must hold an object")
-    for buckets in content.values():
-        known = PLANS + CODES_PLANS
-        if not isinstance(buckets, dict) or not set(map(str, buckets.values())) <= set(known):
-            raise ValueError(f"every bucket's plan must be one of {', '.join(known)}")
-    return content
-
-
-def save_cache(measured: dict[str, dict[str, str]]) -> Path:
-    """Adds ``measured`` to the cache file in one atomic step, and uses it from now on."""
-    path = cache_file()
-    merged = {key: dict(buckets) for key, buckets in load_cache().items()}
-    for key, buckets in measured.items():
-        merged.setdefault(key, {}).update(buckets)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(merged, indent=1, sort_keys=True))
-    draft.replace(path)
-    forget_cache()
-    return path
+    bucket, plans = problem.bucket(), problem.plans()
+    plan = plan_cache.exact(device, bucket, plans) or plan_cache.nearest(device, bucket, plans)
+    return plan or default_plan(chips.arch_name(device), problem)
 
 
 def forget_cache() -> None:
-    """Makes the next `choose` read the cache file again."""
-    load_cache.cache_clear()
+    """Makes the next `choose` read the tune cache again."""
+    plan_cache.forget()
     _chosen.cache_clear()
