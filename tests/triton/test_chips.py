@@ -1,5 +1,6 @@
 """What the launchers ask of the device, with devices that aren't here."""
 
+import math
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -93,6 +94,80 @@ def launched_precisions(*, has_tf32: bool) -> dict[str, set[str]]:
         with (
             patch.object(launch, "run", record),
             patch.object(chips, "_has_tf32", lambda device: has_tf32),
+        ):
+            case.run()
+    return found
+
+
+# ---- which tiles, and for how many cores -----------------------------------------------------
+
+
+H100 = {"major": 9, "minor": 0, "shared_memory_per_block_optin": 227 * 1024}
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 0), (9, 0), (10, 0), (10, 3)])
+def test_tiles_of_nvidia(gpu, major, minor):
+    gpu(major=major, minor=minor, shared_memory_per_block_optin=227 * 1024)
+    assert chips.arch_name(GPU) == f"sm_{major}0"
+
+
+def test_tiles_of_amd(gpu):
+    gpu(hip=True, gcnArchName="gfx942:sramecc+:xnack-", shared_memory_per_block=64 * 1024)
+    assert chips.arch_name(GPU) == "gfx942"
+
+
+def test_torch_may_not_say_how_much_shared_memory_there_is(gpu):
+    gpu(hip=True, gcnArchName="gfx942:sramecc+:xnack-")
+    assert chips.arch_name(GPU) == "gfx942"
+
+
+@pytest.mark.parametrize(("major", "minor"), [(7, 0), (8, 7), (11, 0), (13, 0)])
+def test_tiles_of_an_unknown_gpu(gpu, major, minor):
+    gpu(major=major, minor=minor, shared_memory_per_block_optin=227 * 1024)
+    assert chips.arch_name(GPU) == "other"
+
+
+def test_tiles_with_less_shared_memory_than_they_take(gpu):
+    gpu(**H100)
+    assert chips.arch_name(GPU) == "sm_90"
+    gpu(**H100 | {"shared_memory_per_block_optin": 99 * 1024})
+    assert chips.arch_name(GPU) == "other"
+
+
+@pytest.mark.parametrize("count", [14, 78, 114, 132])
+def test_cores_are_those_of_the_device(gpu, count):
+    """Of an H100 in MIG, an H20, an H100 PCIe and an H100 SXM."""
+    gpu(**H100, multi_processor_count=count)
+    assert chips.cores(GPU) == count
+
+
+def test_cores_without_a_device():
+    with patch.object(chips, "arch_name", lambda device: "sm_90"):
+        assert chips.cores(torch.device("meta")) == chips.ARCHS["sm_90"].cores
+
+
+def test_every_op_asks_for_the_device_s_cores():
+    """With more of them some sum of each op is split further."""
+    few, many = (programs_launched(cores) for cores in (8, 132))
+    assert few.keys() == many.keys()
+    assert [kind for kind in few if few[kind] >= many[kind]] == []
+
+
+def programs_launched(cores: int) -> dict[str, int]:
+    """By the kind of case: how many programs its launches have."""
+    found: dict[str, int] = {}
+    for case in compile_report.CASES:
+        if case.dtype != "bfloat16":
+            continue
+
+        kind = type(case).__name__
+
+        def record(kernel, grid, args, options, kind=kind):
+            found[kind] = found.get(kind, 0) + math.prod(grid)
+
+        with (
+            patch.object(launch, "run", record),
+            patch.object(chips, "cores", lambda device: cores),
         ):
             case.run()
     return found

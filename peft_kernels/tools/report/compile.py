@@ -49,24 +49,30 @@ class Target:
 
     gpu: GPUTarget
     plans: str  # the architecture whose tiles it is given
-    shared_limit: int  # bytes a program may use
     tensor_core: str  # pattern of the instruction's name
     narrow: str  # the same for tiles of fewer rows than that instruction takes
 
+    @property
+    def shared_limit(self) -> int:
+        """Bytes a program may use."""
+        return chips.arch(self.plans).shared
+
+
+def _nvidia(capability: int, plans: str, tensor_core: str = r"\bHMMA\b") -> Target:
+    return Target(GPUTarget("cuda", capability, 32), plans, tensor_core, r"\bHMMA\b")
+
+
+def _amd(name: str) -> Target:
+    return Target(GPUTarget("hip", name, 64), name, r"\bv_mfma\w*", r"\bv_mfma\w*")
+
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 163 * 1024, r"\bHMMA\b", r"\bHMMA\b"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * 1024, r"\bHGMMA\b", r"\bHMMA\b"),
-    "sm_100": Target(
-        GPUTarget("cuda", 100, 32), "sm_100", 227 * 1024, r"\bUTC\w*MMA\b", r"\bHMMA\b"
-    ),
-    "gfx942": Target(
-        GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024, r"\bv_mfma\w*", r"\bv_mfma\w*"
-    ),
+    "sm_80": _nvidia(80, "sm_80"),
+    "sm_90": _nvidia(90, "sm_90", r"\bHGMMA\b"),
+    "sm_100": _nvidia(100, "sm_100", r"\bUTC\w*MMA\b"),
+    "gfx942": _amd("gfx942"),
     # the tiles for any other GPU, held to the smallest limit
-    "other (sm_80)": Target(
-        GPUTarget("cuda", 80, 32), "other", 48 * 1024, r"\bHMMA\b", r"\bHMMA\b"
-    ),
+    "other (sm_80)": _nvidia(80, "other"),
 }
 # Kernels whose products have keys for rows.
 PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")

@@ -366,7 +366,7 @@ class _Call:
         }
 
     def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
-        return chunks(chips.arch(self.arch_name), length, block, programs)
+        return chunks(chips.cores(self.x.device), length, block, programs)
 
     def fold(self) -> Tensor | None:
         """[2, r]: pre_norm's weight and bias through D, the bias with b_d."""

@@ -263,7 +263,7 @@ class _Call:
         k, r = rows.shape[1], g.shape[1]
         block_r = chips.rank_block(r)
         programs = triton.cdiv(k, tile.k) * triton.cdiv(r, block_r)
-        chunk, splits = chunks(chips.arch(self.arch_name), self.m, tile.m, programs)
+        chunk, splits = chunks(chips.cores(self.x.device), self.m, tile.m, programs)
         shape, strides = ((k, r), (1, r)) if transposed else ((r, k), (k, 1))
         parts, sum_parts = self.empty(splits, *shape), self.empty(splits, r if sums else 0)
         launch(

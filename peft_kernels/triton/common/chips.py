@@ -6,7 +6,9 @@ A GPU that isn't among them gets tiles that any supported chip has room for.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -35,12 +37,14 @@ class Tile:
 class Arch:
     """A GPU architecture: its datasheet figures and the tiles shipped for it.
 
-    ``cores``: SMs or CUs, which the split-K kernels fill. ``balance``: bf16 FLOP per byte of DRAM
-    traffic at which a kernel turns from memory-bound to compute-bound. ``tiles``: by kernel, for
-    at most `FEW_ROWS` rows and for more; 16-bit x.
+    ``cores``: SMs or CUs, where no device is asked. ``shared``: bytes of shared memory that a
+    program may use, within which all tiles of the architecture are. ``balance``: bf16 FLOP per byte
+    of DRAM traffic at which a kernel turns from memory-bound to compute-bound. ``tiles``: by
+    kernel, for at most `FEW_ROWS` rows and for more; 16-bit x.
     """
 
     cores: int
+    shared: int
     balance: float
     tiles: dict[str, Tile]
 
@@ -51,6 +55,7 @@ ARCHS: dict[str, Arch] = {
     # A100: 312 TFLOP/s, 2.0 TB/s
     "sm_80": Arch(
         cores=108,
+        shared=163 * 1024,
         balance=156,
         tiles={
             "tile_few": Tile(16, 64, 128, 4, 4),
@@ -69,6 +74,7 @@ ARCHS: dict[str, Arch] = {
     # H100 SXM: 990 TFLOP/s, 3.35 TB/s. wgmma takes 64 rows a warp group.
     "sm_90": Arch(
         cores=132,
+        shared=227 * 1024,
         balance=295,
         tiles={
             "tile_few": Tile(64, 64, 128, 4, 4),
@@ -87,6 +93,7 @@ ARCHS: dict[str, Arch] = {
     # B200: 2250 TFLOP/s, 8 TB/s. tcgen05 takes 64 or 128 rows.
     "sm_100": Arch(
         cores=148,
+        shared=227 * 1024,
         balance=281,
         tiles={
             "tile_few": Tile(64, 64, 128, 4, 4),
@@ -105,6 +112,7 @@ ARCHS: dict[str, Arch] = {
     # MI300X: 1307 TFLOP/s, 5.3 TB/s; 64 KB of LDS.
     "gfx942": Arch(
         cores=304,
+        shared=64 * 1024,
         balance=247,
         tiles={
             "tile_few": Tile(16, 64, 128, 4, 2),
@@ -124,6 +132,7 @@ ARCHS: dict[str, Arch] = {
 # Any other GPU: within 48 KB of shared memory, the least that a supported chip has.
 SAFE = Arch(
     cores=64,
+    shared=48 * 1024,
     balance=0,
     tiles={
         "tile_few": Tile(16, 64, 64, 4, 2),
@@ -158,17 +167,40 @@ FLOAT32 = {
 
 @functools.cache
 def arch_name(device: torch.device) -> str:
-    """``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"``, or ``"other"``."""
+    """The name in `ARCHS` of the device's tiles, or ``"other"``.
+
+    That of its architecture, or of the one whose code its family runs. ``"other"`` as well where a
+    program has less shared memory than the architecture's tiles were compiled for.
+    """
     if device.type != "cuda":
         return "other"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return "gfx942" if properties.gcnArchName.startswith("gfx942") else "other"
-    # sm_86 and sm_89 have less shared memory than sm_80, and sm_120 less than sm_100: "other".
-    capability = (properties.major, properties.minor)
-    if properties.major == 10:
-        return "sm_100"
-    return {(8, 0): "sm_80", (9, 0): "sm_90"}.get(capability, "other")
+        name = properties.gcnArchName.partition(":")[0]
+    else:
+        minor = 0 if properties.major >= 10 else properties.minor
+        name = f"sm_{properties.major}{minor}"
+    has_room = name in ARCHS and _shared_memory(properties) >= ARCHS[name].shared
+    return name if has_room else "other"
+
+
+def _shared_memory(properties: Any) -> float:
+    """Bytes that a program may use; ROCm builds of torch know one of the two figures, or none."""
+    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+    return max((getattr(properties, name, 0) for name in names), default=0) or math.inf
+
+
+def cores(device: torch.device) -> int:
+    """Its SMs or CUs, which the split-K kernels fill; the datasheet's where there is no GPU.
+
+    A chip is sold with more of them and fewer, and MIG gives a part of them.
+    """
+    return _cores(device) if device.type == "cuda" else arch(arch_name(device)).cores
+
+
+@functools.cache
+def _cores(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def arch(name: str) -> Arch:

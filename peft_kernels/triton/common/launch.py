@@ -43,9 +43,9 @@ def on_device(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def chunks(arch: chips.Arch, length: int, block: int, programs: int) -> tuple[int, int]:
+def chunks(cores: int, length: int, block: int, programs: int) -> tuple[int, int]:
     """Splits ``length`` where ``programs`` alone don't fill the GPU: (chunk length, chunks)."""
-    wanted = 2 * arch.cores // max(programs, 1)
+    wanted = 2 * cores // max(programs, 1)
     chunk = block * triton.cdiv(triton.cdiv(length, block), min(max(wanted, 1), MAX_SPLITS))
     return chunk, triton.cdiv(length, chunk) if length else 0
 

@@ -76,7 +76,7 @@ def _gain_bwd(
     """dz = gain dy, and sum_m dy (y - bias) where that is needed."""
     m, n = dy.shape
     blocks = triton.cdiv(n, BLOCK_N)
-    chunk, splits = chunks(chips.arch(chips.arch_name(dy.device)), m, BLOCK_M, blocks)
+    chunk, splits = chunks(chips.cores(dy.device), m, BLOCK_M, blocks)
     dz = dy.new_empty(m, n)
     parts = gain.new_empty(splits if needs_gain else 0, n)
     launch(

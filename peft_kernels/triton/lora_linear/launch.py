@@ -132,6 +132,7 @@ class Call:
             direction, x.dtype, lora_a.dtype, self.m, n, self.k, self.r, self.dropout, codes
         )
         self.arch_name = chips.arch_name(x.device)
+        self.cores = chips.cores(x.device)
         self.block_r = chips.rank_block(self.r)
         self.rank_blocks = triton.cdiv(self.r, self.block_r)
         self.inv_keep = 1.0 / (1.0 - dropout_p)
@@ -143,7 +144,7 @@ class Call:
         return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)
 
     def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
-        return chunks(chips.arch(self.arch_name), length, block, programs)
+        return chunks(self.cores, length, block, programs)
 
     def column_groups(self, block: int) -> tuple[int, int]:
         """Splits the columns of dy in groups: (blocks in a group, groups).
@@ -152,7 +153,7 @@ class Call:
         sums, (G m + C n) r numbers, are fewest at G / C = n / m.
         """
         blocks = triton.cdiv(self.n, block)
-        wanted = 2 * chips.arch(self.arch_name).cores / max(self.rank_blocks, 1)
+        wanted = 2 * self.cores / max(self.rank_blocks, 1)
         groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
         group = triton.cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
         return group, triton.cdiv(blocks, group) if blocks else 0

@@ -247,8 +247,8 @@ class _Call:
         row_blocks = triton.cdiv(self.m, tile.m)
         rank_blocks = sum(triton.cdiv(bank.s_width, self.block_r) for bank in self.banks)
         depth = max((bank.n for bank in self.banks), default=0) if backward else self.k
-        arch = chips.arch(self.arch_name)
-        chunk, splits = chunks(arch, depth, tile.k, row_blocks * rank_blocks)
+        cores = chips.cores(x.device)
+        chunk, splits = chunks(cores, depth, tile.k, row_blocks * rank_blocks)
         splits = max(splits, 1)  # k = 0 still has an S, of zeros
         parts = x.new_empty(splits, self.m, self.s_columns, dtype=torch.float32)
         for group in self.groups():

@@ -209,6 +209,7 @@ class _Call:
         self.rows = self.queries * self.group  # of a KV head
         self.scale, self.factor = scale, scale * 1.4426950408889634
         self.arch_name = chips.arch_name(q.device)
+        self.cores = chips.cores(q.device)
         self.block_d = max(16, triton.next_power_of_2(self.size))
         self.causal = is_causal
 
@@ -284,7 +285,7 @@ class _Call:
         """(parts, text keys a part): more than one where few rows don't fill the GPU."""
         if self.rows > tile.m:
             return 1, self.keys
-        wanted = 2 * chips.arch(self.arch_name).cores // max(self.heads * self.batch, 1)
+        wanted = 2 * self.cores // max(self.heads * self.batch, 1)
         wanted = min(wanted, self.keys // (PART_KEYS_PER_ROW * tile.m), MAX_SPLITS)
         if wanted < 2:
             return 1, self.keys
@@ -359,7 +360,7 @@ class _Call:
 
     def parts_of_rows(self, tile: Tile, programs: int) -> tuple[int, int, int, int]:
         """Parts of the batch and its rows in each, parts of a row's tiles and rows in each."""
-        wanted = 2 * chips.arch(self.arch_name).cores // max(programs, 1)
+        wanted = 2 * self.cores // max(programs, 1)
         wanted = max(min(wanted, MAX_SPLITS), 1)
         batch_chunk = max(triton.cdiv(self.batch, wanted), 1)
         batch_parts = max(triton.cdiv(self.batch, batch_chunk), 1)
