@@ -80,8 +80,10 @@ INSIDE = {
     "tools": {
         "printing": "",
         "outputs": "",
+        "devices": "",
         "doctor": "printing",
-        "bench": "outputs printing",
+        "verify": "devices printing",
+        "bench": "devices outputs printing",
         "report": "outputs printing",
         "tune": "outputs printing",
     },

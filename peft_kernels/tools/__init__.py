@@ -1,4 +1,4 @@
-"""What ``peft-kernels doctor | bench | report | tune`` run: one module each, imported on demand."""
+"""What ``peft-kernels doctor | verify | bench | report | tune`` run, imported on demand."""
 
 from __future__ import annotations
 

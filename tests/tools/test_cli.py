@@ -43,7 +43,7 @@ def test_help_of_bench_names_every_op_and_its_sizes(capsys):
     assert all(size.count(" x ") == 2 for size in sizes.values())
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["bench"], ["report"], ["tune"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["verify"], ["bench"], ["report"], ["tune"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

@@ -25,6 +25,7 @@ from peft_kernels.tools import UserError
 from peft_kernels.tools.bench.errors import Error, errors_of
 from peft_kernels.tools.bench.measure import Budget, Timing, interleaved
 from peft_kernels.tools.bench.peak import peak_bytes
+from peft_kernels.tools.devices import check_device
 from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.printing import show
 
@@ -92,7 +93,7 @@ def bench(console: Console, request: Request) -> list[Row]:
             before anything is measured.
     """
     suite = find_suite(request.op)
-    _check_device(request.device)
+    check_device(request.device)
     if request.rounds < 1:
         raise UserError(f"--rounds must be at least 1; got {request.rounds}")
     if not request.seconds >= 0:
@@ -125,14 +126,6 @@ def find_suite(op: str) -> ModuleType:
         known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
         raise UserError(f"there is no op {op!r} to measure; there is {', '.join(known)}")
     return importlib.import_module(name)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} can't be used: {reason}") from error
 
 
 def select_cases(suite: ModuleType, request: Request) -> list[Any]:
