@@ -89,6 +89,7 @@ def test_the_reports_tables_are_whole():
     assert "…" not in out
     assert "a_kernel_with_a_long_name_of_its_own" in out
     assert "1 outside the budget" in out
+    assert "1.50 i" in out
 
 
 # ---- JSON ------------------------------------------------------------------------------------
@@ -152,6 +153,7 @@ def test_tune_as_json(capsys, plans, monkeypatch):
 
 
 def made_up_report():
+    from peft_kernels.tools.report import modelled
     from peft_kernels.tools.report import run as report
     from peft_kernels.tools.report.compile import CompiledRow
     from peft_kernels.tools.report.traffic.counted import TrafficRow
@@ -165,7 +167,8 @@ def made_up_report():
     kernel = ("sm_80", name, "bf16/f32", "float32", "64x64", 40)
     good = CompiledRow(*kernel, 0, 1024, 2048, {"HMMA": 3}, True)
     spilling = CompiledRow(*kernel, 8, 1024, 2048, {"HMMA": 3}, True)
-    return report.Found(traffic, [good, spilling], [])
+    shape = modelled.ModelledRow("sm_80", 1, 2, 3, "i", "64x64x64", 3.0, 2.0)
+    return report.Found(traffic, [good, spilling], [], [shape])
 
 
 @needs_triton
@@ -180,6 +183,9 @@ def test_report_as_json(capsys, tmp_path, monkeypatch):
     assert found["outside"] == 1
     assert [row["within_budget"] for row in found["compiled"]] == [True, False]
     assert [row["op"] for row in found["traffic"]] == [row.op for row in made_up.traffic]
+    assert [(row["chip"], row["m"], row["ratio"]) for row in found["modelled"]] == [
+        ("sm_80", 1, 1.5)
+    ]
 
 
 # ---- what can't be written -------------------------------------------------------------------

@@ -33,14 +33,16 @@ def cache(tmp_path):
 @pytest.mark.parametrize(
     ("case", "plan"),
     [
-        (problem(n=2048), "ii"),  # 16 column tiles x 16 FLOP a byte: below an H100's balance
-        (problem(n=14336), "i"),
-        (problem(n=2048, adapter=F32), "i"),  # three times the FLOP
-        (problem(m=8, n=14336), "ii"),  # few rows: the weight's bytes bind
-        (problem(m=8, r=65), "i"),  # more ranks than the loop holds
-        (problem(n=2048, dropout=True), "i"),  # the mask would be drawn 16 times
+        (problem(), "library"),  # products bind: the library's are expected to be faster
+        (problem("bwd"), "library"),
+        (problem(n=14336, k=512), "i"),  # what the library would add in place costs more than that
+        (problem(n=128), "ii"),  # S in the loop costs one column of tiles more products
         (problem(n=128, dropout=True), "ii"),
-        (problem("bwd"), "i"),
+        (problem(m=128), "ii"),  # the weight's bytes bind
+        (problem(m=128, dropout=True), "i"),  # the mask would be drawn 64 times
+        (problem("bwd", m=128), "i"),
+        (problem(m=8, n=14336), "ii"),
+        (problem(m=8, r=65), "i"),  # more ranks than the loop holds
         (problem(dtype=F32, adapter=F32), "library"),
         (problem("bwd", dtype=F32, adapter=F32), "library"),
         (problem(k=4104), "library"),  # rows that can't be loaded 16 bytes at a time
@@ -52,12 +54,9 @@ def test_default_plan(case, plan):
 
 
 def test_default_plan_depends_on_the_chip():
-    case = problem(n=2560)
-    assert plans.default_plan("sm_90", case) == "i"
-    assert plans.default_plan("sm_80", case) == "i"
-    case = problem(n=1536)  # 12 column tiles: 192 FLOP a byte
+    case = problem(m=128)  # 124 FLOP a byte, of 156 and 295 that bind
     assert plans.default_plan("sm_90", case) == "ii"
-    assert plans.default_plan("sm_80", case) == "i"
+    assert plans.default_plan("sm_80", case) == "library"
     assert plans.default_plan("other", case) == "library"
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ from peft_kernels.ops._gguf_blocks import BLOCKS
 from peft_kernels.tools.report.compile_prefix import PREFIX_CASES, PrefixCase
 from peft_kernels.triton.adapter import launch as adapter_launchers
 from peft_kernels.triton.adapter_fusion import launch as fusion_launchers
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, cost
 from peft_kernels.triton.common import launch as common_launch
 from peft_kernels.triton.dora_linear import launch as dora_launchers
 from peft_kernels.triton.lora_linear import launch as launchers
-from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear import plans, tilings
 from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
 from peft_kernels.triton.multi_lora_linear import launch as multi_launchers
 
@@ -141,6 +142,33 @@ class DoraCase(Case):
                 y, s = dora_launchers.dora_linear_fwd(*inputs, *options)
                 needs = True, True, True, True
                 dora_launchers.dora_linear_bwd(dy, *inputs, y, s, *options, *needs)
+
+
+@dataclass(frozen=True)
+class TilesCase:
+    """Another case with each tile that a shape may get."""
+
+    case: Case
+
+    @property
+    def dtype(self) -> str:
+        return self.case.dtype
+
+    def label(self) -> str:
+        return self.case.label()
+
+    def run(self) -> None:
+        count = max(len(tiles) for kernels in tilings.TILES.values() for tiles in kernels.values())
+        for index in range(count + 1):
+            with patch.object(tilings, "tiling", partial(_tile_of, index)):
+                self.case.run()
+
+
+def _tile_of(
+    index: int, name: str, kernel: str, dtype: torch.dtype, product: cost.Product, cores: int
+) -> chips.Tile:
+    tiles = tilings.candidates(name, kernel, dtype, product.m)
+    return tiles[min(index, len(tiles) - 1)]
 
 
 @dataclass(frozen=True)
@@ -325,6 +353,11 @@ CASES: tuple[AnyCase, ...] = (
     Case(8192, 64, "float16", "float32", True, ("i", "ii")),
     # the lightest
     Case(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
+    # every tile of the products
+    TilesCase(Case(64, 64, "bfloat16", "float32", True, ("i", "ii"))),
+    TilesCase(Case(64, 64, "float16", "float32", True, ("i", "ii"))),
+    TilesCase(DoraCase(64, 64, "bfloat16", "float32", True, ("i", "ii"))),
+    TilesCase(Case(8192, 64, "bfloat16", "float32", True, ("i", "ii"))),
     # float32 takes the library's GEMM unless `tune` says otherwise
     Case(8192, 64, "float32", "float32", True, ("library",)),
     # the same five for many adapters
@@ -424,7 +457,7 @@ class Launch:
         return str((self.target, self.kernel, specialised, self.options))
 
 
-AnyCase = Case | MultiCase | AdapterCase | FusionCase | PrefixCase
+AnyCase = Case | TilesCase | MultiCase | AdapterCase | FusionCase | PrefixCase
 
 
 # ---- recording the launches --------------------------------------------------------------------

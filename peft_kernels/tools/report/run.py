@@ -1,12 +1,13 @@
 """``peft-kernels report``: what compiler and memory get to see of the GPU kernels.
 
-Three kinds of tables, none of which needs a GPU:
+Four kinds of tables, none of which needs a GPU:
 
 compile   every Triton kernel in every shipped configuration, compiled for every target: registers,
           spills, shared memory against the chip's limit, tensor-core instructions
 objects   the CUDA kernels in the native library, where it was built with nvcc
 traffic   bytes and full-size activation passes of every plan, counted from the kernels' own loads
           and stores, against the floor and against the peers
+modelled  the time on paper of `lora_linear`'s default plan over its roofline, on every chip
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from rich.table import Table
 
 from peft_kernels.tools.outputs import check_folder
 from peft_kernels.tools.printing import show
-from peft_kernels.tools.report import cuda_objects
+from peft_kernels.tools.report import cuda_objects, modelled
 
 if TYPE_CHECKING:
     from peft_kernels.tools.report.compile import CompiledRow
+    from peft_kernels.tools.report.modelled import ModelledRow
     from peft_kernels.tools.report.traffic.counted import TrafficRow
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "other (sm_80)")
@@ -91,6 +93,7 @@ class Found:
     traffic: list[TrafficRow]
     compiled: list[CompiledRow]
     objects: list[cuda_objects.CudaObjectRow]
+    modelled: list[ModelledRow]
 
     def verdicts(self) -> list[bool]:
         """For each kernel, whether it is within its budget."""
@@ -107,6 +110,7 @@ class Found:
             "traffic": [asdict(row) for row in self.traffic],
             "compiled": [asdict(r) | {"within_budget": r.within_budget()} for r in self.compiled],
             "objects": [asdict(r) | {"within_budget": r.within_budget()} for r in self.objects],
+            "modelled": [asdict(r) | {"ratio": round(r.ratio(), 3)} for r in self.modelled],
             "outside": self.outside(),
         }
 
@@ -122,7 +126,7 @@ def find(console: Console, targets: tuple[str, ...] = TARGETS) -> Found:
         traffic = traffic_table(*TRAFFIC_SIZES)
     with console.status("compiling for " + ", ".join(targets)):
         compiled = compile_table(targets)
-    return Found(traffic, compiled, cuda_objects.rows())
+    return Found(traffic, compiled, cuda_objects.rows(), modelled.rows())
 
 
 # ---- printing --------------------------------------------------------------------------------
@@ -140,6 +144,7 @@ def print_tables(console: Console, found: Found) -> None:
     """Every table, and how many kernels are outside their budget."""
     for op, view in TRAFFIC_VIEWS.items():
         show(console, view([row for row in found.traffic if row.op == op]))
+    show(console, modelled.view(found.modelled))
     show(console, _compile_view(found.compiled))
     show(console, cuda_objects.table(found.objects))
     console.print(

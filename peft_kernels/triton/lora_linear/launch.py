@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels of ``lora_linear``: which kernel, on which grid, in which order.
 
 The maths and the schemas are in ``peft_kernels/ops/lora_linear.py``, the kernels in
-``kernels.py``, the plans in ``plans.py`` and the tiles in ``common/chips.py``.
+``kernels.py``, the plans in ``plans.py`` and the tiles in ``tilings.py`` and ``common/chips.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from peft_kernels.ops._dropout import threshold
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, cost
 from peft_kernels.triton.common.launch import (
     GROUP_M,
     MAX_SPLITS,
@@ -24,7 +24,7 @@ from peft_kernels.triton.common.launch import (
     options,
     sum_partials,
 )
-from peft_kernels.triton.lora_linear import kernels, plans
+from peft_kernels.triton.lora_linear import kernels, modelled, plans, tilings
 
 # ---- forward -----------------------------------------------------------------------------------
 
@@ -143,6 +143,9 @@ class Call:
     def tile(self, kernel: str) -> chips.Tile:
         return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)
 
+    def tiling(self, kernel: str, product: cost.Product) -> chips.Tile:
+        return tilings.tiling(self.arch_name, kernel, self.problem.dtype, product, self.cores)
+
     def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
         return chunks(self.cores, length, block, programs)
 
@@ -194,7 +197,7 @@ def _in_loop(
     scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """y and S from one loop over k."""
-    tile = call.tile("in_loop")
+    tile = call.tiling("in_loop", modelled.in_loop(call.problem))
     y = x.new_empty(call.m, call.n)
     s = x.new_empty(call.m, call.r, dtype=torch.float32)
     factor, on_device = argument(scale, 1.0)
@@ -230,8 +233,9 @@ def _tile(
     dropout = masked and call.dropout
     # A gain takes registers as a mask does.
     narrow = dropout or (gain is not None and call.m > chips.FEW_ROWS)
-    tile = call.tile("tile_masked" if narrow else "tile")
     m, n = out.shape
+    product = cost.Product(m, n, a.shape[1])
+    tile = call.tiling("tile_masked" if narrow else "tile", product)
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.tile_kernel,

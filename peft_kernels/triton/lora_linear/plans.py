@@ -26,7 +26,7 @@ import torch
 import triton
 
 from peft_kernels.triton.common import chips
-from peft_kernels.triton.lora_linear import plan_cache
+from peft_kernels.triton.lora_linear import modelled, plan_cache, tilings
 
 PLANS = ("i", "ii", "library")
 CODES_PLANS = ("fused", "scratch")
@@ -75,16 +75,10 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def default_plan(name: str, problem: Problem) -> str:
-    """The plan without a measurement.
+    """The plan without a measurement: the one that `modelled` calls fastest.
 
-    "library" where our GEMM isn't competitive. Otherwise "i" or, in the forward, "ii" where it is
-    cheaper:
-
-    "i" reads x once more: m k b bytes. "ii" multiplies x and A once in each of the T column tiles
-    instead: T 2 m k R FLOP, R the rank's block, times the terms of a float32 A beside 16-bit x. So
-    "ii" wins while T R 2 / b < balance. With few rows the base waits for the weight and those FLOP
-    are free, so "ii" also saves a launch. Under dropout the mask would be drawn T times (some 20
-    integer instructions an element), so T must be 1 there.
+    "library" where our GEMM isn't competitive. Under dropout "ii" would draw the mask anew in each
+    column of tiles (some 20 integer instructions an element), so there must be one column.
     """
     if problem.codes:
         rows = FUSED_ROWS_OF.get(name, FUSED_ROWS)
@@ -93,16 +87,21 @@ def default_plan(name: str, problem: Problem) -> str:
         return "fused" if problem.m <= rows else "scratch"
     if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
-    if problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK:
-        return "i"
-    columns = triton.cdiv(problem.n, chips.tile(name, "in_loop", problem.dtype, problem.m).n)
-    if problem.dropout:
-        return "ii" if columns == 1 else "i"
-    if problem.m <= chips.FEW_ROWS:
-        return "ii"
-    terms = 1 if problem.adapter_dtype is problem.dtype else problem.terms()
-    flops_per_byte = columns * 2 * chips.rank_block(problem.r) * terms / problem.dtype.itemsize
-    return "ii" if flops_per_byte < chips.ARCHS[name].balance else "i"
+    able = [plan for plan in PLANS if plan != "ii" or _takes_in_loop(name, problem)]
+    return min(able, key=lambda plan: modelled.seconds(name, problem, plan))
+
+
+def _takes_in_loop(name: str, problem: Problem) -> bool:
+    if not _can_in_loop(problem):
+        return False
+    product = modelled.in_loop(problem)
+    tile = tilings.tiling(name, "in_loop", problem.dtype, product)
+    return not problem.dropout or problem.n <= tile.n
+
+
+def _can_in_loop(problem: Problem) -> bool:
+    # Without columns of y no program of "ii" would store S.
+    return problem.direction == "fwd" and problem.r <= IN_LOOP_MAX_RANK and problem.n > 0
 
 
 _forced: str | None = None
@@ -124,9 +123,7 @@ def force(plan: str) -> Iterator[None]:
 def choose(device: torch.device, problem: Problem) -> str:
     """The plan that serves ``problem`` on ``device``."""
     plan = _forced if _forced in problem.plans() else _chosen(device, problem)
-    # Without columns of y no program of "ii" would store S.
-    cannot = problem.direction == "bwd" or problem.r > IN_LOOP_MAX_RANK or problem.n == 0
-    return "i" if plan == "ii" and cannot else plan
+    return "i" if plan == "ii" and not _can_in_loop(problem) else plan
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,84 @@
+"""The modelled time of `lora_linear`'s forward over its roofline, for every chip and many shapes.
+
+It is arithmetic on datasheets (``peft_kernels/triton/common/cost.py``): nothing of it was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from peft_kernels.triton.common import chips, cost
+from peft_kernels.triton.lora_linear import modelled, plans, tilings
+
+ROWS = (1, 16, 64, 128, 512, 2048, 16384)
+LAYERS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # (n, k) of Llama-3-8B
+RANK = 16
+
+
+@dataclass(frozen=True)
+class ModelledRow:
+    """The default plan of one shape on one chip; ``tile`` is "" where the library has the GEMM."""
+
+    chip: str
+    m: int
+    n: int
+    k: int
+    plan: str
+    tile: str
+    microseconds: float
+    roofline: float  # microseconds too, one launch included
+
+    def ratio(self) -> float:
+        return self.microseconds / self.roofline
+
+
+def rows() -> list[ModelledRow]:
+    """Of bfloat16 layers with float32 adapters, without dropout."""
+    return [
+        _row(name, m, n, k) for name in chips.ARCHS for n, k in LAYERS for m in ROWS
+    ]  # fmt: skip
+
+
+def _row(name: str, m: int, n: int, k: int) -> ModelledRow:
+    problem = plans.Problem("fwd", torch.bfloat16, torch.float32, m, n, k, RANK, dropout=False)
+    plan = plans.default_plan(name, problem)
+    return ModelledRow(
+        chip=name, m=m, n=n, k=k, plan=plan, tile=_tile(name, problem, plan),
+        microseconds=1e6 * modelled.seconds(name, problem, plan),
+        roofline=1e6 * modelled.roofline(name, problem),
+    )  # fmt: skip
+
+
+def _tile(name: str, problem: plans.Problem, plan: str) -> str:
+    if plan == "library":
+        return ""
+    kernel, product = (
+        ("in_loop", modelled.in_loop(problem)) if plan == "ii" else ("tile", modelled.base(problem))
+    )
+    tile = tilings.tiling(name, kernel, problem.dtype, product)
+    return f"{tile.m}x{tile.n}x{tile.k}"
+
+
+def view(rows: list[ModelledRow]) -> Table:
+    """A line for each chip and layer, a column for each number of rows."""
+    table = Table(
+        title="lora_linear, forward: modelled time over roofline, bfloat16 with float32 adapters of"
+        f" rank {RANK}, and the plan",
+        caption="modelled from datasheets, measured on no chip. The roofline has one launch of"
+        f" {1e6 * cost.LAUNCH:g} microseconds. L: the plan is the library's, whose GEMM is counted"
+        " at its roofline",
+    )
+    for name in ("chip", "n x k"):
+        table.add_column(name, no_wrap=True)
+    for m in ROWS:
+        table.add_column(f"m={m}", justify="right", no_wrap=True)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        plan = "L" if row.plan == "library" else row.plan
+        lines.setdefault((row.chip, f"{row.n} x {row.k}"), []).append(f"{row.ratio():.2f} {plan}")
+    for names, cells in lines.items():
+        table.add_row(*names, *cells)
+    return table

@@ -1,0 +1,115 @@
+"""A product's time on paper: whether a tile, and a sum over k in parts, fill a chip's cores.
+
+    out = a w,  a [m, k], w [k, n],  programs = ceil(m / BLOCK_M) ceil(n / BLOCK_N) splits
+
+A program's time is the longest of three: its products on the core's tensor cores, its operands
+through the core's port to L2, and its even share of DRAM's traffic at the most that one core draws.
+Waves of programs follow each other, and all of them together wait for DRAM at the least. Where the
+sum over k is split, the parts [splits, m, n] are written in float32, and a launch adds them up.
+
+Everything here is modelled, from datasheets and four assumptions. None of it was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import triton
+
+from peft_kernels.triton.common.chips import Tile
+
+# Seconds that a launch takes besides its work: the gap to the one before, the first loads, the last
+# stores. Assumed.
+LAUNCH = 2e-6
+# Of the datasheet's FLOP/s, what our loop is expected to reach where nothing else binds. Assumed.
+REACHED = 0.8
+# Even shares of DRAM's bandwidth that one core draws alone: half of the cores draw all. Assumed.
+SHARES = 2
+# Bytes a clock from L2 into one core. An A100's 108 SMs share 5,120 (its whitepaper), the 38 CUs of
+# an MI300X's die 2,048 (CDNA 3's): 47 and 54. Other chips are taken for the same.
+PORT = 48
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Datasheet figures: SMs or CUs, dense bfloat16 FLOP/s with float32 sums, DRAM bytes/s, Hz.
+
+    The clock is the one that the FLOP/s are for.
+    """
+
+    cores: int
+    flops: float
+    bandwidth: float
+    clock: float
+
+
+# The chip of its architecture that most figures are known of.
+CHIPS = {
+    "sm_75": Chip(40, 65e12, 0.32e12, 1.59e9),  # T4, float16
+    "sm_80": Chip(108, 312e12, 2.04e12, 1.41e9),  # A100 SXM 80 GB
+    "sm_86": Chip(82, 71e12, 0.936e12, 1.70e9),  # RTX 3090
+    "sm_89": Chip(128, 165e12, 1.01e12, 2.52e9),  # RTX 4090
+    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9),  # H100 SXM
+    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9),  # B200
+    "sm_120": Chip(170, 210e12, 1.79e12, 2.41e9),  # RTX 5090
+    "gfx90a": Chip(110, 192e12, 1.64e12, 1.7e9),  # one die of an MI250X
+    "gfx942": Chip(304, 1307e12, 5.3e12, 2.1e9),  # MI300X
+    "gfx950": Chip(256, 2517e12, 8.0e12, 2.4e9),  # MI355X
+}
+
+
+def chip(name: str, cores: int) -> Chip:
+    """The architecture's chip with the cores of the one at hand, each as fast."""
+    known = CHIPS[name]
+    return replace(known, cores=cores, flops=known.flops * cores / known.cores)
+
+
+@dataclass(frozen=True)
+class Product:
+    """out [m, n] = a [m, k] w [k, n] in numbers of 16 bits.
+
+    ``ranks``: columns of a second product that every tile makes of its rows and the same k, from
+    numbers of ``rank_bytes`` multiplied ``terms`` times.
+    """
+
+    m: int
+    n: int
+    k: int
+    ranks: int = 0
+    rank_bytes: int = 2
+    terms: int = 1
+
+    def flops(self) -> int:
+        """With the second product once."""
+        return 2 * self.m * (self.n + self.ranks) * self.k
+
+    def bytes_read(self) -> int:
+        return 2 * (self.m + self.n) * self.k + self.rank_bytes * self.ranks * self.k
+
+    def bytes_written(self) -> int:
+        return 2 * self.m * self.n
+
+    def roofline(self, chip: Chip) -> float:
+        """Seconds that no way to compute it goes below, besides its launch."""
+        moved = self.bytes_read() + self.bytes_written()
+        return max(self.flops() / chip.flops, moved / chip.bandwidth)
+
+
+def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
+    """The modelled time of ``product`` in tiles of ``tile``, its launches included."""
+    m, n = product.m, product.n
+    programs = max(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * splits, 1)
+    depth = triton.cdiv(product.k, splits)
+    parts = 4 * splits * m * n if splits > 1 else 0
+    moved = product.bytes_read() + (parts or product.bytes_written())
+
+    columns = tile.n + product.terms * product.ranks
+    products = 2 * tile.m * columns * depth / (REACHED * chip.flops / chip.cores)
+    operands = 2 * (min(tile.m, m) + min(tile.n, n)) + product.rank_bytes * product.ranks
+    port = operands * depth / (PORT * chip.clock)
+    share = moved / programs / (SHARES * chip.bandwidth / chip.cores)
+    waves = triton.cdiv(programs, chip.cores)
+    time = LAUNCH + max(waves * max(products, port, share), moved / chip.bandwidth)
+    if splits > 1:
+        time += LAUNCH + (parts + product.bytes_written()) / chip.bandwidth
+    return time

@@ -1,0 +1,98 @@
+"""The tiles that ``lora_linear``'s products can have on a chip, and the one that a shape gets.
+
+`tiling` takes what `cost.seconds` calls fastest. Chips without tiles here, and float32 x, have one
+tile for few rows and one for many (`chips.tile`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from peft_kernels.triton.common import chips, cost
+from peft_kernels.triton.common.chips import Tile
+
+# For "tile" (masked or not) and for "in_loop"; many rows have `chips`' own tile for them as well.
+# Tiles of fewer than 64 rows serve few rows alone: `cost` knows nothing of the instructions between
+# two products, of which small tiles have more.
+_HOPPER = {
+    "tile": (
+        Tile(64, 16, 128, 4, 4),
+        Tile(64, 32, 64, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    "in_loop": (
+        Tile(64, 16, 64, 4, 4),
+        Tile(64, 32, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+    ),
+}
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": {
+        "tile": (
+            Tile(16, 16, 128, 4, 4),
+            Tile(16, 32, 128, 4, 4),
+            Tile(16, 64, 128, 4, 4),
+            Tile(32, 64, 64, 4, 4),
+            Tile(64, 64, 64, 4, 3),
+            Tile(64, 128, 64, 4, 3),
+        ),
+        "in_loop": (
+            Tile(16, 16, 64, 4, 4),
+            Tile(16, 32, 64, 4, 4),
+            Tile(16, 64, 64, 4, 3),
+            Tile(32, 64, 64, 4, 3),
+            Tile(64, 64, 32, 4, 3),
+        ),
+    },
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": {
+        "tile": (
+            Tile(16, 16, 128, 4, 2),
+            Tile(16, 32, 128, 4, 2),
+            Tile(16, 64, 128, 4, 2),
+            Tile(32, 32, 64, 4, 2),
+            Tile(64, 64, 64, 4, 2),
+            Tile(64, 128, 64, 8, 2),
+        ),
+        "in_loop": (
+            Tile(16, 16, 32, 4, 2),
+            Tile(16, 32, 32, 4, 2),
+            Tile(16, 64, 32, 4, 2),
+            Tile(64, 64, 32, 4, 2),
+        ),
+    },
+}
+SMALL_TILE_ROWS = 64
+
+
+def candidates(name: str, kernel: str, dtype: torch.dtype, m: int) -> tuple[Tile, ...]:
+    """The tiles of ``kernel`` ("tile", "tile_masked" or "in_loop") that m rows can have."""
+    if dtype is torch.float32 or name not in TILES:
+        return (chips.tile(name, kernel, dtype, m),)
+    tiles = TILES[name][kernel.removesuffix("_masked")]
+    if m <= chips.FEW_ROWS:
+        return tiles
+    many = tuple(tile for tile in tiles if tile.m >= SMALL_TILE_ROWS)
+    return (*many, chips.tile(name, kernel, dtype, m))
+
+
+@functools.lru_cache(maxsize=4096)
+def tiling(
+    name: str, kernel: str, dtype: torch.dtype, product: cost.Product, cores: int = 0
+) -> Tile:
+    """The fastest tile on paper; ``cores``: those at hand, where they aren't the chip's."""
+    choices = candidates(name, kernel, dtype, product.m)
+    if len(choices) == 1:
+        return choices[0]
+    chip = cost.chip(name, cores or cost.CHIPS[name].cores)
+    return min(choices, key=lambda tile: cost.seconds(chip, product, tile))
+
+
+def seconds(name: str, kernel: str, dtype: torch.dtype, product: cost.Product) -> float:
+    """What `tiling`'s choice takes on paper."""
+    return cost.seconds(cost.CHIPS[name], product, tiling(name, kernel, dtype, product))

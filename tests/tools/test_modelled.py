@@ -1,0 +1,51 @@
+"""The modelled table: every chip's default plan over its roofline."""
+
+import pytest
+
+from peft_kernels.tools.report import modelled
+from peft_kernels.triton.common import chips, cost
+
+LIMIT = 1.5
+# (chip, n, k): by m, what the model can't get to the limit. Two launches against one are too many
+# for a product of a few microseconds, and small tiles want more from L2 than the cores' ports give.
+OVER = {
+    ("sm_80", 1024, 4096): {16: 1.54, 64: 1.95, 128: 1.97, 512: 1.55},
+    ("sm_90", 1024, 4096): {1: 1.66, 16: 1.72, 64: 2.29, 128: 2.29, 512: 2.22, 2048: 1.67},
+    ("sm_100", 4096, 4096): {64: 1.97, 128: 1.98, 512: 1.78},
+    ("sm_100", 1024, 4096): {1: 2.12, 16: 2.55, 64: 2.92, 128: 2.9, 512: 2.72, 2048: 1.93},
+    ("gfx942", 4096, 4096): {128: 1.75, 512: 1.55},
+    ("gfx942", 1024, 4096): {1: 1.65, 16: 1.97, 64: 1.92, 128: 2.61, 512: 2.34, 2048: 1.69},
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return modelled.rows()
+
+
+def test_every_cell_is_within_the_limit_or_named(rows):
+    found: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        if row.ratio() > LIMIT:
+            found.setdefault((row.chip, row.n, row.k), {})[row.m] = pytest.approx(
+                row.ratio(), abs=0.006
+            )
+    assert found == OVER
+
+
+def test_nothing_is_below_its_roofline(rows):
+    assert {row.chip for row in rows} == set(chips.ARCHS)
+    assert len(rows) == len(chips.ARCHS) * len(modelled.LAYERS) * len(modelled.ROWS)
+    assert all(row.ratio() >= 1 for row in rows)
+
+
+def test_a_roofline_by_hand(rows):
+    """16 rows of an H100's 4096 x 4096: x, W, A and y once, and a launch."""
+    (row,) = (r for r in rows if (r.chip, r.m, r.n, r.k) == ("sm_90", 16, 4096, 4096))
+    moved = 2 * (16 * 4096 + 4096 * 4096 + 16 * 4096) + 4 * 16 * 4096
+    assert row.roofline == pytest.approx(1e6 * (cost.LAUNCH + moved / 3.35e12))
+    assert row.plan == "ii" and row.tile.startswith("64x")
+
+
+def test_the_library_has_no_tile(rows):
+    assert all((row.tile == "") == (row.plan == "library") for row in rows)
