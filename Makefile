@@ -1,5 +1,6 @@
-# make demo | check | test | test-all | lint | docs | bench | wheel: each sets up what it needs in .venv and reuses what is there.
+# make demo | check | test | test-all | lint | docs | bench | gpu | wheel: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
+# make gpu: measures this machine's GPU, into benchmarks/results/<card>; GPU="--fresh" or "--only verify" are its options.
 # make test-next: the suite with a later torch, in .venv-next. By hand, for it takes gigabytes.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,7 +16,7 @@ HOST_TESTS := tests/integrations tests/codes tests/peers tests/formats tests/mod
   tests/nn/test_nn_lora.py tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_prompts_beside.py \
   tests/distributed --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo check test test-all test-latest test-next lint docs bench wheel clean
+.PHONY: demo check test test-all test-latest test-next lint docs bench gpu wheel clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
@@ -53,6 +54,10 @@ bench: $(VENV)/installed
 	for op in lora_linear dora_linear multi_lora_linear adapter adapter_fusion prefix_attention prompt_lookup; do \
 	  $(BIN)/peft-kernels bench $$op --all --out out/bench/$$op --markdown out/bench/$$op/bench.md || exit; \
 	done
+
+# Goes on where it was interrupted. torch must be a build for the GPU, as that of PyPI is for NVIDIA's.
+gpu: $(VENV)/installed
+	$(BIN)/python python/tools/gpu.py $(GPU)
 
 # A wheel for any Python 3 on Linux with glibc 2.28 or later, and an sdist, in dist/.
 wheel: $(VENV)/requirements

@@ -20,7 +20,8 @@ from peft_kernels import _library, cli
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "python" / "tools"))
 
-import _results  # noqa: E402  it lies beside the tools, which are scripts and no package
+import _card  # noqa: E402  it lies beside the tools, which are scripts and no package
+import _results  # noqa: E402
 import headline  # noqa: E402
 import traffic  # noqa: E402
 
@@ -75,10 +76,19 @@ def test_every_record_is_shown():
     records = [machine.record(op) for machine in _results.MACHINES for op in machine.ops()]
     pages = [record.with_suffix(".md") for record in records]
     lying = {path for path in _results.RESULTS.rglob("*") if path.is_file()}
+    lying -= {path for card in _results.cards() for path in card.iterdir()}
     hosts = {_results.PEFT_MODELS, _results.PEFT_OVERHEAD, _results.FOUR_BIT}
     others = {traffic.RECORD, _results.QUANTIZED_MODELS, *hosts}
     assert lying == {*records, *pages, *others}
     assert sorted(_results.OPS) == sorted(_library.OPS)
+
+
+@pytest.mark.parametrize("card", _results.cards(), ids=lambda folder: folder.name)
+def test_a_cards_page_is_what_its_records_say(card):
+    """Of what `make gpu` wrote; there is no other file in the folder."""
+    assert (card / _card.PAGE).read_text() == _card.page(card)
+    files = {path.name for path in card.iterdir()}
+    assert files <= {_card.PAGE, *(stage.file for stage in _card.STAGES)}
 
 
 @pytest.mark.long

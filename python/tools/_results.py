@@ -90,6 +90,16 @@ def markdown(machine: Machine, op: str) -> str:
     return bench.to_markdown(bench.find_suite(op), machine.rows(op))
 
 
+def markdown_of(op: str, records: list[dict[str, Any]]) -> str:
+    """The tables of an op's rows, as ``bench --json`` prints them."""
+    return bench.to_markdown(bench.find_suite(op), [_row(record) for record in records])
+
+
+def cards() -> list[Path]:
+    """The folders that ``make gpu`` wrote: they have a page, and the other machines' have none."""
+    return sorted(page.parent for page in RESULTS.glob("*/README.md"))
+
+
 def floors(machine: Machine, op: str) -> tuple[int, int]:
     """How many of an op's floors are reached, and how many it has."""
     suite = bench.find_suite(op)

@@ -104,6 +104,14 @@ def _machines() -> str:
     return "\n".join(f"- **{machine.name}**: {machine.note}" for machine in _results.MACHINES)
 
 
+def _cards() -> str:
+    """The cards that ``make gpu`` was run on."""
+    names = [f"- `benchmarks/results/{folder.name}`" for folder in _results.cards()]
+    if not names:
+        return "Nothing has been timed on a GPU."
+    return "\n".join(["What was measured on GPUs is in the repository:", "", *names])
+
+
 def _peft_models() -> str:
     """Models of PEFT's under accelerate()."""
     return peft_models.table(json.loads(_results.PEFT_MODELS.read_text()))
@@ -155,6 +163,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "headline": headline.table,
     "floors": _floors,
     "machines": _machines,
+    "cards": _cards,
     "traffic": _traffic,
     "peft_models": _peft_models,
     "peft_overhead": _peft_overhead,

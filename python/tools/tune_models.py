@@ -1,0 +1,44 @@
+"""Measures `lora_linear`'s plans for the layers of Llama-3-8B, Qwen2.5-7B and BERT on this GPU.
+
+    python python/tools/tune_models.py > tune.json
+
+The tables go to standard error; the plans go into the tune cache, as ``peft-kernels tune`` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+
+from peft_kernels.tools import tune
+
+# (n, k) of each model's linear layers: query, key and value, output, and the two of the FFN
+LAYERS = {
+    "Llama-3-8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "Qwen2.5-7B": ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)),
+    "BERT": ((768, 768), (3072, 768), (768, 3072)),
+}
+ROWS = (1, 16, 256, 4096)
+RANK = 16
+MIXED = ((torch.bfloat16, torch.float32),)  # what a model in bfloat16 trains with by default
+
+
+def shapes() -> Iterator[tuple[int, int, int, int]]:
+    """(m, n, k, r), the few rows of decoding last: a wrong plan costs most where there are many."""
+    for rows in reversed(ROWS):
+        for layers in LAYERS.values():
+            yield from ((rows, n, k, RANK) for n, k in layers)
+
+
+def main() -> None:
+    console = Console(stderr=True, width=200)
+    measured = tune.tune(list(shapes()), tune.DTYPES, weights=("",), console=console)
+    measured += tune.tune(list(shapes()), MIXED, weights=("nf4",), console=console)
+    print(json.dumps(tune.to_document(measured)))
+
+
+if __name__ == "__main__":
+    main()
