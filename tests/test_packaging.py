@@ -271,7 +271,8 @@ def test_a_variable_with_nonsense_is_named_at_import(variable, value, must_be):
 
 
 def test_an_empty_variable_is_an_unset_one():
-    names = "PEFT_KERNELS_NATIVE", "PEFT_KERNELS_BACKEND", "PEFT_KERNELS_ISA", "PEFT_KERNELS_CACHE"
+    of_ours = "NATIVE", "BACKEND", "ISA", "CACHE", "TUNE"
+    names = [f"PEFT_KERNELS_{name}" for name in of_ours]
     code = "import torch; print(peft_kernels.backend_of('adapter', 'cpu', torch.float32))"
     done, plain = import_with(code, **dict.fromkeys(names, "")), import_with(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)

@@ -7,18 +7,17 @@ processes on this kind of GPU read.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from peft_kernels.ops._quantize import quantize
 from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
@@ -27,7 +26,7 @@ from peft_kernels.tools.outputs import check_file
 from peft_kernels.tools.printing import show
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.lora_linear import launch as launchers
-from peft_kernels.triton.lora_linear import plan_cache, plans
+from peft_kernels.triton.lora_linear import plan_cache, plans, tuning
 from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
 from peft_kernels.triton.lora_linear_codes.launch import kind_of
 
@@ -42,9 +41,7 @@ DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 # What weights are in: "" is dense. Over codes the border between the plans lies below so many rows.
 WEIGHTS = ("", "nf4", "int8")
 ROWS_OVER_CODES = 1024
-ROUNDS = 3
-
-Timer = Callable[[Callable[[], object]], float]
+ROUNDS = 25
 
 
 class NoGPUError(UserError, RuntimeError):
@@ -53,11 +50,15 @@ class NoGPUError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds of every plan that can serve a problem; ``best`` is the least."""
+    """Milliseconds of every plan that can serve a problem; ``best`` is the least.
+
+    ``left_out`` says why a plan didn't run, such as that the GPU has no room for its tile.
+    """
 
     problem: plans.Problem
     milliseconds: dict[str, float]
     best: str
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def tune(
@@ -67,7 +68,7 @@ def tune(
     weights: Iterable[str] = WEIGHTS,
     dropout_p: float = 0.0,
     device: torch.device | str | None = None,
-    timer: Timer | None = None,
+    timer: tuning.Timer | None = None,
     console: Console | None = None,
 ) -> list[Measurement]:
     """Measures every plan at every shape, forward and backward, and writes the tune cache.
@@ -79,7 +80,7 @@ def tune(
             to `ROWS_OVER_CODES` rows.
         dropout_p: dropout has a bucket of its own; give its p to measure that.
         device: the GPU, by default the current one.
-        timer: milliseconds of a call; by default the median of ``triton.testing.do_bench``.
+        timer: milliseconds of a call; by default `tuning.gpu_timer`.
         console: where the table is printed.
 
     Raises:
@@ -87,28 +88,27 @@ def tune(
         UserError: the cache can't be written, which is found before anything is measured.
     """
     if timer is None:
-        timer, device = _gpu_timer, device or _require_gpu()
+        timer, device = tuning.gpu_timer, device or _require_gpu()
     device = torch.device(device or "cpu")
     check_file("the tune cache (PEFT_KERNELS_CACHE)", plan_cache.cache_file())
-    measurements = [
-        measurement
-        for codes in weights
-        for dtype, adapter_dtype in dtypes
-        for shape in shapes
-        if not codes or shape[0] <= ROWS_OVER_CODES
-        for measurement in _measure(shape, dtype, adapter_dtype, codes, dropout_p, device, timer)
-    ]
-    measured = {m.problem.bucket(): m.best for m in measurements}
-    path = plan_cache.save({plan_cache.device_key(device): measured})
+    measurements = []
+    for codes, (dtype, adapter_dtype), shape in itertools.product(weights, dtypes, shapes):
+        if codes and shape[0] > ROWS_OVER_CODES:
+            continue
+        found = _measure(shape, dtype, adapter_dtype, codes, dropout_p, device, timer)
+        # At once: what was measured stays if this is interrupted, and "scratch" over codes takes
+        # the best plan over the dense weight.
+        best = {m.problem.bucket(): m.best for m in found}
+        plan_cache.save({plan_cache.device_key(device): best})
+        measurements += found
     plans.forget_cache()
     console = console or Console()
     show(console, _table(measurements, device))
-    console.print(f"{len(measured)} buckets written to {path}", soft_wrap=True)
+    for bucket, plan, why in _left_out(measurements):
+        console.print(f"{plan} left out at {bucket}: {why}", soft_wrap=True)
+    buckets = {m.problem.bucket() for m in measurements}
+    console.print(f"{len(buckets)} buckets written to {plan_cache.cache_file()}", soft_wrap=True)
     return measurements
-
-
-def _gpu_timer(call: Callable[[], object]) -> float:
-    return triton.testing.do_bench(call, return_mode="median")
 
 
 def _require_gpu() -> torch.device:
@@ -132,7 +132,7 @@ def _measure(
     codes: str,
     dropout_p: float,
     device: torch.device,
-    timer: Timer,
+    timer: tuning.Timer,
 ) -> list[Measurement]:
     """The forward's measurement and the backward's."""
     inputs = _inputs(shape, dtype, adapter_dtype, codes, device)
@@ -140,19 +140,18 @@ def _measure(
     found = []
     for direction, call in _calls(inputs, dropout_p).items():
         problem = plans.Problem(direction, dtype, adapter_dtype, *shape, dropout_p > 0, kind)
-        times = _time_plans(_candidates(problem, device), call, timer)
-        found.append(Measurement(problem, times, min(times, key=times.__getitem__)))
+        with torch.cuda.device_of(inputs["x"]):
+            run = functools.partial(_run_by, call)
+            times = tuning.time_plans(problem.able(), run, timer, ROUNDS)
+        if not times.milliseconds:
+            raise UserError(f"no plan runs at {problem.bucket()}: {times.left_out}")
+        found.append(Measurement(problem, times.milliseconds, times.best(), times.left_out))
     return found
 
 
-def _candidates(problem: plans.Problem, device: torch.device) -> list[str]:
-    """The plans that can serve the problem: a forced plan that can't is replaced by another."""
-    able = []
-    for plan in problem.plans():
-        with plans.force(plan):
-            if plans.choose(device, problem) == plan:
-                able.append(plan)
-    return able
+def _run_by(call: Callable[[], object], plan: str) -> object:
+    with plans.force(plan):
+        return call()
 
 
 def _inputs(
@@ -192,27 +191,18 @@ def _calls(inputs: dict[str, Any], dropout_p: float) -> dict[str, Callable[[], o
     return {"fwd": forward, "bwd": backward}
 
 
-def _time_plans(names: list[str], call: Callable[[], object], timer: Timer) -> dict[str, float]:
-    """The median of ROUNDS rounds; the plans take turns, so that a drift of the clock hits all."""
-    times: dict[str, list[float]] = {plan: [] for plan in names}
-    for _ in range(ROUNDS):
-        for plan in list(times):
-            try:
-                with plans.force(plan):
-                    times[plan].append(timer(call))
-            except OutOfResources:
-                # A GPU smaller than the tiles: "library" takes the GEMM, and the least of them.
-                del times[plan]
-    return {plan: statistics.median(rounds) for plan, rounds in times.items()}
-
-
 # ---- what is cached, and the tables ------------------------------------------------------------
 
 
 def to_document(measurements: Iterable[Measurement]) -> dict[str, Any]:
     """The measurements as JSON can hold them."""
     rows = [
-        {"bucket": m.problem.bucket(), "milliseconds": m.milliseconds, "best": m.best}
+        {
+            "bucket": m.problem.bucket(),
+            "milliseconds": m.milliseconds,
+            "best": m.best,
+            "left_out": m.left_out,
+        }
         for m in measurements
     ]
     return {"cache": str(plan_cache.cache_file()), "measurements": rows}
@@ -233,6 +223,12 @@ def print_cached(console: Console, found: dict[str, Any]) -> None:
     count = sum(map(len, found["plans"].values()))
     rest = "other plans are chosen by arithmetic"
     console.print(f"{count} buckets in {found['cache']}; {rest}", soft_wrap=True)
+
+
+def _left_out(measurements: list[Measurement]) -> Iterator[tuple[str, str, str]]:
+    for measurement in measurements:
+        for plan, why in measurement.left_out.items():
+            yield measurement.problem.bucket(), plan, why
 
 
 def _table(measurements: list[Measurement], device: torch.device) -> Table:

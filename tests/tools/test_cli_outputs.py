@@ -148,7 +148,7 @@ def test_tune_as_json(capsys, plans, monkeypatch):
     assert code == 0
     assert found["cache"] == str(plans) and "buckets written" in err
     times = {"i": 2.0, "library": 1.0}
-    row = {"bucket": problem.bucket(), "milliseconds": times, "best": "library"}
+    row = {"bucket": problem.bucket(), "milliseconds": times, "best": "library", "left_out": {}}
     assert row in found["measurements"]
 
 

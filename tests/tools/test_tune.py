@@ -10,6 +10,7 @@ from rich.console import Console
 from triton.runtime.errors import OutOfResources
 from tune_caches import own_cache
 
+from peft_kernels.tools import UserError
 from peft_kernels.tools import tune as tuning
 from peft_kernels.triton.lora_linear import plan_cache, plans
 
@@ -25,6 +26,11 @@ def problem(direction="fwd", m=8192, n=4096, k=4096, r=16, dtype=BF16, adapter=B
 def cache(tmp_path):
     """The file of an empty tune cache of the test's own."""
     yield from own_cache(tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(tuning, "ROUNDS", 2)
 
 
 # ---- the default -----------------------------------------------------------------------------
@@ -85,7 +91,7 @@ class FakeTimer:
         self.calls = []
 
     def __call__(self, call):
-        plan = plans._forced
+        plan = call.args[-1]
         self.calls.append(plan)
         call()
         if self.milliseconds[plan] is None:
@@ -109,7 +115,8 @@ def test_tune_measures_every_plan_and_keeps_the_fastest(cache):
     assert by_direction["bwd"].milliseconds == {"i": 3.0, "library": 2.0}
     assert by_direction["bwd"].best == "library"
     # the plans take turns
-    assert timer.calls == ["i", "ii", "library"] * 3 + ["i", "library"] * 3
+    rounds = tuning.ROUNDS
+    assert timer.calls == ["i", "ii", "library"] * rounds + ["i", "library"] * rounds
     assert "3.0000" in printed and str(cache) in printed
 
 
@@ -136,7 +143,7 @@ def test_weights_in_codes_have_plans_of_their_own(cache):
     shapes = (5, 12, 128, 3), (tuning.ROWS_OVER_CODES + 1, 12, 128, 3)
     found, printed = run_tune(timer, shapes, weights=("nf4", "int8"))
     assert [m.milliseconds for m in found] == [{"fused": 3.0, "scratch": 1.0}] * 4
-    assert timer.calls == ["fused", "scratch"] * 12 and "scratch" in printed
+    assert timer.calls == ["fused", "scratch"] * tuning.ROUNDS * 4 and "scratch" in printed
     buckets = json.loads(cache.read_text())[plan_cache.device_key(CPU)]
     assert buckets == dict.fromkeys(
         (
@@ -166,8 +173,33 @@ def test_the_default_over_codes_goes_by_rows():
 
 
 def test_a_plan_that_does_not_fit_the_gpu_is_left_out():
-    found, _ = run_tune(FakeTimer(i=None, ii=None, library=1.0))
+    found, printed = run_tune(FakeTimer(i=None, ii=None, library=1.0))
     assert [m.milliseconds for m in found] == [{"library": 1.0}] * 2
+    assert [set(m.left_out) for m in found] == [{"i", "ii"}, {"i"}]
+    assert "ii left out at fwd bfloat16/float32 m8" in printed and "OutOfResources: out" in printed
+
+
+def test_where_no_plan_runs_it_says_why(cache):
+    with pytest.raises(UserError, match=r"no plan runs at fwd .*library.*OutOfResources"):
+        run_tune(FakeTimer(i=None, ii=None, library=None))
+    assert not cache.exists()
+
+
+def test_what_was_measured_before_an_interruption_stays(cache):
+    timer = FakeTimer(i=3.0, ii=1.0, library=2.0)
+    shapes = (5, 12, 9, 3), (70, 12, 9, 3)
+
+    def interrupted(call):
+        if len(timer.calls) > 5 * tuning.ROUNDS:
+            raise KeyboardInterrupt
+        return timer(call)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(interrupted, shapes)
+    assert set(json.loads(cache.read_text())[plan_cache.device_key(CPU)]) == {
+        "fwd bfloat16/float32 m8 n16 k16 r4",
+        "bwd bfloat16/float32 m8 n16 k16 r4",
+    }
 
 
 def test_tuning_again_adds_to_the_cache(cache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -43,6 +44,14 @@ def kernel(name: str, function):
 
 def reference(name: str):
     return getattr(torch.ops.peft_kernels, f"{name}_ref").default
+
+
+def test_no_plan_is_measured_for_its_small_shapes(monkeypatch):
+    monkeypatch.setenv("PEFT_KERNELS_TUNE", "full")
+    seen = []
+    monkeypatch.setattr(run, "_rows", lambda *_: seen.append(os.environ["PEFT_KERNELS_TUNE"]) or [])
+    run.verify(Console(file=io.StringIO()), device="cpu")
+    assert seen == ["0"] and os.environ["PEFT_KERNELS_TUNE"] == "full"
 
 
 # ---- what is right -----------------------------------------------------------------------------

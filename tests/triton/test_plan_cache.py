@@ -207,6 +207,10 @@ def test_codes_are_matched_by_their_kind():
     assert plans.choose(CPU, replace(case, codes="4-bit/64")) == "fused"
 
 
-def test_a_near_plan_that_cant_serve_is_replaced():
+def test_a_near_plan_that_cant_serve_is_passed_over():
+    case = problem(r=128)
     measured(problem(r=64), plan="ii")
-    assert plans.choose(CPU, problem(r=128)) == "i"
+    assert plans.choose(CPU, case) == "library"
+    measured(problem(r=32), plan="i")
+    plans.forget_cache()
+    assert plans.choose(CPU, case) == "i"

@@ -6,6 +6,9 @@ The maths and the schemas are in ``peft_kernels/ops/lora_linear.py``, the kernel
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
 
 import torch
@@ -59,18 +62,32 @@ def with_gain(
     """The same with ``y = gain (x W^T + scale S B^T) + bias``; gain ``[n]`` in float32."""
     factor = scale if scale_t is None else scale_t
     call = Call("fwd", x, weight.shape[0], lora_a, dropout_p, seed)
-    plan = plans.choose(x.device, call.problem)
     bias = None if bias is None else bias.contiguous()
+    run = functools.partial(_forward, call, x, weight, bias, gain, lora_a, lora_b, factor)
     with torch.cuda.device_of(x):
-        if plan == "ii":
-            return _in_loop(call, x, weight, bias, gain, lora_a, lora_b, factor)
-        s = shrink(call, x, lora_a)
-        if plan == "library":
-            early, late = (bias, None) if gain is None else (None, bias)
-            y = F.linear(x, weight, early)
-            return _add_low_rank(call, s, lora_b.T, y, factor, False, late, gain), s
-        y = x.new_empty(call.m, call.n)
-        return _tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
+        return run(plans.choose(x.device, call.problem, run))
+
+
+def _forward(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    factor: Tensor | float,
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    if plan == "ii":
+        return _in_loop(call, x, weight, bias, gain, lora_a, lora_b, factor)
+    s = shrink(call, x, lora_a)
+    if plan == "library":
+        early, late = (bias, None) if gain is None else (None, bias)
+        y = F.linear(x, weight, early)
+        return _add_low_rank(call, s, lora_b.T, y, factor, False, late, gain), s
+    y = x.new_empty(call.m, call.n)
+    return _tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
 
 
 # ---- backward ----------------------------------------------------------------------------------
@@ -98,15 +115,26 @@ def lora_linear_bwd(
         factor = scale if scale_t is None else scale_t
         ds, db = from_dy(call, dy, lora_b, s.contiguous(), factor, needs_x or needs_a, needs_b, db)
         if needs_x:
-            factor = call.inv_keep
-            if plans.choose(x.device, call.problem) == "library":
-                dx = _add_low_rank(call, ds, lora_a, torch.mm(dy, weight), factor, masked=True)
-            else:
-                dx = x.new_empty(call.m, call.k)
-                dx = _tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
+            dx = grad_x(call, dy, weight, ds, lora_a)
         if needs_a:
             da = grad_a(call, x, ds, lora_a)
     return dx, da, db
+
+
+def grad_x(call: Call, dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
+    """dx = dy W + dropout(dS A): the one part of the backward that plans differ in."""
+    run = functools.partial(_grad_x, call, dy, weight, ds, lora_a)
+    return run(plans.choose(dy.device, call.problem, run))
+
+
+def _grad_x(
+    call: Call, dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, plan: str
+) -> Tensor:
+    factor = call.inv_keep
+    if plan == "library":
+        return _add_low_rank(call, ds, lora_a, torch.mm(dy, weight), factor, masked=True)
+    dx = dy.new_empty(call.m, call.k, dtype=call.problem.dtype)
+    return _tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
 
 
 # ---- what the launches of one call share -------------------------------------------------------
@@ -139,6 +167,12 @@ class Call:
         self.threshold = threshold(dropout_p)
         self.seed, self.seed_on_device = argument(seed, 0)
         self.precision = chips.float32_precision(x.device)
+
+    def over_dense(self) -> Call:
+        """The same call where its weight isn't in codes."""
+        call = copy.copy(self)
+        call.problem = dataclasses.replace(self.problem, codes="")
+        return call
 
     def tile(self, kernel: str) -> chips.Tile:
         return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)

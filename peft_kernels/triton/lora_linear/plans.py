@@ -12,12 +12,13 @@ Over a weight in codes there are two others:
 ``"scratch"``  the weight dequantised for the call, then one of the above
 
 `choose` takes the plan that was measured on this kind of device for the shape's bucket or a near
-one (`plan_cache.py`), and without a measurement the one that `default_plan` computes.
+one (`plan_cache.py`), measures it at the first call (`tuning.py`), and without a measurement takes
+the one that `default_plan` computes.
 """
 
 from __future__ import annotations
 
-import functools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch
 import triton
 
 from peft_kernels.triton.common import chips
-from peft_kernels.triton.lora_linear import modelled, plan_cache, tilings
+from peft_kernels.triton.lora_linear import modelled, plan_cache, tilings, tuning
 
 PLANS = ("i", "ii", "library")
 CODES_PLANS = ("fused", "scratch")
@@ -68,6 +69,10 @@ class Problem:
     def plans(self) -> tuple[str, ...]:
         """Those that it has to choose from."""
         return CODES_PLANS if self.codes else PLANS
+
+    def able(self) -> tuple[str, ...]:
+        """Those of them that can serve it."""
+        return tuple(plan for plan in self.plans() if plan != "ii" or _can_in_loop(self))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -120,20 +125,40 @@ def force(plan: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(device: torch.device, problem: Problem) -> str:
-    """The plan that serves ``problem`` on ``device``."""
-    plan = _forced if _forced in problem.plans() else _chosen(device, problem)
-    return "i" if plan == "ii" and not _can_in_loop(problem) else plan
+# What was decided in this process and until when, which is mostly its end: a call that is made
+# again, as checkpointing does, has the same bits.
+_decided: dict[tuple[torch.device, Problem], tuple[str, float]] = {}
+_MOST_DECIDED = 4096
 
 
-@functools.lru_cache(maxsize=4096)
-def _chosen(device: torch.device, problem: Problem) -> str:
-    bucket, plans = problem.bucket(), problem.plans()
-    plan = plan_cache.exact(device, bucket, plans) or plan_cache.nearest(device, bucket, plans)
-    return plan or default_plan(chips.arch_name(device), problem)
+def choose(device: torch.device, problem: Problem, run: tuning.Run | None = None) -> str:
+    """The plan that serves ``problem`` on ``device``.
+
+    Args:
+        run: computes this call by the plan of a name; given, an unseen bucket may be measured.
+
+    Raises:
+        ValueError: ``PEFT_KERNELS_TUNE`` is none of its values.
+    """
+    if _forced in problem.plans():
+        return _forced if _forced in problem.able() else "i"
+    plan, until = _decided.get((device, problem), ("", 0.0))
+    return plan if time.monotonic() < until else _decide(device, problem, run)
+
+
+def _decide(device: torch.device, problem: Problem, run: tuning.Run | None) -> str:
+    # Nothing is to be measured of a call without numbers.
+    run = run if problem.m and problem.n and problem.k else None
+    found = tuning.find(device, problem.bucket(), problem.able(), run)
+    plan = found.plan or default_plan(chips.arch_name(device), problem)
+    if run is not None:
+        if len(_decided) >= _MOST_DECIDED:
+            _decided.clear()
+        _decided[device, problem] = plan, time.monotonic() + found.seconds
+    return plan
 
 
 def forget_cache() -> None:
     """Makes the next `choose` read the tune cache again."""
     plan_cache.forget()
-    _chosen.cache_clear()
+    _decided.clear()

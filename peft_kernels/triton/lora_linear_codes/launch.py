@@ -6,6 +6,7 @@ The maths and the schemas are in ``peft_kernels/ops/_quantized.py``, the plans i
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from peft_kernels.triton.lora_linear.launch import (
     Call,
     from_dy,
     grad_a,
-    lora_linear_bwd,
+    grad_x,
     lora_linear_fwd,
     shrink,
 )
@@ -34,17 +35,32 @@ DEQUANTIZE_N, DEQUANTIZE_K, DEQUANTIZE_WARPS = 32, 128, 4
 def lora_linear_codes(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """y ``[m, n]`` in x's dtype and S ``[m, r]`` in float32."""
     weight = _weight_of(rest[:WEIGHT_ARGUMENTS], x.shape[1])
-    bias, lora_a, lora_b, scale, scale_t, dropout_p, seed = rest[WEIGHT_ARGUMENTS:]
+    bias, lora_a, lora_b, _, _, dropout_p, seed = rest[WEIGHT_ARGUMENTS:]
     call = Call("fwd", x, weight.n, lora_a, dropout_p, seed, weight.kind())
+    run = functools.partial(_forward, call, x, weight, bias, lora_a, lora_b, rest[-4:])
     with torch.cuda.device_of(x):
-        if plans.choose(x.device, call.problem) == "scratch":
-            dense = dequantized(weight, x.dtype)
-            return lora_linear_fwd(x, dense, bias, *rest[WEIGHT_ARGUMENTS + 1 :])
-        s = shrink(call, x, lora_a)
-        factor = scale if scale_t is None else scale_t
-        bias = None if bias is None else bias.contiguous()
-        y = x.new_empty(call.m, call.n)
-        return _tile(call, x, weight, bias, s, lora_b.T, y, factor, forward=True), s
+        return run(plans.choose(x.device, call.problem, run))
+
+
+def _forward(
+    call: Call,
+    x: Tensor,
+    weight: _Weight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale_and_dropout: tuple,
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    if plan == "scratch":
+        dense = dequantized(weight, x.dtype)
+        return lora_linear_fwd(x, dense, bias, lora_a, lora_b, *scale_and_dropout)
+    s = shrink(call, x, lora_a)
+    scale, scale_t, *_ = scale_and_dropout
+    factor = scale if scale_t is None else scale_t
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(call.m, call.n)
+    return _tile(call, x, weight, bias, s, lora_b.T, y, factor, forward=True), s
 
 
 def lora_linear_codes_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,18 +70,25 @@ def lora_linear_codes_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Te
     needs_x, needs_a, needs_b = needs
     call = Call("bwd", x, weight.n, lora_a, dropout_p, seed, weight.kind())
     with torch.cuda.device_of(x):
-        if needs_x and plans.choose(x.device, call.problem) == "scratch":
-            dense = dequantized(weight, x.dtype)
-            return lora_linear_bwd(dy, x, dense, *rest[WEIGHT_ARGUMENTS:])
         dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
         factor = scale if scale_t is None else scale_t
         ds, db = from_dy(call, dy, lora_b, s.contiguous(), factor, needs_x or needs_a, needs_b, db)
         if needs_x:
-            dx = x.new_empty(call.m, call.k)
-            _tile(call, dy, weight, None, ds, lora_a, dx, call.inv_keep, forward=False)
+            run = functools.partial(_grad_x, call, dy, weight, ds, lora_a)
+            dx = run(plans.choose(x.device, call.problem, run))
         if needs_a:
             da = grad_a(call, x, ds, lora_a)
     return dx, da, db
+
+
+def _grad_x(
+    call: Call, dy: Tensor, weight: _Weight, ds: Tensor, lora_a: Tensor, plan: str
+) -> Tensor:
+    dtype = call.problem.dtype
+    if plan == "scratch":
+        return grad_x(call.over_dense(), dy, dequantized(weight, dtype), ds, lora_a)
+    dx = dy.new_empty(call.m, call.k, dtype=dtype)
+    return _tile(call, dy, weight, None, ds, lora_a, dx, call.inv_keep, forward=False)
 
 
 # ---- the weight as kernels take it ---------------------------------------------------------------
