@@ -210,7 +210,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", type=_shape, metavar="MxNxK", help="default: the op's own cases")
     add("--dtype", type=_dtype, help="float32, bfloat16 or float16; default: float32")
     add("--backward", action="store_true", help="time forward and backward")
-    add("--all", action="store_true", help="every shape, dtype and direction that has a target")
+    add("--all", action="store_true", help="every case of the op, on a GPU of language models")
     add("--compile", action="store_true", help="torch.compile of the composition, too (slow)")
     add("--device", default="cpu", help="such as cuda; default: %(default)s")
     add("--rounds", type=int, default=15, help="rounds at least; default: %(default)s")

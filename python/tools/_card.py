@@ -20,6 +20,7 @@ from peft_kernels._library import HAS_TRITON
 from peft_kernels.tools.devices import card
 
 PAGE = "README.md"
+CLOCKS = ("sm_mhz", "sm_mhz_max", "memory_mhz", "memory_mhz_max", "watts_max", "celsius")
 
 
 def why_none() -> str:
@@ -89,7 +90,8 @@ def page(folder: Path) -> str:
     for op in OPS:
         record = there.get(f"bench-{op}", {})
         if "found" in record:
-            parts += [f"## {op}", _results.markdown_of(op, record["found"]["rows"]).strip()]
+            tables = _results.markdown_of(op, record["found"]["rows"]).strip()
+            parts += [f"## {op}", *_clocks(record["found"]["card"]), tables]
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,6 +116,13 @@ def _line(name: str, record: dict[str, Any]) -> tuple[str, str, str]:
         return name, f"broken, exit code {record['exit']}: {last.replace('|', '/')}", seconds
     bad = next(stage for stage in STAGES if stage.name == name).bad(record["found"])
     return name, f"done, {bad} wrong" if bad else "done", seconds
+
+
+def _clocks(found: dict[str, Any] | None) -> Iterator[str]:
+    """What the driver told of the clocks, when the benchmark had ended."""
+    told = [f"{key} {value}" for key, value in (found or {}).items() if key in CLOCKS and value]
+    if told:
+        yield f"At the end: {', '.join(told)}."
 
 
 def _verified(found: dict[str, Any]) -> Iterator[str]:

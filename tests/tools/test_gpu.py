@@ -266,6 +266,7 @@ def test_the_page_is_of_what_the_commands_print(tmp_path, capsys):
         "tune": {"measurements": [{"bucket": "fwd m1", "milliseconds": {"i": 2.0}, "best": "i"}]},
         "bench-lora_linear": printed(capsys, "bench", "lora_linear", "--json", *small),
     }
+    found["bench-lora_linear"]["card"] = {"name": "a card", "sm_mhz": "1755", "celsius": None}
     folder = tmp_path / "card"
     folder.mkdir()
     for stage in _stages.STAGES:
@@ -277,6 +278,7 @@ def test_the_page_is_of_what_the_commands_print(tmp_path, capsys):
     assert "| commit | 0123456789ab |" in page and "| tests | done, 1 wrong | 2 |" in page
     assert "| prompt_lookup | 9 | 0 | 0 | 6 |" in page
     assert "| a::b | x/y |" in page and "| fwd m1 | 2.0000 | i |" in page
+    assert "At the end: sm_mhz 1755." in page
     assert "## lora_linear" in page and "| 5x7x9 |" in page
     rows = [line.count("|") for line in page.splitlines() if line.startswith("|")]
     assert rows and min(rows) > 2

@@ -13,6 +13,11 @@ class BaseCase:
     backward: bool
     title: str = ""
 
+    def bare_dtype(self, device: torch.device | str) -> torch.dtype:
+        """What the bare layer computes in: float32 on a CPU whatever the case's, which is what
+        people run there, and on a GPU the case's own."""
+        return torch.float32 if torch.device(device).type == "cpu" else self.dtype
+
     @property
     def group(self) -> str:
         """What a table of cases shares, e.g. ``"float32 forward"``."""

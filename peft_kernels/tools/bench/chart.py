@@ -48,7 +48,7 @@ def _label(axis, place: float, ratio: float) -> None:
 
 
 def _draw_targets(axis, rows: list[Any]) -> None:
-    marked = [(j, row.case.target) for j, row in enumerate(rows) if row.case.target is not None]
+    marked = [(j, row.target) for j, row in enumerate(rows) if row.target is not None]
     for number, (j, target) in enumerate(marked):
         label = "must reach" if number == 0 else None
         axis.hlines(target, j - 0.42, j + 0.42, "#c0392b", "dashed", linewidth=1.2, label=label)

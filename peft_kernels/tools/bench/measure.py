@@ -17,6 +17,8 @@ from torch import Tensor
 
 BLOCK_SECONDS = 0.005
 
+Clock = Callable[[Callable[[], object], int], float]  # seconds of one of so many calls
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -50,16 +52,19 @@ class Timing:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], base: str, budget: Budget | None = None
+    calls: Mapping[str, Callable[[], object]],
+    base: str,
+    budget: Budget | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Times ``calls`` round-robin and compares each with ``calls[base]``.
 
     In a round each implementation runs one block of back-to-back calls, about 5 ms or one call, and
     counts with the block's median call; the order rotates from round to round, so that none always
-    follows the same neighbour. The base runs in every round.
+    follows the same neighbour. The base runs in every round. ``clock`` is the host's by default.
     """
-    budget = budget or Budget()
-    repeats = {name: _block_size(call) for name, call in calls.items()}
+    budget, clock = budget or Budget(), clock or host_clock
+    repeats = {name: _block_size(call, clock) for name, call in calls.items()}
     samples: dict[str, dict[int, float]] = {name: {} for name in calls}
     elapsed = dict.fromkeys(calls, 0.0)
     running = list(calls)
@@ -68,7 +73,7 @@ def interleaved(
         shift = turn % len(running)
         for name in running[shift:] + running[:shift]:
             start = time.perf_counter()
-            samples[name][turn] = _seconds(calls[name], repeats[name])
+            samples[name][turn] = clock(calls[name], repeats[name])
             elapsed[name] += time.perf_counter() - start
         running = _still_running(running, base, budget, samples, elapsed)
         turn += 1
@@ -87,13 +92,14 @@ def _timing(own: dict[int, float], base: dict[int, float]) -> Timing:
     return Timing(statistics.median(own.values()), ratio, len(own))
 
 
-def _block_size(call: Callable[[], object]) -> int:
+def _block_size(call: Callable[[], object], clock: Clock) -> int:
     """Warms ``call`` up, and says how many of it fill a block."""
-    _seconds(call, 1)
-    return max(1, min(1000, round(BLOCK_SECONDS / _seconds(call, 1))))
+    clock(call, 1)
+    most = getattr(clock, "most", 1000)
+    return max(1, min(most, round(BLOCK_SECONDS / max(clock(call, 1), 1e-9))))
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def host_clock(call: Callable[[], object], repeats: int) -> float:
     """Seconds of one of ``repeats`` back-to-back calls."""
     if torch.cuda.is_initialized():
         return _block_seconds(call, repeats) / repeats

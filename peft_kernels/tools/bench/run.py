@@ -22,10 +22,12 @@ from rich.table import Table
 
 from peft_kernels._library import backend_of
 from peft_kernels.tools import UserError
+from peft_kernels.tools.bench import gpu
 from peft_kernels.tools.bench.errors import Error, errors_of
-from peft_kernels.tools.bench.measure import Budget, Timing, interleaved
+from peft_kernels.tools.bench.implementation import Implementation
+from peft_kernels.tools.bench.measure import Budget, Clock, Timing, interleaved
 from peft_kernels.tools.bench.peak import peak_bytes
-from peft_kernels.tools.devices import check_device
+from peft_kernels.tools.devices import card, check_device
 from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.printing import show
 
@@ -62,20 +64,28 @@ class Request:
 @dataclass(frozen=True)
 class Row:
     """One case, measured: for each implementation its timing, what it saves for the backward,
-    its peak above what was there before, and but for the bare layer its error."""
+    its peak above what was there before, and but for the bare layer its error.
+
+    A suite's limits are of CPUs: where it ``has_floor`` not, there is no target."""
 
     case: Any
     timings: dict[str, Timing]
     saved: dict[str, int]
     peak: dict[str, int | None] = dataclasses.field(default_factory=dict)
     errors: dict[str, Error] = dataclasses.field(default_factory=dict)
+    has_floor: bool = True
+
+    @property
+    def target(self) -> float | None:
+        """The highest ratio allowed, or None where none is set."""
+        return self.case.target if self.has_floor else None
 
     def verdict(self, fused: str) -> str:
         """The target and whether ``fused`` reaches it, or nothing where no target is set."""
-        if self.case.target is None:
+        if self.target is None:
             return ""
-        reached = self.timings[fused].ratio <= self.case.target
-        return f"≤ {self.case.target:.2f} {'reached' if reached else MISSED}"
+        reached = self.timings[fused].ratio <= self.target
+        return f"≤ {self.target:.2f} {'reached' if reached else MISSED}"
 
     def ratio(self, name: str) -> str:
         """The ratio of an implementation, and its error."""
@@ -94,6 +104,8 @@ def bench(console: Console, request: Request) -> list[Row]:
     """
     suite = find_suite(request.op)
     check_device(request.device)
+    if gpu.is_gpu(request.device):
+        gpu.make_current(request.device)
     if request.rounds < 1:
         raise UserError(f"--rounds must be at least 1; got {request.rounds}")
     if not request.seconds >= 0:
@@ -102,7 +114,8 @@ def bench(console: Console, request: Request) -> list[Row]:
     for name, path in outputs(request):
         check_file(name, path)
     _print_conditions(console, request, cases)
-    rows = [measure(suite, case, request) for case in _tracked(console, cases, "measuring")]
+    clock = gpu.event_clock(request.device) if gpu.is_gpu(request.device) else None
+    rows = [measure(suite, case, request, clock) for case in _tracked(console, cases, "measuring")]
     rows = [weigh(suite, row, request) for row in _tracked(console, rows, "weighing")]
     rows = [compare(suite, row, request) for row in _tracked(console, rows, "comparing")]
     for title, header, body in tables(suite, rows):
@@ -129,35 +142,48 @@ def find_suite(op: str) -> ModuleType:
 
 
 def select_cases(suite: ModuleType, request: Request) -> list[Any]:
-    """The cases that a request names; all of the suite's with ``everything``."""
+    """The cases that a request names; with ``everything`` all of the suite's, or of a GPU's."""
+    if request.everything and gpu.is_gpu(request.device):
+        return gpu.cases(suite, request.op)
     if request.everything:
         return list(suite.CASES)
     return suite.cases(request.shapes, request.dtype, request.backward)
 
 
-def measure(suite: ModuleType, case: Any, request: Request) -> Row:
+def measure(suite: ModuleType, case: Any, request: Request, clock: Clock | None = None) -> Row:
     """Times a case's implementations, interleaved, and weighs what each saves for its backward."""
-    options = {"device": request.device, "compiled": request.compiled}
-    plain = suite.implementations(case, **options)
-    dropping = suite.implementations(case, **options, dropout_p=suite.DROPOUT_P)
+    plain = _built(suite, case, request)
+    dropping = _built(suite, case, request, suite.DROPOUT_P)
     calls = {name: one.call(case.backward) for name, one in plain.items()}
-    timings = interleaved(calls, suite.BARE, Budget(request.rounds, request.seconds))
-    return Row(case, timings, {name: one.saved_bytes() for name, one in dropping.items()})
+    timings = interleaved(calls, suite.BARE, Budget(request.rounds, request.seconds), clock)
+    saved = {name: one.saved_bytes() for name, one in dropping.items()}
+    return Row(case, timings, saved, has_floor=not gpu.is_gpu(request.device))
 
 
 def weigh(suite: ModuleType, row: Row, request: Request) -> Row:
     """The row with each implementation's peak memory, when all the timing is done."""
-    found = suite.implementations(row.case, device=request.device, compiled=request.compiled)
+    found = _built(suite, row.case, request)
     calls = {name: one.call(row.case.backward) for name, one in found.items()}
     return dataclasses.replace(row, peak={name: peak_bytes(call) for name, call in calls.items()})
 
 
 def compare(suite: ModuleType, row: Row, request: Request) -> Row:
     """The row with each implementation's error, but the bare layer's, which computes less."""
-    found = suite.implementations(row.case, device=request.device, compiled=request.compiled)
+    found = _built(suite, row.case, request)
     others = {name: one for name, one in found.items() if name != suite.BARE}
     exact = suite.exact(row.case, device=request.device)
     return dataclasses.replace(row, errors=errors_of(others, exact, row.case.backward))
+
+
+def _built(
+    suite: ModuleType, case: Any, request: Request, dropout_p: float = 0.0
+) -> dict[str, Implementation]:
+    """A case's implementations. What was compiled for others is forgotten: a function is compiled
+    so many times, and runs uncompiled from then on."""
+    if request.compiled and not dropout_p:
+        torch._dynamo.reset()
+    options = {"device": request.device, "compiled": request.compiled, "dropout_p": dropout_p}
+    return suite.implementations(case, **options)
 
 
 # ---- output ----------------------------------------------------------------------------------
@@ -169,6 +195,10 @@ def _print_conditions(console: Console, request: Request, cases: list[Any]) -> N
         name = str(dtype).removeprefix("torch.")
         console.print(f"{request.op} of {name} on {request.device} runs on the backend '{backend}'")
     console.print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    if gpu.is_gpu(request.device):
+        facts = card(torch.device(request.device))
+        told = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+        console.print(f"card: {told}", soft_wrap=True)
 
 
 def grouped(rows: list[Row]) -> Iterator[list[Row]]:
@@ -250,7 +280,7 @@ def to_record(rows: Iterable[Row]) -> list[dict[str, Any]]:
         {
             "shape": row.case.shape,
             "group": row.case.group,
-            "target": row.case.target,
+            "target": row.target,
             "timings": {name: dataclasses.asdict(t) for name, t in row.timings.items()},
             "saved_bytes": row.saved,
             "peak_bytes": row.peak,
@@ -261,10 +291,13 @@ def to_record(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def to_document(request: Request, rows: Iterable[Row]) -> dict[str, Any]:
-    """What ``--json`` prints: the rows, and what they were measured with."""
+    """What ``--json`` prints: the rows, and what they were measured with; the clocks of a card are
+    those after the last one."""
+    device = torch.device(request.device)
     return {
         "op": request.op,
         "device": request.device,
+        "card": card(device) if gpu.is_gpu(device) else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": to_record(rows),

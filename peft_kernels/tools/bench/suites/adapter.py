@@ -1,11 +1,13 @@
 """What adapter is measured on: BERT layers with adapters, and its rivals.
 
-Every ratio is to the same layers without adapters, in float32; with a backward, to their forward
-and backward to x. An op alone would be compared with nothing that anybody runs.
+Every ratio is to the same layers without adapters, in float32 on a CPU and in the case's own dtype
+on a GPU; with a backward, to their forward and backward to x. An op alone would be compared with
+nothing that anybody runs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -80,8 +82,9 @@ def implementations(
 ) -> dict[str, Implementation]:
     """The layers without adapters, ours and the rivals, on the same values."""
     base, ours, x = _inputs(case, device, dropout_p)
+    bare = case.bare_dtype(device)
     found = {
-        BARE: bert_layers.implementation(base.float(), x.float()),
+        BARE: bert_layers.implementation(copy.deepcopy(base).to(bare), x.to(bare)),
         FUSED: bert_layers.implementation(ours, x),
         "reference": bert_layers.implementation(ours, x, "reference"),
     }

@@ -1,11 +1,13 @@
 """What adapter_fusion is measured on: BERT layers with fused adapters, and its rivals.
 
-Every ratio is to the same layers without adapters, in float32; with a backward, to their forward
-and backward to x. The backward is that of the second stage: only the fusion trains.
+Every ratio is to the same layers without adapters, in float32 on a CPU and in the case's own dtype
+on a GPU; with a backward, to their forward and backward to x. The backward is that of the second
+stage: only the fusion trains.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -82,8 +84,9 @@ def implementations(
     """The layers without adapters, ours and the rivals, on the same values."""
     base, trained, x = _inputs(case, device)
     ours = bert_layers.with_fusion(base, trained)
+    bare = case.bare_dtype(device)
     found = {
-        BARE: bert_layers.implementation(base.float(), x.float()),
+        BARE: bert_layers.implementation(copy.deepcopy(base).to(bare), x.to(bare)),
         FUSED: bert_layers.implementation(ours, x),
         "reference": bert_layers.implementation(ours, x, "reference"),
         "direct": bert_layers.implementation(bert_layers.computed_directly(ours), x, "reference"),

@@ -1,7 +1,7 @@
 """What lora_linear is measured on: cases with the ratio they must reach, and its rivals.
 
-Every ratio is to the bare frozen layer in float32, ``F.linear``; with a backward, to the bare
-layer's forward and backward to x.
+Every ratio is to the bare frozen layer, ``F.linear``, in float32 on a CPU and in the case's own
+dtype on a GPU; with a backward, to the bare layer's forward and backward to x.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def implementations(
     """The bare layer, ours and its rivals, on the same values. Peers take part where installed."""
     inputs = _inputs(case, device)
     found = {
-        BARE: _bare(inputs),
+        BARE: _bare(inputs, case.bare_dtype(device)),
         FUSED: _ours(inputs, dropout_p, "auto"),
         "reference": _ours(inputs, dropout_p, "reference"),
         "mm + addmm_": _composition(inputs, dropout_p),
@@ -128,9 +128,9 @@ def _inputs(case: Case, device: torch.device | str) -> SimpleNamespace:
     )
 
 
-def _bare(inputs) -> Implementation:
-    """The frozen layer in float32, whatever the case's dtype."""
-    x, weight, bias = inputs.x.float(), inputs.weight.float(), inputs.bias.float()
+def _bare(inputs, dtype: torch.dtype) -> Implementation:
+    """The frozen layer alone."""
+    x, weight, bias = (t.to(dtype) for t in (inputs.x, inputs.weight, inputs.bias))
     return Implementation(lambda x: F.linear(x, weight, bias), x, (), (weight, bias))
 
 

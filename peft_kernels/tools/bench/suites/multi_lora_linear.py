@@ -1,7 +1,8 @@
 """What multi_lora_linear is measured on: cases with the ratio they must reach, and its rivals.
 
-Every ratio is to the bare frozen layer in float32, ``F.linear``; with a backward, to the bare
-layer's forward and backward to x. Rank 16 where nothing else is said.
+Every ratio is to the bare frozen layer, ``F.linear``, in float32 on a CPU and in the case's own
+dtype on a GPU; with a backward, to the bare layer's forward and backward to x. Rank 16 where
+nothing else is said.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def implementations(
     """The bare layer, ours and its rivals, on the same values. Peers take part where installed."""
     inputs = _inputs(case, device, dropout_p)
     found = {
-        BARE: _bare(inputs),
+        BARE: _bare(inputs, case.bare_dtype(device)),
         FUSED: _ours(inputs, "auto"),
         "reference": _ours(inputs, "reference"),
         "gather + bmm": _gathered(inputs),
@@ -173,9 +174,9 @@ def _inputs(case: Case, device: torch.device | str, dropout_p: float) -> _Inputs
     return _Inputs(x, made["weight"], made["bias"], made["banks"][0], made["ids"], dropout_p)
 
 
-def _bare(inputs: _Inputs) -> Implementation:
-    """The frozen layer in float32, whatever the case's dtype."""
-    x, weight, bias = inputs.x.float(), inputs.weight.float(), inputs.bias.float()
+def _bare(inputs: _Inputs, dtype: torch.dtype) -> Implementation:
+    """The frozen layer alone."""
+    x, weight, bias = (t.to(dtype) for t in (inputs.x, inputs.weight, inputs.bias))
     return Implementation(lambda x: F.linear(x, weight, bias), x, (), (weight, bias))
 
 
