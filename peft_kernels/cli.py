@@ -97,6 +97,9 @@ def _tune(args: argparse.Namespace, console: Console) -> int:
         raise UserError("tune measures Triton kernels on a GPU, and triton is not installed")
     from peft_kernels.tools import tune
 
+    options = args.shapes, args.model, args.rank, args.dropout, args.dtype, args.weights
+    if args.list and any(option is not None for option in options):
+        raise UserError("--list shows what is cached; it takes nothing but --json")
     if args.list:
         cached = tune.cached()
         if args.json:
@@ -104,7 +107,14 @@ def _tune(args: argparse.Namespace, console: Console) -> int:
         else:
             tune.print_cached(console, cached)
         return 0
-    measurements = tune.tune(console=console)
+    shapes = tune.shapes_of(args.shapes or (), args.model or (), args.rank or (tune.RANK,))
+    dtypes, weights = tune.DTYPES, tune.WEIGHTS
+    if args.dtype:
+        dtypes = tuple(dict.fromkeys((args.dtype, a) for a in (torch.float32, args.dtype)))
+    if args.weights:
+        weights = tuple("" if kind == "dense" else kind for kind in args.weights)
+    dropout_p = args.dropout or 0.0
+    measurements = tune.tune(shapes, dtypes, weights=weights, dropout_p=dropout_p, console=console)
     if args.json:
         _print_json(tune.to_document(measurements))
     return 0
@@ -148,6 +158,9 @@ no spills, shared memory within the chip's, tensor-core instructions where produ
 _TUNE = """\
 Takes minutes, and needs Triton and a GPU. The plans go to plans.json in $PEFT_KERNELS_CACHE, by
 default ~/.cache/peft_kernels, and hold for this kind of GPU and these versions of torch and Triton.
+
+  peft-kernels tune --model llama-3-8b --rank 16 64
+  peft-kernels tune --shapes 4096x4096x4096 --dropout 0.1 --dtype float16 --weights dense
 """
 
 
@@ -193,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "bench":
             _add_bench_arguments(command)
         if name == "tune":
-            command.add_argument("--list", action="store_true", help="show what is cached")
+            _add_tune_arguments(command)
     return parser
 
 
@@ -217,6 +230,21 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=1.0, help="for each implementation at least; default: 1")
     add("--out", type=Path, default=Path("out/bench"), help="folder; default: %(default)s")
     add("--markdown", type=Path, metavar="FILE", help="write the tables as markdown as well")
+
+
+def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--list", action="store_true", help="show what is cached, and measure nothing")
+    text = "rows x outputs x inputs; default: layers of 1B to 70B models, by 1 to 8192 rows"
+    add("--shapes", nargs="+", type=_shape, metavar="MxNxK", help=text)
+    text = "all layers of llama-3-8b, llama-3-70b, qwen2.5-7b or bert, by 1 to 8192 rows"
+    add("--model", nargs="+", metavar="NAME", help=text)
+    add("--rank", nargs="+", type=int, metavar="R", help="default: 16")
+    add("--dropout", type=float, metavar="P", help="with dropout, which has plans of its own")
+    text = "of x, with adapters in float32 and in the same; default: bfloat16"
+    add("--dtype", type=_dtype, help=text)
+    text = "dense, nf4, fp4, int8 or fp8; default: dense nf4 int8"
+    add("--weights", nargs="+", metavar="KIND", help=text)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

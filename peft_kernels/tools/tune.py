@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from peft_kernels.ops._quantize import quantize
+from peft_kernels.ops._quantize import KINDS, quantize
 from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
 from peft_kernels.tools import UserError
 from peft_kernels.tools.outputs import check_file
@@ -30,16 +30,25 @@ from peft_kernels.triton.lora_linear import plan_cache, plans, tuning
 from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
 from peft_kernels.triton.lora_linear_codes.launch import kind_of
 
-# (m, n, k, r): decoding, a short and a long batch, on the layer shapes of 1B to 70B models; any
-# number of rows up to 16384 is within a factor of two of one.
-SHAPES = tuple(
-    (m, n, k, 16)
-    for m in (1, 4, 16, 64, 512, 2048, 8192)
-    for n, k in ((2048, 2048), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+# Decoding, a short and a long batch: up to 16384 rows any number is within a factor of two of one.
+ROWS = (1, 4, 16, 64, 512, 2048, 8192)
+RANK = 16
+# (n, k) of the layers of 1B to 70B models, or of buckets near them
+LAYERS = ((2048, 2048), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+# (n, k) of a model's layers: query and output, key and value, and those of the FFN
+MODELS = {
+    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "llama-3-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+    "qwen2.5-7b": ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)),
+    "bert": ((768, 768), (3072, 768), (768, 3072)),
+}
+SHAPES = tuple((m, n, k, RANK) for m in ROWS for n, k in LAYERS)
+DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
 )
-DTYPES = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 # What weights are in: "" is dense. Over codes the border between the plans lies below so many rows.
-WEIGHTS = ("", "nf4", "int8")
+WEIGHTS: tuple[str, ...] = ("", "nf4", "int8")
 ROWS_OVER_CODES = 1024
 ROUNDS = 25
 
@@ -59,6 +68,29 @@ class Measurement:
     milliseconds: dict[str, float]
     best: str
     left_out: dict[str, str] = field(default_factory=dict)
+
+
+def shapes_of(
+    shapes: Sequence[tuple[int, int, int]],
+    models: Sequence[str],
+    ranks: Sequence[int],
+) -> list[tuple[int, int, int, int]]:
+    """(m, n, k, r) of ``shapes`` (m, n, k), and of the layers of ``models`` by `ROWS` rows.
+
+    Without either, `LAYERS` by `ROWS`.
+
+    Raises:
+        UserError: no such model, or a rank below 1.
+    """
+    if unknown := sorted(set(models) - set(MODELS)):
+        raise UserError(f"model must be among {', '.join(MODELS)}; got {', '.join(unknown)}")
+    if min(ranks) < 1:
+        raise UserError(f"rank must be at least 1; got {min(ranks)}")
+    layers = [layer for model in models for layer in MODELS[model]]
+    if not shapes and not models:
+        layers = list(LAYERS)
+    found = [*shapes, *((m, n, k) for m in ROWS for n, k in layers)]
+    return [(*shape, r) for shape in dict.fromkeys(found) for r in dict.fromkeys(ranks)]
 
 
 def tune(
@@ -85,8 +117,15 @@ def tune(
 
     Raises:
         NoGPUError: a RuntimeError; there is no GPU, and no ``timer`` was given.
-        UserError: the cache can't be written, which is found before anything is measured.
+        UserError: ``dropout_p`` or ``weights`` can't be, or the cache can't be written, which is
+            found before anything is measured; or no plan runs at a shape.
     """
+    weights = list(weights)
+    if not 0 <= dropout_p < 1:
+        raise UserError(f"dropout must be at least 0 and below 1; got {dropout_p}")
+    if unknown := sorted(set(weights) - {"", *KINDS}):
+        known = ", ".join(("dense", *KINDS))
+        raise UserError(f"weights must be among {known}; got {', '.join(unknown)}")
     if timer is None:
         timer, device = tuning.gpu_timer, device or _require_gpu()
     device = torch.device(device or "cpu")

@@ -15,22 +15,16 @@ from rich.console import Console
 
 from peft_kernels.tools import tune
 
-# (n, k) of each model's linear layers: query, key and value, output, and the two of the FFN
-LAYERS = {
-    "Llama-3-8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "Qwen2.5-7B": ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)),
-    "BERT": ((768, 768), (3072, 768), (768, 3072)),
-}
+MODELS = ("llama-3-8b", "qwen2.5-7b", "bert")
 ROWS = (1, 16, 256, 4096)
-RANK = 16
 MIXED = ((torch.bfloat16, torch.float32),)  # what a model in bfloat16 trains with by default
 
 
 def shapes() -> Iterator[tuple[int, int, int, int]]:
     """(m, n, k, r), the few rows of decoding last: a wrong plan costs most where there are many."""
     for rows in reversed(ROWS):
-        for layers in LAYERS.values():
-            yield from ((rows, n, k, RANK) for n, k in layers)
+        for model in MODELS:
+            yield from ((rows, n, k, tune.RANK) for n, k in tune.MODELS[model])
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import peft_kernels
-from peft_kernels._library import OPS
+from peft_kernels._library import HAS_TRITON, OPS
 from peft_kernels.cli import main
 from peft_kernels.tools.bench import measure
 from peft_kernels.tools.bench.peak import reset_peak
@@ -145,6 +145,72 @@ def test_tune_without_a_gpu_is_one_clear_line(capsys):
     assert code == 2
     assert err.count("\n") == 1
     assert "GPU" in err
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="tune needs triton")
+
+
+def tuned_with(capsys, monkeypatch, *flags):
+    """What `tune` is asked for."""
+    from peft_kernels.tools import tune
+
+    asked = []
+    monkeypatch.setattr(tune, "tune", lambda *args, **options: asked.append((*args, options)) or [])
+    assert run(capsys, "tune", *flags)[0] == 0
+    ((shapes, dtypes, options),) = asked
+    return shapes, list(dtypes), options
+
+
+@needs_triton
+def test_tune_measures_the_shapes_that_it_is_given(capsys, monkeypatch):
+    flags = "--shapes 5x12x9 70x12x9 --rank 3 8 --dropout 0.1 --dtype float16 --weights dense fp8"
+    shapes, dtypes, options = tuned_with(capsys, monkeypatch, *flags.split())
+    assert shapes == [(5, 12, 9, 3), (5, 12, 9, 8), (70, 12, 9, 3), (70, 12, 9, 8)]
+    assert dtypes == [(torch.float16, torch.float32), (torch.float16, torch.float16)]
+    assert (options["weights"], options["dropout_p"]) == (("", "fp8"), 0.1)
+
+
+@needs_triton
+def test_tune_without_options_measures_its_own(capsys, monkeypatch):
+    from peft_kernels.tools import tune
+
+    shapes, dtypes, options = tuned_with(capsys, monkeypatch)
+    assert (tuple(shapes), tuple(dtypes)) == (tune.SHAPES, tune.DTYPES)
+    assert (options["weights"], options["dropout_p"]) == (tune.WEIGHTS, 0.0)
+    assert tuned_with(capsys, monkeypatch, "--dtype", "float32")[1] == [(torch.float32,) * 2]
+
+
+@needs_triton
+def test_tune_takes_models_by_name(capsys, monkeypatch):
+    shapes, _, _ = tuned_with(capsys, monkeypatch, "--model", "bert", "--shapes", "5x12x9")
+    assert (5, 12, 9, 16) in shapes and (8192, 3072, 768, 16) in shapes and len(shapes) == 22
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--rank", "8", "0"], "rank must be at least 1; got 0"),
+        (["--dropout", "1"], "dropout must be at least 0 and below 1; got 1.0"),
+        (["--dropout", "nan"], "dropout must be at least 0 and below 1; got nan"),
+        (["--weights", "dense", "int3"], "weights must be among dense, nf4, fp4, int8, fp8; got"),
+        (["--model", "gpt-9"], "model must be among llama-3-8b, "),
+        (["--list", "--rank", "8"], "--list shows what is cached"),
+    ],
+)
+def test_tune_refuses_what_it_cant_do(capsys, flags, names):
+    code, _, err = run(capsys, "tune", *flags)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert names in err
+
+
+@pytest.mark.parametrize("flags", [["--shapes", "5x7"], ["--dtype", "int8"], ["--rank", "many"]])
+def test_tune_explains_arguments_that_dont_parse(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", *flags])
+    assert stop.value.code == 2
+    assert flags[-1] in capsys.readouterr().err
 
 
 # ---- what bench stands on --------------------------------------------------------------------
