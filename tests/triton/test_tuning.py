@@ -208,26 +208,25 @@ def test_not_on_fake_tensors(gpu):
 # ---- PEFT_KERNELS_TUNE -----------------------------------------------------------------------
 
 
+SAME, CLOSE, NEAR, FAR = problem(m=50), problem(n=64), problem(m=128), problem(m=1024)
+
+
 @pytest.mark.parametrize(
-    ("value", "near_is_known", "measured"),
+    ("value", "measured"),
     [
-        ("0", False, False),
-        ("0", True, False),
-        ("1", False, True),
-        ("1", True, False),
-        ("", False, True),
-        ("", True, False),
-        ("full", False, True),
-        ("full", True, True),
+        ("0", set()),
+        ("1", {NEAR, FAR}),
+        ("", {NEAR, FAR}),
+        ("full", {CLOSE, NEAR, FAR}),
     ],
 )
-def test_what_its_values_measure(gpu, monkeypatch, value, near_is_known, measured):
+@pytest.mark.parametrize("known", [SAME, CLOSE, NEAR, FAR])
+def test_what_its_values_measure(gpu, monkeypatch, value, measured, known):
     monkeypatch.setenv("PEFT_KERNELS_TUNE", value)
-    if near_is_known:
-        plan_cache.save({KEY: {problem(m=128).bucket(): "i"}})
+    plan_cache.save({KEY: {known.bucket(): "i"}})
     plan = plans.choose(CPU, CASE, Runs())
-    assert bool(gpu.timed) is measured
-    assert plan == ("ii" if measured else "i" if near_is_known else "library")
+    assert bool(gpu.timed) is (known in measured)
+    assert plan == ("ii" if known in measured else "library" if known is FAR else "i")
 
 
 def test_nonsense_is_named(monkeypatch):
@@ -291,7 +290,7 @@ def test_what_another_process_has_measured_isnt_again(cache, gpu):
 
 def test_a_choice_stays_in_its_process():
     """A call that is made again, by checkpointing say, has the same bits."""
-    plan_cache.save({KEY: {problem(m=128).bucket(): "i"}})
+    plan_cache.save({KEY: {problem(n=64).bucket(): "i"}})
     assert plans.choose(CPU, CASE, Runs()) == "i"
     plan_cache.save({KEY: {CASE.bucket(): "library"}})
     assert plans.choose(CPU, CASE, Runs()) == "i"

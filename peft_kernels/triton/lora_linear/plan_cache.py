@@ -17,6 +17,7 @@ import uuid
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -157,29 +158,35 @@ def _locked(path: Path) -> Iterator[None]:
 # ---- looking up --------------------------------------------------------------------------------
 
 
-def exact(device: torch.device, bucket: str, plans: Collection[str]) -> str | None:
-    """The plan measured for ``bucket``, if it is one of ``plans``."""
-    plan = load().get(device_key(device), {}).get(bucket)
-    return plan if plan in plans else None
+class Near(NamedTuple):
+    """What was measured for a bucket, and how far that is from the one asked for: 0 is the same."""
+
+    plan: str
+    distance: int
 
 
-def nearest(device: torch.device, bucket: str, plans: Collection[str]) -> str | None:
+def nearest(device: torch.device, bucket: str, plans: Collection[str]) -> Near | None:
     """The one of ``plans`` that was measured for the nearest bucket; None where none is near.
 
     Both buckets have the same direction, dtypes, dropout and codes. Their distance is the sum of
     ``|log2|`` of the ratios of n, k and r and twice that of m.
     """
+    measured = load().get(device_key(device), {})
+    if measured.get(bucket) in plans:
+        return Near(measured[bucket], 0)
     kind, sizes = _parsed(bucket)
-    best: tuple[int, str, str] | None = None
-    for other, plan in load().get(device_key(device), {}).items():
+    found = []
+    for other, plan in measured.items():
         other_kind, other_sizes = _parsed(other)
         if other_kind != kind or len(other_sizes) != len(sizes) or plan not in plans:
             continue
         rows, *rest = (abs(a - b) for a, b in zip(sizes, other_sizes, strict=True))
         if rows <= NEAR_ROWS and sum(rest) <= NEAR_SIZES:
-            found = 2 * rows + sum(rest), other, plan
-            best = found if best is None else min(best, found)
-    return best and best[2]
+            found.append((2 * rows + sum(rest), other, plan))
+    if not found:
+        return None
+    distance, _, plan = min(found)
+    return Near(plan, distance)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,10 +1,10 @@
 """Timing the plans on a GPU, and when a process does so by itself.
 
-``PEFT_KERNELS_TUNE`` says what happens where a bucket isn't in the tune cache:
+``PEFT_KERNELS_TUNE`` says what happens at the first call of a bucket that isn't in the tune cache:
 
-``0``     nothing is measured: the plan of a near bucket, or the default
-``1``     measured at the first call where no near bucket was
-``full``  measured at the first call
+``0``     nothing is measured: the plan of the nearest bucket, or the default
+``1``     it is measured, unless a bucket was that differs by two in one of n, k and rank alone
+``full``  it is measured
 
 Without it, ``1``; but nothing is measured under ``torch.use_deterministic_algorithms``, for clocks
 decide, nor in distributed ranks other than 0, which read what rank 0 has measured meanwhile.
@@ -32,6 +32,8 @@ Run = Callable[[str], object]  # computes an op by the plan of that name
 Timer = Callable[[Callable[[], object]], float]
 
 MODES = ("0", "1", "full")
+# The distance of a measured bucket from which on another is measured.
+_NEAR_ENOUGH = {"0": math.inf, "1": 1, "full": 0, "another rank": 1}
 ROUNDS = 3
 # More than any GPU's L2. The host launches a call while the GPU still writes them.
 FLUSHED_BYTES, FLUSHES = 1 << 28, 4
@@ -114,15 +116,15 @@ def find(device: torch.device, bucket: str, able: tuple[str, ...], run: Run | No
     with _lock:
         if mode != "0":
             plan_cache.load_again()  # another process may have been first
-        plan = plan_cache.exact(device, bucket, able)
-        if plan is None:
-            plan = plan_cache.nearest(device, bucket, able)
-            if mode == "full" or (mode == "1" and plan is None):
-                if torch.cuda.is_current_stream_capturing():
-                    return Found(plan, 0.0)
-                plan = _measured(device, bucket, able, run) or plan
-    waits = mode == "another rank" and plan is None
-    return Found(plan, LOOK_AGAIN_SECONDS if waits else math.inf)
+        near = plan_cache.nearest(device, bucket, able)
+        plan, distance = near or (None, math.inf)
+        if distance <= _NEAR_ENOUGH[mode]:
+            return Found(plan, math.inf)
+        if mode == "another rank":
+            return Found(plan, LOOK_AGAIN_SECONDS)
+        if torch.cuda.is_current_stream_capturing():
+            return Found(plan, 0.0)
+        return Found(_measured(device, bucket, able, run) or plan, math.inf)
 
 
 def _compiles_for(device: torch.device) -> bool:
