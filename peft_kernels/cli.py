@@ -47,7 +47,14 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
 def _verify(args: argparse.Namespace, console: Console) -> int:
     from peft_kernels.tools.verify.run import print_verified, verify
 
-    found = verify(console, device=args.device, ops=args.op, seed=args.seed)
+    found = verify(
+        console,
+        device=args.device,
+        ops=args.op,
+        dtypes=args.dtype,
+        seed=args.seed,
+        jobs=args.jobs,
+    )
     if args.json:
         _print_json(found.to_document())
     else:
@@ -131,7 +138,8 @@ _VERIFY = """\
 Value and gradients of every op, by every plan, in float32, bfloat16 and float16, over weights of 4
 and 8 bits too, in sizes that no tile divides; the same bits in a second run; a CUDA graph, captured
 and replayed; tensors on a second GPU, if there is one. An error may be 1.5 times the eager path's.
-On a GPU the first run compiles the kernels. The exit code is 1 if anything is wrong or fails.
+On a GPU the first run compiles the kernels, in several processes. The exit code is 1 if anything is
+wrong or fails.
 
   peft-kernels verify
   peft-kernels verify --op adapter prefix_attention --json
@@ -214,7 +222,9 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", help="such as cuda:1 or cpu; default: the GPU, if there is one")
     add("--op", nargs="+", metavar="NAME", help="these ops alone; default: all")
+    add("--dtype", nargs="+", type=_dtype, help="of float32, bfloat16, float16; default: all")
     add("--seed", type=int, default=0, help="of the values; default: %(default)s")
+    add("--jobs", type=int, metavar="N", help="processes; default: 1 on a CPU, up to 8 on a GPU")
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:

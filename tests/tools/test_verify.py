@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 import peft_kernels
 from peft_kernels._library import HAS_TRITON, OPS
 from peft_kernels.cli import main
-from peft_kernels.tools.verify import checks, run
+from peft_kernels.tools.verify import checks, parts, run
 from peft_kernels.tools.verify.cases import DTYPES, cases_of
 from peft_kernels.tools.verify.machine import Machine
 from peft_kernels.tools.verify.subjects import Subject, subjects_of
@@ -287,12 +288,56 @@ def test_a_plan_of_multi_lora_is_asked_for():
     assert asked == [{"x": 1, "plan": "grouped"}]
 
 
+# ---- in several processes ----------------------------------------------------------------------
+
+
+def test_several_processes_find_the_same(capsys):
+    flags = ("--op", "prompt_lookup", "adapter", "--dtype", "bfloat16", "--seed", "3")
+    here, there = (verified(capsys, *flags, "--jobs", jobs) for jobs in ("1", "2"))
+    assert here[0] == there[0] == 0 and len(here[1]["rows"]) == 2
+    assert here[1]["rows"] == there[1]["rows"] and there[1]["seed"] == 3
+
+
+def test_a_process_that_dies_is_a_finding_about_its_part(monkeypatch):
+    def command(part, device, seed):
+        dies = part[0].dtype is torch.float16
+        own = "import os, sys; print('Fatal: gone', file=sys.stderr, flush=True); os.abort()"
+        return [sys.executable, "-c", own] if dies else ours(part, device, seed)
+
+    ours = parts.command
+    monkeypatch.setattr(parts, "command", command)
+    subjects = [s for s in subjects_of("prompt_lookup", CPU) if s.dtype is not torch.bfloat16]
+    right, died = parts.in_processes(Console(file=io.StringIO()), subjects, CPU, 0, 2)
+    assert not right.bad() and {found.verdict for found in died.findings.values()} == {"failed"}
+    assert died.findings["forward"].why == "its process ended with exit code -6: Fatal: gone"
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(parts, "command", lambda *arguments: sleeps)
+    monkeypatch.setattr(parts, "SECONDS", 1.0)
+    console = Console(file=io.StringIO())
+    (row, *_) = parts.in_processes(console, list(subjects_of("adapter", CPU)), CPU, 0, 3)
+    assert row.findings["graph"].why == "its process was ended after 1 s"
+
+
+def test_a_gpu_has_a_process_for_each_core_and_a_cpu_one(monkeypatch):
+    monkeypatch.setattr(parts.os, "cpu_count", lambda: 6)
+    assert parts.default_jobs(torch.device("cuda", 0)) == 6 and parts.default_jobs(CPU) == 1
+    monkeypatch.setattr(parts.os, "cpu_count", lambda: 64)
+    assert parts.default_jobs(torch.device("cuda", 0)) == parts.MOST
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "names"),
-    [(["--op", "no_such_op"], "no_such_op"), (["--device", "meta"], "meta")],
+    [
+        (["--op", "no_such_op"], "no_such_op"),
+        (["--device", "meta"], "meta"),
+        (["--jobs", "0"], "--jobs"),
+    ],
 )
 def test_a_mistake_is_one_line(capsys, flags, names):
     assert main(["verify", *flags]) == 2

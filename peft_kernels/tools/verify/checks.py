@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -245,9 +244,3 @@ def _copy_into(inputs: dict[str, Any], others: dict[str, Any]) -> None:
         if isinstance(one, Tensor):
             with torch.no_grad():
                 one.copy_(other)
-
-
-def to_json(finding: Finding) -> dict[str, Any]:
-    """As JSON can hold it, which knows no infinity."""
-    found = dataclasses.asdict(finding)
-    return {key: None if value == math.inf else value for key, value in found.items()}

@@ -6,8 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -15,12 +13,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import peft_kernels
 from peft_kernels._library import OPS
 from peft_kernels.tools import UserError
 from peft_kernels.tools.devices import check_device
 from peft_kernels.tools.printing import show
-from peft_kernels.tools.verify.cases import cases_of
+from peft_kernels.tools.verify.cases import DTYPES, cases_of
 from peft_kernels.tools.verify.checks import (
     CHECKS,
     FAILED,
@@ -31,10 +28,11 @@ from peft_kernels.tools.verify.checks import (
     Wanted,
     check,
     skipped,
-    to_json,
     wanted_of,
 )
 from peft_kernels.tools.verify.machine import Machine, machine_at
+from peft_kernels.tools.verify.parts import default_jobs, in_processes
+from peft_kernels.tools.verify.rows import Row, Verified, alike, row_of
 from peft_kernels.tools.verify.subjects import Subject, subjects_of
 
 LEGEND = (
@@ -43,58 +41,14 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """A subject, and what each check of it found."""
-
-    subject: Subject
-    findings: dict[str, Finding]
-
-    def bad(self) -> dict[str, Finding]:
-        return {name: found for name, found in self.findings.items() if found.is_bad()}
-
-
-@dataclass(frozen=True)
-class Verified:
-    """All rows, and where and in how many seconds they were made."""
-
-    device: str
-    seed: int
-    seconds: float
-    rows: list[Row]
-
-    def bad(self) -> int:
-        """How many checks found something wrong, or failed."""
-        return sum(len(row.bad()) for row in self.rows)
-
-    def to_document(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {
-            "device": self.device,
-            "torch": torch.__version__,
-            "peft_kernels": peft_kernels.__version__,
-            "seed": self.seed,
-            "seconds": round(self.seconds, 1),
-            "bad": self.bad(),
-            "rows": [
-                {
-                    "op": row.subject.op,
-                    "backend": row.subject.backend,
-                    "dtype": _short(row.subject.dtype),
-                    "plan": row.subject.label,
-                    "checks": {name: to_json(found) for name, found in row.findings.items()},
-                }
-                for row in self.rows
-            ],
-        }
-
-
 def verify(
     console: Console,
     *,
     device: str | None = None,
     ops: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
     seed: int = 0,
+    jobs: int | None = None,
     machine: Machine | None = None,
 ) -> Verified:
     """Verifies ``ops``, or all, on a device, and says what it is doing.
@@ -103,25 +57,35 @@ def verify(
         console: where progress is shown.
         device: a CPU or a GPU; by default the GPU, if there is one.
         ops: names of ops.
+        dtypes: float32, bfloat16 and float16 by default.
         seed: of the values.
-        machine: what the device offers, which is found out by default.
+        jobs: processes at once; by default one on a CPU, and several on a GPU, which compile.
+        machine: what the device offers, which is found out by default; with it there is one
+            process, this one.
 
     Raises:
-        UserError: no such op, or no such device.
+        UserError: no such op, no such device, or no process.
     """
     ops = list(dict.fromkeys(ops or sorted(OPS)))
     unknown = sorted(set(ops) - set(OPS))
     if unknown:
         known = ", ".join(sorted(OPS))
         raise UserError(f"--op must be among {known}; got {', '.join(unknown)}")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs must be at least 1; got {jobs}")
+    jobs = 1 if machine else jobs
     machine = machine or _machine(device)
-    subjects = [subject for op in ops for subject in subjects_of(op, machine.device)]
+    wanted = dtypes or DTYPES
+    subjects = [s for op in ops for s in subjects_of(op, machine.device) if s.dtype in wanted]
     started = time.perf_counter()
     # Its small shapes don't belong in the tune cache.
     with warnings.catch_warnings(), patch.dict(os.environ, PEFT_KERNELS_TUNE="0"):
         # torch's own word about the statistics of no rows.
         warnings.filterwarnings("ignore", "var_mean")
-        rows = list(_rows(console, subjects, machine, seed))
+        if (jobs := jobs or default_jobs(machine.device)) > 1:
+            rows = list(in_processes(console, subjects, machine.device, seed, jobs))
+        else:
+            rows = list(_rows(console, subjects, machine, seed))
     name = _name_of(machine.device)
     return Verified(name, seed, time.perf_counter() - started, rows)
 
@@ -146,14 +110,14 @@ def _rows(console: Console, subjects: list[Subject], machine: Machine, seed: int
     lost = ""
     for subject in track(subjects, "verifying", console=console, transient=True, disable=hidden):
         if lost:
-            yield Row(subject, dict.fromkeys(CHECKS, skipped(lost)))
+            yield alike(subject, skipped(lost))
             continue
         key = subject.op, subject.dtype, subject.kind
         if key not in known and not subject.skipped:
             known = {key: [wanted_of(case, subject.dtype) for case in cases_of(*key, seed)]}
-        row = Row(subject, check(subject, known.get(key, []), machine, seed))
+        row = row_of(subject, check(subject, known.get(key, []), machine, seed))
         if any(found.verdict == FAILED for found in row.findings.values()) and machine.is_lost():
-            lost = f"the device was lost by {_where(row)}; verify the rest with --op"
+            lost = f"the device was lost by {row}; verify the rest with --op"
         yield row
 
 
@@ -169,7 +133,7 @@ def print_verified(console: Console, found: Verified) -> None:
     for row in rows:
         for name, finding in row.bad().items():
             case = f" ({finding.case})" if finding.case else ""
-            text = f"{finding.verdict}: {_where(row)}, {name}{case}: {finding.why}"
+            text = f"{finding.verdict}: {row}, {name}{case}: {finding.why}"
             console.print(text, style="red", soft_wrap=True, markup=False)
     for why, what in _skipped(found.rows).items():
         console.print(f"skipped, {why}: {', '.join(what)}", soft_wrap=True, markup=False)
@@ -183,10 +147,10 @@ def _table(title: str, rows: list[Row], checks: list[str]) -> Table:
     for column in ("op", "backend", "dtype", "plan", *checks):
         table.add_column(column, no_wrap=column == "op")
     for row in rows:
-        subject = row.subject
         cells = [_cell(row.findings[name]) for name in checks]
-        values = (subject.op, subject.backend, _short(subject.dtype), subject.label, *cells)
-        table.add_row(*values, style="red" if row.bad() else None)
+        table.add_row(
+            row.op, row.backend, row.dtype, row.plan, *cells, style="red" if row.bad() else None
+        )
     return table
 
 
@@ -203,7 +167,7 @@ def _skipped(rows: list[Row]) -> dict[str, list[str]]:
     by_reason: dict[str, dict[str, None]] = {}
     nowhere = [name for name in CHECKS if _is_skipped(row.findings[name] for row in rows)]
     for row in rows:
-        place, whole = f"{row.subject.op} {row.subject.label}", _is_skipped(row.findings.values())
+        place, whole = f"{row.op} {row.plan}", _is_skipped(row.findings.values())
         for name, finding in row.findings.items():
             if finding.verdict != SKIPPED:
                 continue
@@ -214,12 +178,3 @@ def _skipped(rows: list[Row]) -> dict[str, list[str]]:
 
 def _is_skipped(findings: Iterable[Finding]) -> bool:
     return all(finding.verdict == SKIPPED for finding in findings)
-
-
-def _where(row: Row) -> str:
-    subject = row.subject
-    return f"{subject.op} {_short(subject.dtype)} {subject.label}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
