@@ -138,17 +138,21 @@ class Selection:
         return self._parts[entries]
 
     def prepare(self, devices: Iterable[torch.device]) -> None:
-        """Makes the tensors now, and fills the buffers that CUDA graphs may read."""
+        """Makes the tensors now, and fills the buffers that CUDA graphs may read.
+
+        In any grad mode, for a capture may come in another: what it made itself, it would keep.
+        """
         for device in devices:
             self.on(device)
-            if (device, self._count) in self._buffers and threading.get_ident() == self._thread:
+            if _reads_sorted(device) and threading.get_ident() == self._thread:
                 self._buffered(device)
 
     def _buffered(self, device: torch.device) -> OnDevice:
         """The tensors in this thread's buffer, which other routes may have filled meanwhile."""
         key, plain = (device, self._count), (device, False)
         if plain not in self._on:
-            self._on[plain] = self._make(device, for_graphs=False)
+            trained = self._on.get((device, True))
+            self._on[plain] = trained or self._make(device, for_graphs=False)
         packed = self._on[plain].packed
         assert packed is not None
         if key not in self._buffers:

@@ -326,6 +326,19 @@ def test_an_inner_selection_gives_the_buffers_back(sorting):
         assert outer.ids.tolist() == [4, -1]
 
 
+def test_a_capture_reads_the_buffer_in_a_route_that_was_entered_with_gradients(
+    sorting, monkeypatch
+):
+    layer = make_layer()
+    with use(layer, [4, -1]):
+        with monkeypatch.context() as capture, torch.no_grad():
+            capture.setattr(router.Selection, "_make", None)  # would be part of the graph
+            captured = routing_of(layer)
+        assert captured.ids.tolist() == [4, -1]
+    with use(layer, [1, 2]):
+        assert captured.ids.tolist() == [1, 2]
+
+
 def test_threads_have_their_own_buffers(sorting):
     layer, pointers = make_layer(), []
 
