@@ -23,7 +23,7 @@ from peft_kernels.calls.rows import (
     unfit_batch,
 )
 from peft_kernels.ops._dropout import draw_seed
-from peft_kernels.ops.multi_lora_linear import BankDropout, Routing, sort_by_adapter
+from peft_kernels.ops.multi_lora_linear import BankDropout, Routing, plan_of, sort_by_adapter
 
 
 class Buffer:
@@ -88,6 +88,7 @@ class Selection:
         # Whether a forward had it that no backward computed again.
         self.served = torch._C._current_graph_task_id() != -1
         self._list, self._parts = list(ids), dict[Entries, Selection]()
+        self._plan = plan_of(ids)
         self._count, self._slots = len(ids), slots
         self._dropout = dropout or {}
         self._buffers: Buffers = {} if buffers is None else buffers
@@ -108,6 +109,10 @@ class Selection:
         if key[1] or torch.compiler.is_compiling() or not _reads_sorted(device):
             return found
         return self._buffered(device) if threading.get_ident() == self._thread else found
+
+    def plan(self, x: Tensor) -> str:
+        """The op's plan for x, whose rows the ids serve."""
+        return self._plan if x.is_cuda and x.numel() == self._count * x.shape[-1] else "auto"
 
     def for_all(self) -> Selection | None:
         """The same with one entry for all rows, if all entries are the same."""

@@ -191,11 +191,11 @@ class MultiLoRALinear(nn.Linear):
             RuntimeError: the route has ended, or there is none and the pool wants one.
         """
         selection = None if is_off(self) else self.router.current()
-        routing, dropout, trained = None, None, None
+        routing, dropout, trained, plan = None, None, None, "auto"
         if selection is not None:
             selection = self.router.serving(selection, x, self.place)
             here = selection.on(x.device)
-            routing = here.routing
+            routing, plan = here.routing, selection.plan(x)
             if self.training:
                 dropout = here.dropout()
             if selection.trained and torch.is_grad_enabled():
@@ -209,6 +209,7 @@ class MultiLoRALinear(nn.Linear):
                 bias=self._bias_for(x),
                 dropout=dropout,
                 trained=trained,
+                plan=plan,
             )
         except ValueError:
             self._check_weight(self.weight)  # a resize in place, of what it is tied to

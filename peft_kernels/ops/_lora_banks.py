@@ -69,6 +69,19 @@ def route(ids: Tensor, slots: int) -> Routing:
     return Routing(ids) if ids.device.type == "cpu" else Routing(ids, *sort_by_adapter(ids, slots))
 
 
+# Rows of decoding, up to so many, have a plan of their own where at least every fourth brings
+# another adapter: sorted, a tile of 64 would walk as many runs one after the other. Not measured.
+SCATTERED_MAX_ROWS, SCATTERED_ROWS_PER_ADAPTER = 256, 4
+
+
+def plan_of(ids: Sequence[int]) -> str:
+    """The plan for rows of these adapters, one id each, as far as their variety tells."""
+    if len(ids) > SCATTERED_MAX_ROWS:
+        return "auto"
+    adapters = len(set(ids) - {-1})
+    return "decode" if adapters * SCATTERED_ROWS_PER_ADAPTER >= len(ids) > 0 else "auto"
+
+
 def sort_by_adapter(ids: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """``order`` and ``starts`` of a :class:`Routing`; an id outside [0, slots) is none."""
     flat = ids.flatten()

@@ -36,6 +36,7 @@ from peft_kernels.ops._lora_banks import (
     check_banks,
     check_companions,
     check_ids,
+    plan_of,
     route,
     sort_by_adapter,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "example_trained",
     "multi_lora_add_",
     "multi_lora_linear",
+    "plan_of",
     "route",
     "sort_by_adapter",
 ]
@@ -436,7 +438,8 @@ def multi_lora_linear(
         plan: for GPUs, how it is computed: ``"decode"`` for few rows, ``"grouped"`` sorts rows by
             adapter, ``"single"`` takes them as they come, best where neighbours share an adapter.
             Each is right for any ids; bits may differ between plans, and between ``"auto"``'s
-            choices, which go by the number of rows. CPU kernels have one plan.
+            choices, which go by the number of rows. CPU kernels have one plan. Where the ids are
+            known on the host, as in a pool's routes, ``plan_of`` looks at their variety as well.
 
     Returns:
         ``[..., n]`` in the dtype of x, or in autocast's dtype under autocast.

@@ -339,6 +339,19 @@ def test_a_capture_reads_the_buffer_in_a_route_that_was_entered_with_gradients(
         assert captured.ids.tolist() == [1, 2]
 
 
+def test_a_route_s_plan_is_for_as_many_rows_as_it_has_names():
+    class OnAGPU(torch.Tensor):
+        is_cuda = True
+
+    layer = make_layer()
+    with use(layer, [4, -1, 1]):
+        plan = layer.router.current().plan
+    assert plan(torch.randn(3, 12)) == "auto"  # a CPU has one plan
+    assert plan(torch.randn(3, 12).as_subclass(OnAGPU)) == "decode"
+    assert plan(torch.randn(3, 1, 12).as_subclass(OnAGPU)) == "decode"
+    assert plan(torch.randn(3, 2, 12).as_subclass(OnAGPU)) == "auto"
+
+
 def test_threads_have_their_own_buffers(sorting):
     layer, pointers = make_layer(), []
 

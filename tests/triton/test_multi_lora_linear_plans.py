@@ -15,9 +15,10 @@ from peft_kernels.ops.multi_lora_linear import (
     Routing,
     example_inputs,
     example_trained,
+    plan_of,
     sort_by_adapter,
 )
-from peft_kernels.triton.common import launch
+from peft_kernels.triton.common import chips, launch
 from peft_kernels.triton.multi_lora_linear import launch as launchers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -226,3 +227,76 @@ def test_the_backend_launches_its_kernels(plan, adds):
     assert launched[:2] == (decode if plan == "decode" else grouped)
     # No backward decodes; dA and dB of two banks.
     assert launched[2:] == [*grouped, *["multi_grad_kernel"] * 4]
+
+
+# ---- few rows, and slots without a gradient ------------------------------------------------------
+
+
+@contextmanager
+def noted_launches():
+    """(kernel, grid, options) of each launch."""
+    noted, launch_run = [], launch.run
+
+    def run_and_note(kernel, grid, args, options):
+        noted.append((kernel.fn.__name__, grid, options))
+        launch_run(kernel, grid, args, options)
+
+    with patch.object(launch, "run", run_and_note):
+        yield noted
+
+
+@pytest.mark.parametrize("m, has_base", [(16, True), (17, False)])
+def test_more_rows_than_few_leave_the_base_to_the_library(m, has_base):
+    inputs = example_inputs(m, [32], 16, RANKS, dtype=torch.bfloat16)
+    with patch.object(chips, "arch_name", lambda device: "sm_90"), noted_launches() as noted:
+        run(inputs, "decode")
+    (options,) = [options for name, _, options in noted if name == "decode_tile_kernel"]
+    assert options["HAS_BASE"] is has_base
+    check(inputs, "decode")
+
+
+@pytest.mark.parametrize("slots", [[], [4], [1, 4, 38], [1, 2, 6, 10]])
+def test_a_gradient_has_programs_for_the_slots_that_want_one(slots):
+    ranks = [3, 1, 0, 2] * 10
+    inputs = example_inputs(60, [24], 21, ranks, ids=torch.arange(60) % 40)
+    check(inputs, "grouped", slots=slots)
+    with noted_launches() as noted:
+        run(inputs, "grouped", slots=slots)
+    grids = [grid[0] for name, grid, _ in noted if name == "multi_grad_kernel"]
+    assert set(grids) <= {sum(ranks[slot] for slot in slots)}
+
+
+def test_the_parts_of_a_gradient_are_summed_for_listed_slots():
+    inputs = example_inputs(70, [24], 21, [3, 1, 0, 2] * 10)
+    inputs["ids"] = torch.full((70,), 7, dtype=torch.int32)
+    with patch.object(launchers, "GRAD_ROWS", 32), noted_launches() as noted:
+        check(inputs, "grouped", slots=[7])
+    assert "sum_parts_kernel" in {name for name, *_ in noted}
+
+
+@pytest.mark.parametrize(
+    "m, transposed, expected", [(8, False, True), (9, False, False), (8, True, False)]
+)
+def test_the_native_kernel_has_few_rows_and_a_weight_that_it_needn_t_copy(m, transposed, expected):
+    inputs = example_inputs(m, [24], 24, RANKS)
+    fields = [list(field) for field in zip(*inputs["banks"], strict=True)]
+    call = launchers._Call(inputs["x"], *fields, inputs["ids"], None, None, [], [], "auto")
+    weight = inputs["weight"].T.contiguous().T if transposed else inputs["weight"]
+    with patch.object(call, "has_native_decode", lambda device: True):
+        assert call.is_one_launch(weight) is expected
+
+
+@pytest.mark.parametrize(
+    "ids, plan",
+    [
+        ([0, 1, 2, 3], "decode"),
+        ([0, 0, 0, 0, 1, 1, 1, 1], "decode"),
+        ([0] * 5, "auto"),
+        ([-1] * 4, "auto"),
+        ([], "auto"),
+        (list(range(256)), "decode"),
+        (list(range(257)), "auto"),
+    ],
+)
+def test_the_plan_of_rows_goes_by_how_many_adapters_they_have(ids, plan):
+    assert plan_of(ids) == plan

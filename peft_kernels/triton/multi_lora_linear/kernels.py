@@ -156,11 +156,18 @@ def decode_shrink_kernel(
 
 
 @triton.jit
+def _slot(index, listed, LISTED: tl.constexpr):
+    if LISTED:
+        return tl.load(listed + index)
+    return index
+
+
+@triton.jit
 def multi_grad_kernel(
-    s, x, out, ranks, scales, drop_p, seeds, grad_rows, order, starts,
+    s, x, out, ranks, scales, drop_p, seeds, listed, grad_rows, order, starts,
     per_id, chunk, size, cols_n, s_columns, sx_m, sx_k,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, LISTED: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out[part, grad_rows[g] + q, k] = sum over part's chunk of g's rows of S[i, q] x[i, k].
@@ -170,10 +177,11 @@ def multi_grad_kernel(
 
     A part starts at g's own first row, so the sum doesn't depend on the other adapters. ``out`` is
     [parts, size, cols_n]. Grid: (slots x rank blocks, blocks of k, parts), as many as there
-    could be; the programs of adapters without rows, or without gradient, end at once. Computed as
-    [BLOCK_K, BLOCK_R], so that the long side is the tensor cores' m.
+    could be, the slots being those LISTED or all; the programs of adapters without rows, or without
+    gradient, end at once. Computed as [BLOCK_K, BLOCK_R], so that the long side is the tensor
+    cores' m.
     """
-    g = tl.program_id(0) // RANK_BLOCKS
+    g = _slot(tl.program_id(0) // RANK_BLOCKS, listed, LISTED)
     first_rank = tl.program_id(0) % RANK_BLOCKS * BLOCK_R
     part = tl.program_id(2)
     out_row = tl.load(grad_rows + g)
@@ -219,13 +227,14 @@ def multi_grad_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts, out, ranks, grad_rows, starts, per_id, chunk, size, cols_n, BLOCK: tl.constexpr
+    parts, out, ranks, listed, grad_rows, starts, per_id, chunk, size, cols_n,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up an adapter's parts, as many as it has chunks of rows, in order.
 
-    Grid: (slots, blocks of columns).
+    Grid: (slots, blocks of columns), the slots as those of `multi_grad_kernel`.
     """
-    g = tl.program_id(0)
+    g = _slot(tl.program_id(0), listed, LISTED)
     out_row = tl.load(grad_rows + g)
     rows = (tl.load(starts + g + 1) - tl.load(starts + g)) * per_id
     if (out_row >= 0) & (rows > 0):

@@ -53,16 +53,15 @@ def multi_lora_linear_fwd(
     banks = (a, b, tables, ranks, scales)
     call = _Call(x, *banks, ids, order, starts, dropout_p, seeds, plan)
     with torch.cuda.device_of(x):
-        if call.plan == "decode" and _has_native_decode(x, len(a)):
+        if call.is_one_launch(weight):
             native = torch.ops.peft_kernels.multi_lora_linear_decode.default
             return native(x, weight, bias, *map(list, banks), call.ids)
-        s = call.low_rank_input(x, "a")
-        if call.fuses_base(*weight.shape):
-            y = x.new_empty(call.m, weight.shape[0])
-            call.output(y, s, base=(x, weight.T), bias=bias)
-        else:
+        if not call.fuses_base(*weight.shape):
             y = F.linear(x, weight, bias)
-            call.output(y, s, adds=True)
+            return y, _add(call, y, x, banks)
+        s = call.low_rank_input(x, "a")
+        y = x.new_empty(call.m, weight.shape[0])
+        call.output(y, s, base=(x, weight.T), bias=bias)
     return y, s
 
 
@@ -85,16 +84,17 @@ def multi_lora_linear_add(
     banks = (a, b, tables, ranks, scales)
     call = _Call(x, *banks, ids, order, starts, dropout_p, seeds, plan)
     with torch.cuda.device_of(x):
-        if call.plan == "decode" and _has_native_decode(x, len(a)):
-            native = torch.ops.peft_kernels.multi_lora_linear_decode_add.default
-            return native(y, x, *map(list, banks), call.ids)
-        s = call.low_rank_input(x, "a")
-        call.output(y, s, adds=True)
+        return _add(call, y, x, banks)
+
+
+def _add(call: _Call, y: Tensor, x: Tensor, banks: Sequence[Sequence[Tensor]]) -> Tensor:
+    """y += delta, and S."""
+    if call.plan == "decode" and call.has_native_decode(x.device):
+        native = torch.ops.peft_kernels.multi_lora_linear_decode_add.default
+        return native(y, x, *map(list, banks), call.ids)
+    s = call.low_rank_input(x, "a")
+    call.output(y, s, adds=True)
     return s
-
-
-def _has_native_decode(x: Tensor, banks: int) -> bool:
-    return x.is_cuda and banks <= MAX_BANKS and _cuda_kernels.why_not(x.device) is None
 
 
 # ---- backward ----------------------------------------------------------------------------------
@@ -221,7 +221,22 @@ class _Call:
         return self.ids, self.ids, self.ids
 
     def fuses_base(self, n: int, depth: int) -> bool:
+        if self.plan == "decode" and self.m > plans.DECODE_MAX_ROWS:
+            return False
         return plans.fuses_base(self.arch_name, self.dtype, self.m, n, depth)
+
+    def has_native_decode(self, device: torch.device) -> bool:
+        has_room = len(self.banks) <= MAX_BANKS
+        return device.type == "cuda" and has_room and _cuda_kernels.why_not(device) is None
+
+    def is_one_launch(self, weight: Tensor) -> bool:
+        """Whether base and delta are the native kernel's, which would copy another layout of W.
+
+        It multiplies without tensor cores, which the base of more rows should have.
+        """
+        few = self.plan == "decode" and self.m <= plans.NATIVE_MAX_ROWS
+        rows_lie_whole = weight.stride(1) == 1 or weight.shape[1] <= 1
+        return few and rows_lie_whole and self.has_native_decode(weight.device)
 
     def tile(self, kernel: str) -> chips.Tile:
         return plans.tile(self.arch_name, kernel, self.dtype, self.m)
@@ -389,12 +404,18 @@ class _Call:
         sums = out if parts == 1 else out.new_empty(parts, size, cols, dtype=torch.float32)
         grad_rows = grad_rows.contiguous()
         order, starts = self.sorted
+        # What has a gradient has a row of it at least: with more slots than rows, those come first.
+        listed, count = grad_rows, self.slots
+        if size < self.slots:
+            has_gradient = (grad_rows >= 0) & (bank.ranks > 0)
+            listed, count = has_gradient.to(torch.int8).argsort(descending=True), size
         launch(
             kernels.multi_grad_kernel,
-            (self.slots * rank_blocks, triton.cdiv(cols, tile.k), parts),
+            (count * rank_blocks, triton.cdiv(cols, tile.k), parts),
             s[:, bank.s_column :], x, sums, bank.ranks, bank.scales, bank.p, bank.seeds,
-            grad_rows, order, starts, self.per_id, chunk, size, cols, s.stride(0), *x.stride(),
-            SCALED=not dropped, DROPOUT=self.dropout and dropped,
+            listed, grad_rows, order, starts,
+            self.per_id, chunk, size, cols, s.stride(0), *x.stride(),
+            SCALED=not dropped, DROPOUT=self.dropout and dropped, LISTED=count < self.slots,
             TERMS=chips.terms(self.dtype, bank.a.dtype), PRECISION=self.precision,
             RANK_BLOCKS=rank_blocks,
             BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=block_r, **options(tile),
@@ -402,9 +423,9 @@ class _Call:
         if parts > 1:
             launch(
                 kernels.sum_parts_kernel,
-                (self.slots, triton.cdiv(cols, SUM_BLOCK)),
-                sums, out, bank.ranks, grad_rows, starts, self.per_id, chunk, size, cols,
-                BLOCK=SUM_BLOCK,
+                (count, triton.cdiv(cols, SUM_BLOCK)),
+                sums, out, bank.ranks, listed, grad_rows, starts, self.per_id, chunk, size, cols,
+                LISTED=count < self.slots, BLOCK=SUM_BLOCK,
             )  # fmt: skip
 
 

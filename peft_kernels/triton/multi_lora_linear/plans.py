@@ -14,6 +14,7 @@ import torch
 from peft_kernels.triton.common.chips import ARCHS, FEW_ROWS, Tile, gemm_is_competitive
 
 DECODE_MAX_ROWS = 16
+NATIVE_MAX_ROWS = 8  # of base and delta in the CUDA kernel; nothing was measured
 SINGLE_MIN_ROWS = 64  # rows an id, from which a tile has few runs without sorting
 
 
