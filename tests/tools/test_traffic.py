@@ -37,6 +37,15 @@ def test_extra_passes_of_a_rank_beyond_one_block():
     assert (forward.extra_passes, backward.extra_passes) == (1, 2)
 
 
+def test_parts_are_written_and_read_once():
+    """Beside what plan "ii" moves: y and S in float32, four times over, out and back in."""
+    (whole, _), (parts, _) = (lora_linear.count("ii", M, N, K, R, splits=s) for s in (1, 4))
+    assert parts.bytes_moved - whole.bytes_moved == 2 * 4 * 4 * (M * N + M * R)
+    (_, whole), (_, parts) = (lora_linear.count("i", M, N, K, R, splits=s) for s in (1, 4))
+    assert parts.bytes_moved - whole.bytes_moved == 2 * 4 * 4 * M * K
+    assert parts.launches == whole.launches + 1 and parts.atomics == 0
+
+
 def test_in_loop_moves_the_floor(rows):
     """y, S and every input exactly once; the 0-d scale is a kernel argument."""
     assert rows["ii", "fwd"].bytes_moved == rows["ii", "fwd"].bytes_floor

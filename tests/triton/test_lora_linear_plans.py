@@ -15,6 +15,7 @@ import peft_kernels
 from peft_kernels.triton.common import blocks, chips, launch
 from peft_kernels.triton.lora_linear import launch as launchers
 from peft_kernels.triton.lora_linear import plans as lora_plans
+from peft_kernels.triton.lora_linear import tilings
 
 op = importlib.import_module("peft_kernels.ops.lora_linear")
 
@@ -67,6 +68,18 @@ def error(out: Tensor, exact: Tensor) -> float:
 def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     for name in NAMES:
         assert torch.equal(left[name], right[name]), name
+
+
+def backwards():
+    """Runs the programs of a grid in the opposite order."""
+    builder = interpreter.InterpreterBuilder
+    forwards = builder.set_grid_idx
+
+    def set_grid_idx(self, x, y, z):
+        sizes = self.grid_dim
+        forwards(self, sizes[0] - 1 - x, sizes[1] - 1 - y, sizes[2] - 1 - z)
+
+    return patch.object(builder, "set_grid_idx", set_grid_idx)
 
 
 plans = pytest.mark.parametrize("plan", lora_plans.PLANS)
@@ -132,6 +145,77 @@ def test_a_small_gpu(plan, m):
         Case(m, 300, 100, 20).check(plan)
 
 
+# ---- sums in parts ---------------------------------------------------------------------------
+
+
+def in_parts(splits):
+    """Splits the sums over k of y and dx, whatever the model says."""
+    tiling = tilings.tiling
+    return patch.object(
+        tilings, "tiling", lambda *args: replace(tiling(*args), splits=splits)
+    )  # fmt: skip
+
+
+fused = pytest.mark.parametrize("plan", ["i", "ii"])
+
+
+@fused
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)], ids=str
+)
+def test_parts_of_every_dtype(plan, dtype, adapter_dtype):
+    """Of 150 columns in blocks of 32 the last of 4 parts has none."""
+    with in_parts(4):
+        Case(70, 75, 150, 18, dtype, adapter_dtype).check(plan)
+
+
+@fused
+@pytest.mark.parametrize(("m", "r", "splits"), [(1, 64, 2), (5, 33, 8), (9, 1, 4)])
+def test_parts_of_few_rows(plan, m, r, splits):
+    with in_parts(splits):
+        Case(m, 67, 200, r, bias=m > 1, dropout_p=0.3 if m > 1 else 0.0).check(plan)
+
+
+@fused
+def test_parts_of_nothing(plan):
+    with in_parts(4):
+        out = Case(0, 7, 9, 3).triton(plan)
+    assert out["y"].shape == (0, 7) and out["s"].shape == (0, 3) and out["dx"].shape == (0, 9)
+    assert not out["da"].any() and not out["db"].any()
+
+
+@fused
+def test_parts_with_a_gain(plan):
+    case = Case(20, 35, 150, 20, dropout_p=0.0)
+    gain = torch.rand(35) + 0.5
+    inputs = case.x, case.weight, case.bias, case.lora_a, case.lora_b
+    wide = [tensor.double() for tensor in inputs]
+    base = torch.nn.functional.linear(wide[0], wide[1])
+    exact = gain.double() * (base + SCALE * wide[0] @ wide[3].T @ wide[4].T) + wide[2]
+    with in_parts(4), lora_plans.force(plan):
+        y, s = launchers.with_gain(*inputs[:3], gain, *inputs[3:], 1.0, SCALE, 0.0, None)
+    assert error(y, exact) < 1.5 * error(exact.to(BF16), exact)
+    assert error(s, wide[0] @ wide[3].T) < 1e-6
+
+
+@fused
+def test_parts_are_added_in_one_order(plan):
+    case = Case(20, 140, 200, 20)
+    with in_parts(4):
+        expected = case.triton(plan)
+        with backwards():
+            assert_same_bits(case.triton(plan), expected)
+
+
+@fused
+def test_parts_of_a_scale_and_seed_on_the_device(plan):
+    case = Case(20, 35, 150, 4)
+    with in_parts(2):
+        expected = case.triton(plan)
+        with patch.object(launch, "on_device", lambda tensor: True):
+            assert_same_bits(case.triton(plan), expected)
+
+
 # ---- the same bits ---------------------------------------------------------------------------
 
 
@@ -162,14 +246,7 @@ def test_the_order_of_programs_does_not_matter(plan):
     """A race, or a sum whose order depends on the schedule, would show."""
     case = Case(70, 75, 150, 33)
     expected = case.triton(plan)
-    builder = interpreter.InterpreterBuilder
-    forwards = builder.set_grid_idx
-
-    def backwards(self, x, y, z):
-        sizes = self.grid_dim
-        forwards(self, sizes[0] - 1 - x, sizes[1] - 1 - y, sizes[2] - 1 - z)
-
-    with patch.object(builder, "set_grid_idx", backwards):
+    with backwards():
         assert_same_bits(case.triton(plan), expected)
 
 
@@ -257,7 +334,8 @@ def test_float16_range(plan):
         ("library", {"shrink_kernel", "add_low_rank_kernel"}, {"add_low_rank_kernel"}),
     ],
 )
-def test_the_backend_launches_its_kernels(plan, forward, backward):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_backend_launches_its_kernels(plan, forward, backward, splits):
     """The reference has the same results: that it isn't what ran shows here alone."""
     launched = []
 
@@ -269,8 +347,10 @@ def test_the_backend_launches_its_kernels(plan, forward, backward):
     inputs = op.example_inputs(20, 35, 30, 4)
     for name in ("x", "lora_a", "lora_b"):
         inputs[name].requires_grad_()
+    if splits > 1:
+        forward, backward = forward | {"add_low_rank_kernel"}, backward | {"add_low_rank_kernel"}
     note = patch.object(launch, "run", run_and_note)
-    with note, lora_plans.force(plan), peft_kernels.backend("triton"):
+    with note, in_parts(splits), lora_plans.force(plan), peft_kernels.backend("triton"):
         y = op.lora_linear(**inputs)
         assert set(launched) == forward
         launched.clear()

@@ -1,4 +1,6 @@
-"""Which tile a product gets."""
+"""Which tile a product gets, and in how many parts its sum is made."""
+
+import itertools
 
 import pytest
 import torch
@@ -11,27 +13,31 @@ BF16, F32 = torch.bfloat16, torch.float32
 KERNELS = ("tile", "tile_masked", "in_loop")
 
 
-def programs(product, tile):
-    return -(-product.m // tile.m) * -(-product.n // tile.n)
+def programs(product, tiling):
+    tile = tiling.tile
+    return -(-product.m // tile.m) * -(-product.n // tile.n) * tiling.splits
 
 
 @pytest.mark.parametrize("name", tilings.TILES)
 def test_the_cores_are_filled_where_the_tile_decides(name):
     """128 rows of a layer had 16 programs on an H100, and 32 on an MI300X's 304 cores."""
     product = Product(128, 4096, 4096)
-    tile = tilings.tiling(name, "tile", BF16, product)
-    assert programs(product, tile) >= 2 * programs(product, chips.tile(name, "tile", BF16, 128))
+    tiling = tilings.tiling(name, "tile", BF16, product)
+    one = tilings.Tiling(chips.tile(name, "tile", BF16, 128))
+    assert programs(product, tiling) >= 2 * programs(product, one)
 
 
 @pytest.mark.parametrize("name", tilings.TILES)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("m", [1, 64, 65, 700, 16384])
-def test_no_other_tile_is_faster_on_paper(name, kernel, m):
-    product = Product(m, 4096, 4096)
+def test_no_other_choice_is_faster_on_paper(name, kernel, m):
+    product = Product(m, 1024, 4096)
     chip = cost.CHIPS[name]
-    chosen = cost.seconds(chip, product, tilings.tiling(name, kernel, BF16, product))
-    tiles = tilings.candidates(name, kernel, BF16, m)
-    assert chosen == min(cost.seconds(chip, product, tile) for tile in tiles)
+    chosen = tilings.tiling(name, kernel, BF16, product)
+    choices = itertools.product(tilings.candidates(name, kernel, BF16, m), tilings.SPLITS)
+    least = min(cost.seconds(chip, product, *choice) for choice in choices)
+    assert cost.seconds(chip, product, chosen.tile, chosen.splits) == least
+    assert chosen.splits == 1 or m < 2048
 
 
 @pytest.mark.parametrize("name", tilings.TILES)
@@ -49,7 +55,7 @@ def test_one_tile_where_no_others_are_known(kernel, m):
     product = Product(m, 4096, 4096)
     for name, dtype in (("other", BF16), ("sm_90", F32)):
         tile = chips.tile(name, kernel, dtype, m)
-        assert tilings.tiling(name, kernel, dtype, product) == tile
+        assert tilings.tiling(name, kernel, dtype, product) == tilings.Tiling(tile)
 
 
 def test_the_cores_at_hand_count():

@@ -9,6 +9,7 @@ not run under ``TRITON_INTERPRET=1``, where a kernel isn't compiled at all.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -146,9 +147,10 @@ class DoraCase(Case):
 
 @dataclass(frozen=True)
 class TilesCase:
-    """Another case with each tile that a shape may get."""
+    """Another case with each tile that a shape may get, and with the sums over k in ``splits``."""
 
     case: Case
+    splits: tuple[int, ...] = (1,)
 
     @property
     def dtype(self) -> str:
@@ -159,16 +161,17 @@ class TilesCase:
 
     def run(self) -> None:
         count = max(len(tiles) for kernels in tilings.TILES.values() for tiles in kernels.values())
-        for index in range(count + 1):
-            with patch.object(tilings, "tiling", partial(_tile_of, index)):
+        for index, splits in itertools.product(range(count + 1), self.splits):
+            with patch.object(tilings, "tiling", partial(_tiling_of, index, splits)):
                 self.case.run()
 
 
-def _tile_of(
-    index: int, name: str, kernel: str, dtype: torch.dtype, product: cost.Product, cores: int
-) -> chips.Tile:
+def _tiling_of(
+    index: int, splits: int, name: str, kernel: str, dtype: torch.dtype,
+    product: cost.Product, cores: int,
+) -> tilings.Tiling:  # fmt: skip
     tiles = tilings.candidates(name, kernel, dtype, product.m)
-    return tiles[min(index, len(tiles) - 1)]
+    return tilings.Tiling(tiles[min(index, len(tiles) - 1)], splits)
 
 
 @dataclass(frozen=True)
@@ -353,11 +356,11 @@ CASES: tuple[AnyCase, ...] = (
     Case(8192, 64, "float16", "float32", True, ("i", "ii")),
     # the lightest
     Case(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
-    # every tile of the products
-    TilesCase(Case(64, 64, "bfloat16", "float32", True, ("i", "ii"))),
+    # every tile of the products, whole and in parts
+    TilesCase(Case(64, 64, "bfloat16", "float32", True, ("i", "ii")), tilings.SPLITS),
     TilesCase(Case(64, 64, "float16", "float32", True, ("i", "ii"))),
     TilesCase(DoraCase(64, 64, "bfloat16", "float32", True, ("i", "ii"))),
-    TilesCase(Case(8192, 64, "bfloat16", "float32", True, ("i", "ii"))),
+    TilesCase(Case(8192, 64, "bfloat16", "float32", True, ("i", "ii")), (1, 2)),
     # float32 takes the library's GEMM unless `tune` says otherwise
     Case(8192, 64, "float32", "float32", True, ("library",)),
     # the same five for many adapters
@@ -502,6 +505,7 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
             tile=" ".join(tile),
             multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
             narrow=stem in ("decode_tile", "gain_end")
+            or (stem == "add_low_rank" and bound["BLOCK_M"] < 64)
             or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64)
             or (stem in PRODUCTS_OF_KEYS and bound["BLOCK_N"] < 64),
             signature=signature,

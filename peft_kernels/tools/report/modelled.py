@@ -20,7 +20,10 @@ RANK = 16
 
 @dataclass(frozen=True)
 class ModelledRow:
-    """The default plan of one shape on one chip; ``tile`` is "" where the library has the GEMM."""
+    """The default plan of one shape on one chip; ``tile`` is "" where the library has the GEMM.
+
+    And the parts of its sum over k, as "64x32x64 in 4".
+    """
 
     chip: str
     m: int
@@ -58,8 +61,9 @@ def _tile(name: str, problem: plans.Problem, plan: str) -> str:
     kernel, product = (
         ("in_loop", modelled.in_loop(problem)) if plan == "ii" else ("tile", modelled.base(problem))
     )
-    tile = tilings.tiling(name, kernel, problem.dtype, product)
-    return f"{tile.m}x{tile.n}x{tile.k}"
+    tiling = tilings.tiling(name, kernel, problem.dtype, product)
+    tile, splits = tiling.tile, tiling.splits
+    return f"{tile.m}x{tile.n}x{tile.k}" + (f" in {splits}" if splits > 1 else "")
 
 
 def view(rows: list[ModelledRow]) -> Table:

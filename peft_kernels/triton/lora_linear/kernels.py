@@ -6,7 +6,10 @@
     in_loop_kernel         y and S in one loop over k              for few rows or columns
     from_dy_kernel         dS = dy B and dB = dy^T S               one read of dy
     grad_a_kernel          dA = dS^T dropout(x)                    split over m
-    add_low_rank_kernel    out += factor P Q                       after a library GEMM
+    add_low_rank_kernel    out = base + factor P Q                 after a library GEMM, or parts
+
+Where programs are few, tile_kernel and in_loop_kernel split k and store float32 parts, which
+add_low_rank_kernel adds up in their order.
 
 With a gain, as ``dora_linear`` has one, y is gain (x W^T + scale S B^T) + bias.
 
@@ -38,18 +41,28 @@ from peft_kernels.triton.common.blocks import (
 @triton.jit
 def low_rank(
     p, q, rows, cols, m, n, r, sq_r, sq_n, factor, dtype: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """factor P Q of one tile; P is [m, r], contiguous, float32."""
+    """factor P Q of one tile; P is [m, r], contiguous, float32, or in PARTS to be added up."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # One stage: r is mostly one block, and stages would take shared memory from the base's loop.
     for first in tl.range(0, r, BLOCK_R, num_stages=1):
         ranks = first + tl.arange(0, BLOCK_R)
-        p_mask = (rows < m)[:, None] & (ranks < r)[None, :]
-        p_tile = tl.load(pointers(p, rows, ranks, r, 1), mask=p_mask, other=0.0)
+        p_tile = sum_of_parts(p, rows, ranks, m, r, PARTS)
         q_mask = (ranks < r)[:, None] & (cols < n)[None, :]
         q_tile = tl.load(pointers(q, ranks, cols, sq_r, sq_n), mask=q_mask, other=0.0)
         acc = rank_dot(p_tile * factor, q_tile, acc, dtype, PRECISION)
+    return acc
+
+
+@triton.jit
+def sum_of_parts(parts, rows, cols, m, n, PARTS: tl.constexpr):
+    """parts[0] + parts[1] + ... of one tile, in float32; parts [PARTS, m, n], contiguous."""
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    where = pointers(parts, rows, cols, n, 1)
+    acc = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        acc += tl.load(where + step(part, m) * n, mask=mask, other=0.0).to(tl.float32)
     return acc
 
 
@@ -113,17 +126,20 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def tile_kernel(
-    a, w, bias, gain, p, q, out, factor, seed, threshold, m, n, depth, r,
+    a, w, bias, gain, p, q, out, factor, seed, threshold, m, n, depth, r, chunk,
     sa_m, sa_k, sw_k, sw_n, sq_r, sq_n,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
     FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out = gain (a w + mask o (factor P Q)) + bias, one store; a [m, depth], w [depth, n].
 
     y:  a = x,  w = W^T, P = S,  Q = B^T, factor = scale, no mask
     dx: a = dy, w = W,   P = dS, Q = A,   factor = 1 / (1 - p), the mask of dropout
+
+    Grid: (tiles, splits). With SPLIT, out[split] = a w over ``chunk`` of depth alone; ``out`` is
+    [splits, m, n] float32, and what else y or dx has is left to add_low_rank_kernel.
     """
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
@@ -131,22 +147,31 @@ def tile_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * chunk
+    last = min(first + chunk, depth)
     dtype: tl.constexpr = out.dtype.element_ty
 
     # 1. factor P Q, first: the mask applies to it alone, and the base then adds to the same tile
-    scale = float_scalar(factor, FACTOR_ON_DEVICE)
-    acc = low_rank(
-        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
-    )
-    if DROPOUT:
-        key = scalar(seed, SEED_ON_DEVICE)
-        acc = tl.where(kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N), acc, 0.0)
+    if SPLIT:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        out += split.to(tl.int64) * m * n
+    else:
+        scale = float_scalar(factor, FACTOR_ON_DEVICE)
+        acc = low_rank(
+            p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        if DROPOUT:
+            key = scalar(seed, SEED_ON_DEVICE)
+            kept = kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
+            acc = tl.where(kept, acc, 0.0)
 
     # 2. a w, products of x's dtype summed in float32
-    a_ptrs = pointers(a, rows, inner, sa_m, sa_k)
-    w_ptrs = pointers(w, inner, cols, sw_k, sw_n)
-    for start in range(0, depth, BLOCK_K):
-        here = start + inner < depth
+    a_ptrs = pointers(a, rows, first + inner, sa_m, sa_k)
+    w_ptrs = pointers(w, first + inner, cols, sw_k, sw_n)
+    for start in range(first, last, BLOCK_K):
+        here = start + inner < last
         a_tile = tl.load(a_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
         w_tile = tl.load(w_ptrs, mask=here[:, None] & (cols < n)[None, :], other=0.0)
         acc = dot(a_tile, w_tile, acc, PRECISION)
@@ -154,24 +179,28 @@ def tile_kernel(
         w_ptrs += step(BLOCK_K, sw_k)
 
     # 3. gain and bias, and the only rounding and store
-    acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
+    if not SPLIT:
+        acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def in_loop_kernel(
-    x, w, bias, gain, a, b, y, s, scale, seed, threshold, inv_keep, m, n, k, r,
+    x, w, bias, gain, a, b, y, s, scale, seed, threshold, inv_keep, m, n, k, r, chunk,
     sx_m, sx_k, sw_k, sw_n, sa_r, sa_k, sb_n, sb_r,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
-    PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y = gain (x W^T + scale S B^T) + bias, S = dropout(x) A^T, one loop over k; r <= BLOCK_R.
 
     x is read for the base and serves S as well. Every program of a row of tiles computes the same
     S; the one of the first columns stores it.
+
+    Grid: (tiles, splits). With SPLIT, y[split] and s[split] are the sums over ``chunk`` of k alone;
+    both are float32, and what else y has is left to add_low_rank_kernel.
     """
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
@@ -180,6 +209,9 @@ def in_loop_kernel(
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     inner = tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * chunk
+    last = min(first + chunk, k)
     dtype: tl.constexpr = y.dtype.element_ty
     if DROPOUT:
         key = scalar(seed, SEED_ON_DEVICE)
@@ -187,11 +219,11 @@ def in_loop_kernel(
     # 1. x W^T and S = dropout(x) A^T
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     s_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    x_ptrs = pointers(x, rows, inner, sx_m, sx_k)
-    w_ptrs = pointers(w, inner, cols, sw_k, sw_n)
-    a_ptrs = pointers(a, inner, ranks, sa_k, sa_r)
-    for start in range(0, k, BLOCK_K):
-        here = start + inner < k
+    x_ptrs = pointers(x, rows, first + inner, sx_m, sx_k)
+    w_ptrs = pointers(w, first + inner, cols, sw_k, sw_n)
+    a_ptrs = pointers(a, first + inner, ranks, sa_k, sa_r)
+    for start in range(first, last, BLOCK_K):
+        here = start + inner < last
         x_tile = tl.load(x_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
         w_tile = tl.load(w_ptrs, mask=here[:, None] & (cols < n)[None, :], other=0.0)
         a_tile = tl.load(a_ptrs, mask=here[:, None] & (ranks < r)[None, :], other=0.0)
@@ -206,16 +238,20 @@ def in_loop_kernel(
     if DROPOUT:
         s_acc = s_acc * inv_keep
 
-    # 2. S, for the backward
+    # 2. S, for the backward, or the split's own slices
+    if SPLIT:
+        y += split.to(tl.int64) * m * n
+        s += split.to(tl.int64) * m * r
     if pid_n == 0:
         s_mask = (rows < m)[:, None] & (ranks < r)[None, :]
         tl.store(pointers(s, rows, ranks, r, 1), s_acc, mask=s_mask)
 
     # 3. + scale S B^T, gain and bias, and the only rounding and store of y
-    b_mask = (ranks < r)[:, None] & (cols < n)[None, :]
-    b_tile = tl.load(pointers(b, ranks, cols, sb_r, sb_n), mask=b_mask, other=0.0)
-    acc = rank_dot(s_acc * float_scalar(scale, SCALE_ON_DEVICE), b_tile, acc, dtype, PRECISION)
-    acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
+    if not SPLIT:
+        b_mask = (ranks < r)[:, None] & (cols < n)[None, :]
+        b_tile = tl.load(pointers(b, ranks, cols, sb_r, sb_n), mask=b_mask, other=0.0)
+        acc = rank_dot(s_acc * float_scalar(scale, SCALE_ON_DEVICE), b_tile, acc, dtype, PRECISION)
+        acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(y, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
 
@@ -329,15 +365,16 @@ def grad_a_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def add_low_rank_kernel(
-    bias, gain, p, q, out, factor, seed, threshold, m, n, r, sq_r, sq_n,
+    base, bias, gain, p, q, s, out, factor, seed, threshold, m, n, r, sq_r, sq_n,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
     FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, P_PARTS: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out = gain (out + mask o (factor P Q)) + bias; out [m, n], contiguous, holds a GEMM's result.
+    """out = gain (base + mask o (factor P Q)) + bias; base [PARTS, m, n] to be added up.
 
-    Without a gain the library adds the bias.
+    After a library's GEMM base is out itself, and without a gain the library adds the bias. P may
+    be in P_PARTS as well; then their sum goes to ``s``.
     """
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
@@ -349,15 +386,23 @@ def add_low_rank_kernel(
     # 1. factor P Q
     scale = float_scalar(factor, FACTOR_ON_DEVICE)
     acc = low_rank(
-        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
-    )
+        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_R, P_PARTS,
+    )  # fmt: skip
     if DROPOUT:
         key = scalar(seed, SEED_ON_DEVICE)
         acc = tl.where(kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N), acc, 0.0)
 
     # 2. read, add, write
-    mask = (rows < m)[:, None] & (cols < n)[None, :]
-    out_ptrs = pointers(out, rows, cols, n, 1)
-    acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    acc += sum_of_parts(base, rows, cols, m, n, PARTS)
     acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
-    tl.store(out_ptrs, rounded(acc, dtype), mask=mask)
+    mask = (rows < m)[:, None] & (cols < n)[None, :]
+    tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
+
+    # 3. S, for the backward
+    if P_PARTS > 1 and pid_n == 0:
+        for first in range(0, r, BLOCK_R):
+            ranks = first + tl.arange(0, BLOCK_R)
+            total = sum_of_parts(p, rows, ranks, m, r, P_PARTS)
+            s_mask = (rows < m)[:, None] & (ranks < r)[None, :]
+            tl.store(pointers(s, rows, ranks, r, 1), total, mask=s_mask)

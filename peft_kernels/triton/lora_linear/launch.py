@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,8 @@ def _forward(
     if plan == "library":
         early, late = (bias, None) if gain is None else (None, bias)
         y = F.linear(x, weight, early)
-        return _add_low_rank(call, s, lora_b.T, y, factor, False, late, gain), s
+        low_rank = LowRank(s, lora_b.T, factor, masked=False)
+        return _add_low_rank(call, y, low_rank, y, late, gain), s
     y = x.new_empty(call.m, call.n)
     return _tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
 
@@ -132,7 +134,8 @@ def _grad_x(
 ) -> Tensor:
     factor = call.inv_keep
     if plan == "library":
-        return _add_low_rank(call, ds, lora_a, torch.mm(dy, weight), factor, masked=True)
+        dx = torch.mm(dy, weight)
+        return _add_low_rank(call, dx, LowRank(ds, lora_a, factor, masked=True), dx)
     dx = dy.new_empty(call.m, call.k, dtype=call.problem.dtype)
     return _tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
 
@@ -177,7 +180,7 @@ class Call:
     def tile(self, kernel: str) -> chips.Tile:
         return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)
 
-    def tiling(self, kernel: str, product: cost.Product) -> chips.Tile:
+    def tiling(self, kernel: str, product: cost.Product) -> tilings.Tiling:
         return tilings.tiling(self.arch_name, kernel, self.problem.dtype, product, self.cores)
 
     def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
@@ -230,24 +233,29 @@ def _in_loop(
     lora_b: Tensor,
     scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """y and S from one loop over k."""
-    tile = call.tiling("in_loop", modelled.in_loop(call.problem))
-    y = x.new_empty(call.m, call.n)
-    s = x.new_empty(call.m, call.r, dtype=torch.float32)
+    """y and S from one loop over k, or from as many as its sum is split in, and what adds them."""
+    tiling = call.tiling("in_loop", modelled.in_loop(call.problem))
+    tile, split = tiling.tile, tiling.splits > 1
+    y, s = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)
+    y_parts = s.new_empty(tiling.splits, *y.shape) if split else y
+    s_parts = s.new_empty(tiling.splits, *s.shape) if split else s
     factor, on_device = argument(scale, 1.0)
     launch(
         kernels.in_loop_kernel,
-        (triton.cdiv(call.m, tile.m) * triton.cdiv(call.n, tile.n),),
-        x, weight, bias, gain, lora_a, lora_b, y, s, factor,
+        (triton.cdiv(call.m, tile.m) * triton.cdiv(call.n, tile.n), tiling.splits),
+        x, weight, bias, gain, lora_a, lora_b, y_parts, s_parts, factor,
         call.seed, call.threshold, call.inv_keep,
-        call.m, call.n, call.k, call.r,
+        call.m, call.n, call.k, call.r, _chunk(call.k, tiling),
         *x.stride(), weight.stride(1), weight.stride(0), *lora_a.stride(), *lora_b.stride(),
         HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
         DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
         SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), PRECISION=call.precision,
-        GROUP_M=GROUP_M,
+        SPLIT=split, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
+    if split:
+        low_rank = LowRank(s_parts, lora_b.T, scale, masked=False, total=s)
+        _add_low_rank(call, y_parts, low_rank, y, bias, gain)
     return y, s
 
 
@@ -269,43 +277,67 @@ def _tile(
     narrow = dropout or (gain is not None and call.m > chips.FEW_ROWS)
     m, n = out.shape
     product = cost.Product(m, n, a.shape[1])
-    tile = call.tiling("tile_masked" if narrow else "tile", product)
+    tiling = call.tiling("tile_masked" if narrow else "tile", product)
+    tile, split = tiling.tile, tiling.splits > 1
+    parts = p.new_empty(tiling.splits, *out.shape) if split else out
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.tile_kernel,
-        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
-        a, w, bias, gain, p, q, out, value, call.seed, call.threshold, m, n, a.shape[1], call.r,
+        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tiling.splits),
+        a, w, bias, gain, p, q, parts, value, call.seed, call.threshold,
+        m, n, a.shape[1], call.r, _chunk(a.shape[1], tiling),
         *a.stride(), *w.stride(), *q.stride(),
         HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
         DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
+        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision,
+        SPLIT=split, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
     )  # fmt: skip
+    if split:
+        _add_low_rank(call, parts, LowRank(p, q, factor, masked), out, bias, gain)
     return out
+
+
+def _chunk(length: int, tiling: tilings.Tiling) -> int:
+    """What each split sums over, in whole blocks; the last splits may have nothing left."""
+    block = tiling.tile.k
+    return block * cost.ceil_div(cost.ceil_div(length, block), tiling.splits)
+
+
+class LowRank(NamedTuple):
+    """mask o (factor P Q); P [m, r], or [parts, m, r] whose sum goes to ``total``."""
+
+    p: Tensor
+    q: Tensor
+    factor: Tensor | float
+    masked: bool
+    total: Tensor | None = None
 
 
 def _add_low_rank(
     call: Call,
-    p: Tensor,
-    q: Tensor,
+    base: Tensor,
+    low_rank: LowRank,
     out: Tensor,
-    factor: Tensor | float,
-    masked: bool,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """out = gain (out + mask o (factor P Q)) + bias, in place."""
-    tile = call.tile("add_low_rank")
+    """out = gain (base + mask o (factor P Q)) + bias; base is out, or float32 parts to add up."""
     m, n = out.shape
+    parts = base.shape[0] if base.dim() > out.dim() else 1
+    tile = tilings.ADDED if parts > 1 else call.tile("add_low_rank")
+    p, q, factor, masked, total = low_rank
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.add_low_rank_kernel,
         (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
-        bias, gain, p, q, out, value, call.seed, call.threshold, m, n, call.r, *q.stride(),
+        base, bias, gain, p, q, total, out, value, call.seed, call.threshold, m, n, call.r,
+        *q.stride(),
         HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
         DROPOUT=masked and call.dropout, FACTOR_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
+        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision,
+        PARTS=parts, P_PARTS=1 if total is None else p.shape[0], GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n,
         BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
     )  # fmt: skip

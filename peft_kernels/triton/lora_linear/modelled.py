@@ -6,6 +6,7 @@ bound, that is the plan, until `tune` measures it. Of the backward only dx diffe
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ def base(problem: Problem) -> cost.Product:
     return cost.Product(problem.m, n, k)
 
 
+@functools.lru_cache(maxsize=4096)
 def in_loop(problem: Problem) -> cost.Product:
     """The same with S from the same loop."""
     narrow = problem.adapter_dtype is problem.dtype

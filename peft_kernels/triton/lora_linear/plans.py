@@ -100,8 +100,8 @@ def _takes_in_loop(name: str, problem: Problem) -> bool:
     if not _can_in_loop(problem):
         return False
     product = modelled.in_loop(problem)
-    tile = tilings.tiling(name, "in_loop", problem.dtype, product)
-    return not problem.dropout or problem.n <= tile.n
+    tiling = tilings.tiling(name, "in_loop", problem.dtype, product)
+    return not problem.dropout or problem.n <= tiling.tile.n
 
 
 def _can_in_loop(problem: Problem) -> bool:

@@ -1,12 +1,14 @@
 """The tiles that ``lora_linear``'s products can have on a chip, and the one that a shape gets.
 
-`tiling` takes what `cost.seconds` calls fastest. Chips without tiles here, and float32 x, have one
-tile for few rows and one for many (`chips.tile`).
+`tiling` takes what `cost.seconds` calls fastest, of tiles and of splits of the sum over k. Chips
+without tiles here have one for few rows and one for many (`chips.tile`), and so has float32 x,
+whose sum isn't split.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -63,11 +65,24 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile(16, 16, 32, 4, 2),
             Tile(16, 32, 32, 4, 2),
             Tile(16, 64, 32, 4, 2),
-            Tile(64, 64, 32, 4, 2),
+            Tile(64, 64, 32, 8, 2),
         ),
     },
 }
 SMALL_TILE_ROWS = 64
+# Into how many parts a sum over k may be split. Each number is a variant of the kernel that adds
+# them up.
+SPLITS = (1, 2, 4, 8)
+# What adds them up waits for memory: a few elements a thread, and many programs.
+ADDED = Tile(16, 64, 0, 4, 1)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The blocks of a product's programs, and in how many parts its sum is made."""
+
+    tile: Tile
+    splits: int = 1
 
 
 def candidates(name: str, kernel: str, dtype: torch.dtype, m: int) -> tuple[Tile, ...]:
@@ -84,15 +99,17 @@ def candidates(name: str, kernel: str, dtype: torch.dtype, m: int) -> tuple[Tile
 @functools.lru_cache(maxsize=4096)
 def tiling(
     name: str, kernel: str, dtype: torch.dtype, product: cost.Product, cores: int = 0
-) -> Tile:
-    """The fastest tile on paper; ``cores``: those at hand, where they aren't the chip's."""
-    choices = candidates(name, kernel, dtype, product.m)
-    if len(choices) == 1:
-        return choices[0]
+) -> Tiling:
+    """The fastest on paper; ``cores``: those at hand, where they aren't the chip's."""
+    tiles = candidates(name, kernel, dtype, product.m)
+    if dtype is torch.float32 or name not in cost.CHIPS:
+        return Tiling(tiles[0])
     chip = cost.chip(name, cores or cost.CHIPS[name].cores)
-    return min(choices, key=lambda tile: cost.seconds(chip, product, tile))
+    choices = [Tiling(tile, splits) for tile in tiles for splits in SPLITS]
+    return min(choices, key=lambda choice: cost.seconds(chip, product, choice.tile, choice.splits))
 
 
 def seconds(name: str, kernel: str, dtype: torch.dtype, product: cost.Product) -> float:
     """What `tiling`'s choice takes on paper."""
-    return cost.seconds(cost.CHIPS[name], product, tiling(name, kernel, dtype, product))
+    choice = tiling(name, kernel, dtype, product)
+    return cost.seconds(cost.CHIPS[name], product, choice.tile, choice.splits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from peft_kernels.tools.report.traffic.counted import BASE_PASSES, Traffic, TrafficRow
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.lora_linear import launch as launchers
-from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear import plans, tilings
 
 
 def count(
@@ -25,9 +26,11 @@ def count(
     adapter_dtype: torch.dtype = torch.float32,
     dropout_p: float = 0.1,
     arch: str = "sm_90",
+    splits: int = 1,
 ) -> list[TrafficRow]:
     """Runs forward and backward under ``plan`` with the tiles of ``arch``, and counts.
 
+    The sums over k of y and dx are in so many ``splits``, whatever the model says of the sizes.
     m, n, k and r must differ, so that a tensor is known by its shape.
     """
     if len({m, n, k, r}) != 4:
@@ -39,7 +42,9 @@ def count(
     dy = torch.randn(m, n).to(dtype)
     seed = torch.tensor(1) if dropout_p else None
 
-    with plans.force(plan), patch.object(chips, "arch_name", lambda device: arch):
+    tiling = tilings.tiling
+    split = patch.object(tilings, "tiling", lambda *args: replace(tiling(*args), splits=splits))
+    with plans.force(plan), split, patch.object(chips, "arch_name", lambda device: arch):
         with Traffic() as forward:
             y, s = launchers.lora_linear_fwd(x, weight, bias, a, b, 2.0, None, dropout_p, seed)
         with Traffic() as backward:
@@ -51,7 +56,7 @@ def count(
         return TrafficRow(
             op="lora_linear",
             direction=direction,
-            plan=plan,
+            plan=plan if splits == 1 else f"{plan} in {splits} parts",
             sizes=(m, n, k, r),
             launches=traffic.launches,
             extra_passes=round(traffic.passes((m, k), (m, n)) - BASE_PASSES, 3),
@@ -68,5 +73,6 @@ def count(
 
 def rows(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
     found = [row for plan in plans.PLANS for row in count(plan, m, n, k, r)]
+    found += [row for plan in ("i", "ii") for row in count(plan, m, n, k, r, splits=4)]
     # The backward of "ii" is that of "i".
-    return [row for row in found if (row.direction, row.plan) != ("bwd", "ii")]
+    return [row for row in found if row.direction == "fwd" or not row.plan.startswith("ii")]
