@@ -171,7 +171,8 @@ def _tiling_of(
     product: cost.Product, cores: int,
 ) -> tilings.Tiling:  # fmt: skip
     tiles = tilings.candidates(name, kernel, dtype, product.m)
-    return tilings.Tiling(tiles[min(index, len(tiles) - 1)], splits)
+    tile = tiles[min(index, len(tiles) - 1)]
+    return tilings.Tiling(tile, splits if splits in tilings.splits_of(kernel, tile) else 1)
 
 
 @dataclass(frozen=True)

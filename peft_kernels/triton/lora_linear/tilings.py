@@ -70,6 +70,7 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
 }
 SMALL_TILE_ROWS = 64
+BIG_TILE = 128 * 128
 # Into how many parts a sum over k may be split. Each number is a variant of the kernel that adds
 # them up.
 SPLITS = (1, 2, 4, 8)
@@ -96,6 +97,15 @@ def candidates(name: str, kernel: str, dtype: torch.dtype, m: int) -> tuple[Tile
     return (*many, chips.tile(name, kernel, dtype, m))
 
 
+def splits_of(kernel: str, tile: Tile) -> tuple[int, ...]:
+    """Into how many parts the sums of a tile may be split.
+
+    Beside S and the mask of dropout a big tile of "in_loop" leaves no registers for the parts'
+    addresses on an sm_80.
+    """
+    return (1,) if kernel == "in_loop" and tile.m * tile.n >= BIG_TILE else SPLITS
+
+
 @functools.lru_cache(maxsize=4096)
 def tiling(
     name: str, kernel: str, dtype: torch.dtype, product: cost.Product, cores: int = 0
@@ -105,7 +115,7 @@ def tiling(
     if dtype is torch.float32 or name not in cost.CHIPS:
         return Tiling(tiles[0])
     chip = cost.chip(name, cores or cost.CHIPS[name].cores)
-    choices = [Tiling(tile, splits) for tile in tiles for splits in SPLITS]
+    choices = [Tiling(tile, splits) for tile in tiles for splits in splits_of(kernel, tile)]
     return min(choices, key=lambda choice: cost.seconds(chip, product, choice.tile, choice.splits))
 
 
