@@ -136,7 +136,7 @@ def _traffic() -> str:
     """Whole passes over activations beyond the bare layer's: our plans, and the peers."""
     passes: dict[str, dict[str, float]] = {}
     for row in json.loads(traffic.RECORD.read_text()):
-        if row["op"] == "lora_linear":
+        if row["op"] == "lora_linear" and "parts" not in row["plan"]:
             passes.setdefault(f"plan `{row['plan']}`", {})[row["direction"]] = row["extra_passes"]
     passes |= {name: {"fwd": found[0], "bwd": found[1]} for name, found in PEERS.items()}
     lines = ["| | forward | backward |", "| --- | ---: | ---: |"]

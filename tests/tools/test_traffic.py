@@ -44,6 +44,7 @@ def test_parts_are_written_and_read_once():
     (_, whole), (_, parts) = (lora_linear.count("i", M, N, K, R, splits=s) for s in (1, 4))
     assert parts.bytes_moved - whole.bytes_moved == 2 * 4 * 4 * M * K
     assert parts.launches == whole.launches + 1 and parts.atomics == 0
+    assert parts.extra_passes == whole.extra_passes + 2 * 4
 
 
 def test_in_loop_moves_the_floor(rows):

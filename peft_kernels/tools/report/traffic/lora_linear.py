@@ -59,7 +59,9 @@ def count(
             plan=plan if splits == 1 else f"{plan} in {splits} parts",
             sizes=(m, n, k, r),
             launches=traffic.launches,
-            extra_passes=round(traffic.passes((m, k), (m, n)) - BASE_PASSES, 3),
+            extra_passes=round(
+                traffic.passes((m, k), (m, n)) + _of_parts(traffic, (m, k), (m, n)) - BASE_PASSES, 3
+            ),
             bytes_moved=traffic.bytes_moved(),
             bytes_floor=sum(t.numel() * t.element_size() for t in tensors),
             atomics=traffic.atomics,
@@ -69,6 +71,15 @@ def count(
         row("fwd", forward, x, weight, bias, a, b, y, s),
         row("bwd", backward, dy, x, weight, a, b, s, *gradients),
     ]
+
+
+def _of_parts(traffic: Traffic, *shapes: tuple[int, int]) -> float:
+    """Reads and writes of tensors of these shapes in parts: one each for every part."""
+    return sum(
+        (access.read + access.written) / (access.shape[1] * access.shape[2])
+        for access in traffic.accesses
+        if access.shape[1:] in shapes
+    )
 
 
 def rows(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
