@@ -47,6 +47,7 @@ INSIDE = {
         "adapter": "common lora_linear",
         "adapter_fusion": "common adapter",
         "prefix_attention": "common",
+        "prompt_lookup": "common",
     },
     "integrations": {
         "served": "",

@@ -173,7 +173,7 @@ _library.define(
     FWD_SCHEMA,
     reference=prompt_lookup_fwd_ref,
     fake=_fwd_fake,
-    triton=None,
+    triton="peft_kernels.triton.prompt_lookup.launch:prompt_lookup_fwd",
     cuda=True,
 )
 _library.define(
@@ -181,7 +181,7 @@ _library.define(
     BWD_SCHEMA,
     reference=prompt_lookup_bwd_ref,
     fake=_bwd_fake,
-    triton=None,
+    triton="peft_kernels.triton.prompt_lookup.launch:prompt_lookup_bwd",
     cuda=True,
 )
 

@@ -193,7 +193,7 @@ def test_under_sanitizers(tmp_path):
 
 OP_TESTS = Path(__file__).parents[1] / "ops" / "test_prompt_lookup.py"
 # The launcher refuses no values, and its library holds no other op and no builds to choose from.
-OF_THE_CPU = "not by_the_kernel and not every_build and not more_threads and not without_triton"
+OF_THE_CPU = "not by_the_kernel and not every_build and not more_threads and not triton"
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from peft_kernels.ops import prompt_lookup
 from peft_kernels.ops.prompt_lookup import POSITIONS, example_inputs
 from peft_kernels.tools.bench.measure import saved_bytes
 
-BACKENDS = ["reference", "auto"]
+BACKENDS = ["reference", "auto", "triton"]
 HALVES = [torch.bfloat16, torch.float16]
 PLACES = [*POSITIONS, "tensor", "tensor by row"]
 
@@ -95,12 +95,15 @@ def check(inputs, backend, exactly=None):
 def test_backends_are_what_they_claim():
     assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float32) == "cpu"
     assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float64) == "reference"
-    with peft_kernels.backend("reference"):
-        assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float32) == "reference"
+    for name in ("reference", "triton"):
+        with peft_kernels.backend(name):
+            assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float32) == name
+            assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float64) == "reference"
 
 
-@pytest.mark.skipif(not _library.HAS_TRITON, reason="triton is not installed")
-def test_without_triton_kernels_that_backend_dispatches_by_device():
+def test_without_triton_kernels_that_backend_dispatches_by_device(monkeypatch):
+    none_of = {"prompt_lookup_fwd", "prompt_lookup_bwd"}
+    monkeypatch.setattr(_library, "_WITHOUT_TRITON", none_of)
     with peft_kernels.backend("triton"):
         assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float32) == "cpu"
         assert peft_kernels.backend_of("prompt_lookup", "cpu", torch.float64) == "reference"
@@ -190,7 +193,7 @@ def test_gradcheck(position):
     assert torch.autograd.gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("suffix", ["", "_ref"])
+@pytest.mark.parametrize("suffix", ["", "_ref", "_triton"])
 def test_opcheck(suffix):
     inputs = example_inputs(4, 3, 6, 2, 3, dtype=torch.float32)
     fwd = getattr(torch.ops.peft_kernels, "prompt_lookup_fwd" + suffix).default

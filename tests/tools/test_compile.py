@@ -20,6 +20,7 @@ KERNELS = {
     "adapter_fusion_weights", "adapter_fusion_weights_bwd",
     "prefix_attention_fwd", "prefix_attention_combine", "prefix_attention_delta",
     "prefix_attention_query_grad", "prefix_attention_text_grad", "prefix_attention_prefix_grad",
+    "prompt_lookup_fwd", "prompt_lookup_bwd",
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from peft_kernels.ops._gguf_blocks import BLOCKS
 from peft_kernels.tools.report.compile_prefix import PREFIX_CASES, PrefixCase
+from peft_kernels.tools.report.compile_prompt import PROMPT_CASES, PromptCase
 from peft_kernels.triton.adapter import launch as adapter_launchers
 from peft_kernels.triton.adapter_fusion import launch as fusion_launchers
 from peft_kernels.triton.common import chips, cost
@@ -83,6 +84,7 @@ ELEMENTWISE_KERNELS = (
     "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "dequantize",
     "adapter_fold", "adapter_down", "adapter_fusion_weights", "adapter_fusion_weights_bwd",
     "prefix_attention_combine", "prefix_attention_delta",
+    "prompt_lookup_fwd", "prompt_lookup_bwd",
 )  # fmt: skip
 
 
@@ -407,7 +409,7 @@ CODES_CASES = (
     *(CodesCase(512, 64, "bfloat16", "float32", True, plans.CODES_PLANS, kind) for kind in BLOCKS),
     CodesCase(16, 64, "bfloat16", "float32", True, ("fused",), "q6_K"),
 )
-CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + DORA_CASES + CODES_CASES
+CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + PROMPT_CASES + DORA_CASES + CODES_CASES
 N = K = 4096
 
 
@@ -461,7 +463,7 @@ class Launch:
         return str((self.target, self.kernel, specialised, self.options))
 
 
-AnyCase = Case | TilesCase | MultiCase | AdapterCase | FusionCase | PrefixCase
+AnyCase = Case | TilesCase | MultiCase | AdapterCase | FusionCase | PrefixCase | PromptCase
 
 
 # ---- recording the launches --------------------------------------------------------------------
