@@ -204,14 +204,27 @@ def _prefix_traffic_view(rows: list[TrafficRow]) -> Table:
         caption="floor: every tensor once; keys and values for all heads that share them, the"
         " prefix for all rows. Decoding is in parts of the keys",
     )
-    for column in ("direction", "plan", "B Hq S T L D"):
+    return _with_sizes(table, "plan", "B Hq S T L D", rows)
+
+
+def _lookup_traffic_view(rows: list[TrafficRow]) -> Table:
+    table = Table(
+        title="prompt_lookup: memory traffic, bfloat16 with float32 prompts",
+        caption="floor: every tensor once; of the prompts those that rows have",
+    )
+    return _with_sizes(table, "slots", "B S L P d", rows)
+
+
+def _with_sizes(table: Table, plan: str, sizes: str, rows: list[TrafficRow]) -> Table:
+    """The rows of an op whose activations have more sizes than rows and columns."""
+    for column in ("direction", plan, sizes):
         table.add_column(column)
     for column in ("launches", "bytes", "floor", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
         launches, _, *cells = _traffic_cells(row)
-        sizes = " ".join(map(str, row.sizes))
-        table.add_row(row.direction, row.plan, sizes, launches, *cells)
+        found = " ".join(map(str, row.sizes))
+        table.add_row(row.direction, row.plan, found, launches, *cells)
     return table
 
 
@@ -249,6 +262,7 @@ TRAFFIC_VIEWS = {
     "adapter": _adapter_traffic_view,
     "adapter_fusion": _fusion_traffic_view,
     "prefix_attention": _prefix_traffic_view,
+    "prompt_lookup": _lookup_traffic_view,
 }
 
 

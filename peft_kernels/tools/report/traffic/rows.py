@@ -16,6 +16,7 @@ from peft_kernels.tools.report.traffic import (
     lora_linear_codes,
     multi_lora_linear,
     prefix_attention,
+    prompt_lookup,
 )
 
 
@@ -23,7 +24,7 @@ def _main(m: int, n: int, k: int, r: int) -> None:
     rows = lora_linear.rows(m, n, k, r) + lora_linear_codes.rows(n, k, r)
     rows += multi_lora_linear.rows(m, n, k)
     rows += adapter.rows(m, k, r) + adapter_fusion.rows(m, k)
-    rows += prefix_attention.rows()
+    rows += prefix_attention.rows() + prompt_lookup.rows()
     json.dump([asdict(row) for row in rows], sys.stdout)
 
 
