@@ -19,7 +19,8 @@ def check_device(device: str) -> torch.device:
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+    # The latter two of a torch without CUDA, and without the module of another maker's devices.
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} can't be used: {reason}") from error
     return torch.device(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 
 import _results
 import torch
-from _stages import OPS, ROOT, STAGES, Stage
+from _stages import OPS, ROOT, STAGES
 
 import peft_kernels
 from peft_kernels._library import HAS_TRITON
@@ -48,7 +49,11 @@ def folder_name(card_name: str) -> str:
 
 
 def made_with() -> dict[str, Any]:
-    """The card, the source and the versions that a record is of: all that resuming goes by."""
+    """The card, the source and the versions that a record is of: all that resuming goes by.
+
+    Raises:
+        ValueError: git doesn't name the source.
+    """
     found = card(torch.device("cuda"))
     versions = {"torch": torch.__version__, "peft_kernels": peft_kernels.__version__}
     if HAS_TRITON:
@@ -62,16 +67,32 @@ def made_with() -> dict[str, Any]:
 def _commit() -> str:
     """The commit, and a digest of what differs from it beside the results."""
     beside = ("--", ".", f":!{_results.RESULTS.relative_to(ROOT)}")
-    commit = _git("rev-parse", "--short=12", "HEAD").strip()
-    files = _git("ls-files", "--others", "--exclude-standard", *beside).splitlines()
-    changed = _git("diff", "HEAD", *beside) + "".join((ROOT / file).read_text() for file in files)
-    digest = hashlib.sha256(changed.encode()).hexdigest()[:8]
+    commit = _git("rev-parse", "--short=12", "HEAD").decode().strip()
+    changed = _git("diff", "--no-ext-diff", "--binary", "HEAD", *beside)
+    others = _git("ls-files", "-z", "--others", "--exclude-standard", *beside)
+    for name in filter(None, others.split(b"\0")):
+        changed += name + _digest(ROOT / os.fsdecode(name))
+    digest = hashlib.sha256(changed).hexdigest()[:8]
     return f"{commit} + changes {digest}" if changed else commit
 
 
-def _git(*arguments: str) -> str:
+def _digest(path: Path) -> bytes:
+    """Of a file's content; of anything else, such as a checkout within this one, nothing."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _git(*arguments: str) -> bytes:
     command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except FileNotFoundError as error:
+        raise ValueError("the commit is told by git, which is not installed") from error
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()[:1]
+        raise ValueError(f"the commit is told by git, which says: {''.join(said)}") from error
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -79,8 +100,8 @@ def _git(*arguments: str) -> str:
 
 def page(folder: Path) -> str:
     """What the records in a folder say, in markdown."""
-    records = {stage.name: _record(folder, stage) for stage in STAGES}
-    there = {name: record for name, record in records.items() if record is not None}
+    records = {stage.name: record(folder / stage.file) for stage in STAGES}
+    there = {name: one for name, one in records.items() if one is not None}
     if not there:
         return "# no results\n"
     parts = list(_head(there))
@@ -88,16 +109,20 @@ def page(folder: Path) -> str:
         if title in there and "found" in there[title]:
             parts += [f"## {title}", *section(there[title]["found"])]
     for op in OPS:
-        record = there.get(f"bench-{op}", {})
-        if "found" in record:
-            tables = _results.markdown_of(op, record["found"]["rows"]).strip()
-            parts += [f"## {op}", *_clocks(record["found"]["card"]), tables]
+        found = there.get(f"bench-{op}", {}).get("found")
+        if found:
+            tables = _results.markdown_of(op, found["rows"]).strip()
+            parts += [f"## {op}", *_clocks(found["card"]), tables]
     return "\n\n".join(parts) + "\n"
 
 
-def _record(folder: Path, stage: Stage) -> dict[str, Any] | None:
-    file = folder / stage.file
-    return json.loads(file.read_text()) if file.exists() else None
+def record(file: Path) -> dict[str, Any] | None:
+    """What a stage left in ``file``; None where that isn't there, is cut off or is another's."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "made_with" in found else None
 
 
 def _head(records: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ stops the GPU for one stops it for no other. Each leaves a JSON file in
 versions and the same card; ``README.md`` there is made from all of them.
 
 The exit code is 0 where all stages are done and nothing is wrong, 1 where something is, and 2
-without a GPU.
+without a GPU, or without git to name the commit.
 """
 
 from __future__ import annotations
@@ -73,11 +73,9 @@ def measure(
 
 def _finished(file: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a stage that was finished with the same things, or None."""
-    try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if "found" in record and record["made_with"] == made_with else None
+    record = _card.record(file)
+    same = record is not None and "found" in record and record["made_with"] == made_with
+    return record if same else None
 
 
 def _run(stage: Stage, made_with: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +85,8 @@ def _run(stage: Stage, made_with: dict[str, Any]) -> dict[str, Any]:
         command = [part.replace(_stages.SCRATCH, scratch) for part in stage.command]
         try:
             done = subprocess.run(
-                command, cwd=_stages.ROOT, capture_output=True, text=True, check=False,
-                timeout=stage.minutes * 60, env=_stages.environment(),
+                command, cwd=_stages.ROOT, capture_output=True, text=True, errors="replace",
+                check=False, timeout=stage.minutes * 60, env=_stages.environment(),
             )  # fmt: skip
             said, code = done.stderr + done.stdout, done.returncode
             found = _read(stage, Path(scratch), done.stdout)
@@ -141,9 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why:
         print(f"make gpu measures a GPU, and there is none: {why}", file=sys.stderr)
         return 2
-    folder = RESULTS / _card.folder_name(_card.name())
+    try:
+        folder, made_with = RESULTS / _card.folder_name(_card.name()), _card.made_with()
+    except ValueError as error:
+        print(f"make gpu names what it measures, and can't: {error}", file=sys.stderr)
+        return 2
     stages = [stage for stage in _stages.STAGES if stage.name in options.only]
-    outcomes = measure(folder, stages, _card.made_with(), fresh=options.fresh)
+    outcomes = measure(folder, stages, made_with, fresh=options.fresh)
     print(f"results: {folder}; commit that folder and send it")
     return exit_code(outcomes)
 

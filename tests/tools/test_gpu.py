@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_a_file_that_is_cut_off_is_made_again(stages, tmp_path):
     assert not list((tmp_path / "card").glob(".*"))
 
 
+@pytest.mark.parametrize("other", ["", "{", "[]", '[{"shape": "5x7x9"}]', '{"op": "adapter"}'])
+def test_a_file_of_something_else_is_not_on_the_page(stages, tmp_path, other):
+    measured(tmp_path / "card", stages.stages)
+    (tmp_path / "card/verify.json").write_text(other)
+    became, _ = measured(tmp_path / "card", stages.stages[2:])
+    assert became == {"tune": "kept"}
+    page = (tmp_path / "card/README.md").read_text()
+    assert "| tune | done |" in page and "| verify" not in page
+    assert measured(tmp_path / "card", stages.stages[:1])[0] == {"verify": "done"}
+
+
+def test_what_a_stage_says_need_not_be_text(stages, tmp_path):
+    code = "import sys; sys.stderr.buffer.write(b'gone \\xff'); sys.exit(1)"
+    assert measured(tmp_path / "card", [stages.stage("tune", code)])[0] == {"tune": "broken"}
+    assert json.loads((tmp_path / "card/tune.json").read_text())["said"] == ["gone \ufffd"]
+
+
 def test_what_is_wrong_counts_when_it_is_kept_as_well(stages, tmp_path, monkeypatch):
     code = 'print(\'{"bad": 2, "rows": []}\')'
     wrong = [stages.stage("verify", code, lambda found: found["bad"])]
@@ -154,27 +172,74 @@ def test_with_a_gpu_it_measures_into_the_cards_folder(stages, tmp_path, monkeypa
     assert "nvidia-h100-pcie; commit that folder and send it" in capsys.readouterr().out
 
 
-def test_the_source_is_told_apart_by_what_is_changed(tmp_path, monkeypatch):
-    def git(*arguments: str) -> None:
-        own = ("-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
-        subprocess.run(["git", *own, *arguments], check=True, capture_output=True)
+def git(folder: Path, *arguments: str) -> None:
+    own = ("-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder))
+    subprocess.run(["git", *own, *arguments], check=True, capture_output=True)
 
-    results = tmp_path / "benchmarks/results"
-    results.mkdir(parents=True)
-    file = tmp_path / "a.py"
-    file.write_text("1")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """One of a file, a.py."""
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "a.py").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
     monkeypatch.setattr(_card, "ROOT", tmp_path)
-    monkeypatch.setattr(_card._results, "RESULTS", results)
+    monkeypatch.setattr(_card._results, "RESULTS", tmp_path / "benchmarks/results")
+    return tmp_path
+
+
+def test_the_source_is_told_apart_by_what_is_changed(checkout):
     clean = _card._commit()
-    (results / "a.json").write_text("a result")
+    (checkout / "benchmarks/results/a.json").write_text("a result")
     assert _card._commit() == clean and len(clean) == 12
-    file.write_text("2")
+    (checkout / "a.py").write_text("2")
     changed = _card._commit()
-    (tmp_path / "new.py").write_text("3")
+    (checkout / "new.py").write_text("3")
     assert len({clean, changed, _card._commit()}) == 3
+
+
+def test_whatever_lies_in_the_checkout_is_a_change(checkout):
+    """Bytes that are no text, names that git would quote, links to nowhere, other checkouts."""
+    found = [_card._commit()]
+    (checkout / "a.py").write_bytes(b"\xe9\n")
+    found.append(_card._commit())
+    (checkout / "weights.bin").write_bytes(b"\xff\xfe\x00")
+    found.append(_card._commit())
+    (checkout / "ä b\n.txt").touch()
+    found.append(_card._commit())
+    (checkout / "link").symlink_to("nowhere")
+    found.append(_card._commit())
+    git(checkout, "init", "-q", "other")
+    (checkout / "other/file").touch()
+    found.append(_card._commit())
+    assert len(set(found)) == len(found)
+
+
+def without_git(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", str(checkout))
+    return "git, which is not installed"
+
+
+def without_a_checkout(checkout, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(checkout.parent))
+    shutil.rmtree(checkout / ".git")
+    return "git, which says: fatal: not a git repository"
+
+
+@pytest.mark.parametrize("lacking", [without_git, without_a_checkout])
+def test_without_git_it_says_so_and_leaves_nothing(checkout, monkeypatch, capsys, lacking):
+    says = lacking(checkout, monkeypatch)
+    folder = checkout / "benchmarks/results"
+    monkeypatch.setattr(gpu, "RESULTS", folder)
+    monkeypatch.setattr(_card, "card", lambda device: CARD)
+    for name, value in (("why_none", ""), ("name", CARD["name"])):
+        monkeypatch.setattr(_card, name, lambda value=value: value)
+    assert gpu.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err
+    assert not list(folder.iterdir())
 
 
 # ---- the stages --------------------------------------------------------------------------------
@@ -246,7 +311,7 @@ def test_the_shapes_of_three_models_are_tuned(monkeypatch, capsys):
     monkeypatch.setattr(tune_models.tune, "tune", tune)
     tune_models.main()
     assert asked == [(44, 2, ("",)), (44, 1, ("nf4",))]
-    assert json.loads(capsys.readouterr().out)["measurements"] == []
+    assert json.loads(capsys.readouterr().out) == {"measurements": []}  # and no path of the user's
 
 
 # ---- the page ----------------------------------------------------------------------------------

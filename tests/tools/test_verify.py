@@ -337,6 +337,9 @@ def test_a_gpu_has_a_process_for_each_core_and_a_cpu_one(monkeypatch):
         (["--op", "no_such_op"], "no_such_op"),
         (["--device", "meta"], "meta"),
         (["--jobs", "0"], "--jobs"),
+        (["--device", "hpu"], "hpu"),  # torch would import a module for it
+        (["--seed", "-1"], "--seed must be from 0 to"),
+        (["--seed", str(2**64)], "--seed must be from 0 to"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, flags, names):

@@ -35,6 +35,7 @@ from peft_kernels.tools.verify.parts import default_jobs, in_processes
 from peft_kernels.tools.verify.rows import Row, Verified, alike, row_of
 from peft_kernels.tools.verify.subjects import Subject, subjects_of
 
+MOST_SEED = 2**63 - 1
 LEGEND = (
     "A number is the worst error against float64 over what is allowed, which is 1.5 times the eager"
     " path's own or the rounding of the result."
@@ -58,13 +59,13 @@ def verify(
         device: a CPU or a GPU; by default the GPU, if there is one.
         ops: names of ops.
         dtypes: float32, bfloat16 and float16 by default.
-        seed: of the values.
+        seed: of the values; from 0 to `MOST_SEED`.
         jobs: processes at once; by default one on a CPU, and several on a GPU, which compile.
         machine: what the device offers, which is found out by default; with it there is one
             process, this one.
 
     Raises:
-        UserError: no such op, no such device, or no process.
+        UserError: no such op, no such device, no such seed, or no process.
     """
     ops = list(dict.fromkeys(ops or sorted(OPS)))
     unknown = sorted(set(ops) - set(OPS))
@@ -73,6 +74,8 @@ def verify(
         raise UserError(f"--op must be among {known}; got {', '.join(unknown)}")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs must be at least 1; got {jobs}")
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"--seed must be from 0 to {MOST_SEED}; got {seed}")
     jobs = 1 if machine else jobs
     machine = machine or _machine(device)
     wanted = dtypes or DTYPES
