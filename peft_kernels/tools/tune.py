@@ -22,7 +22,7 @@ from torch import Tensor
 from peft_kernels.ops._quantize import KINDS, quantize
 from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
 from peft_kernels.tools import UserError
-from peft_kernels.tools.outputs import check_file
+from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.printing import show
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.lora_linear import launch as launchers
@@ -51,6 +51,7 @@ DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
 WEIGHTS: tuple[str, ...] = ("", "nf4", "int8")
 ROWS_OVER_CODES = 1024
 ROUNDS = 25
+CACHE = "the tune cache (PEFT_KERNELS_CACHE)"
 
 
 class NoGPUError(UserError, RuntimeError):
@@ -129,7 +130,7 @@ def tune(
     if timer is None:
         timer, device = tuning.gpu_timer, device or _require_gpu()
     device = torch.device(device or "cpu")
-    check_file("the tune cache (PEFT_KERNELS_CACHE)", plan_cache.cache_file())
+    check_file(CACHE, plan_cache.cache_file())
     measurements = []
     for codes, (dtype, adapter_dtype), shape in itertools.product(weights, dtypes, shapes):
         if codes and shape[0] > ROWS_OVER_CODES:
@@ -138,7 +139,10 @@ def tune(
         # At once: what was measured stays if this is interrupted, and "scratch" over codes takes
         # the best plan over the dense weight.
         best = {m.problem.bucket(): m.best for m in found}
-        plan_cache.save({plan_cache.device_key(device): best})
+        try:
+            plan_cache.save({plan_cache.device_key(device): best})
+        except OSError as error:
+            raise unwritable(CACHE, plan_cache.cache_file(), error) from error
         measurements += found
     plans.forget_cache()
     console = console or Console()

@@ -1,7 +1,9 @@
 """Plans: the arithmetic default, and the measurement with an injected timer."""
 
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -200,6 +202,15 @@ def test_what_was_measured_before_an_interruption_stays(cache):
         "fwd bfloat16/float32 m8 n16 k16 r4",
         "bwd bfloat16/float32 m8 n16 k16 r4",
     }
+
+
+def test_a_cache_that_cant_be_written_any_more_is_a_mistake_of_the_users(monkeypatch):
+    def full(measured):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plan_cache, "save", full)
+    with pytest.raises(UserError, match=r"CACHE.*json can't be written: No space left"):
+        run_tune(FakeTimer(i=1.0, ii=2.0, library=3.0))
 
 
 def test_tuning_again_adds_to_the_cache(cache):

@@ -1,7 +1,9 @@
 """The tune cache: its file, shared by processes, and the look-up of the nearest bucket."""
 
+import errno
 import json
 import multiprocessing
+import os
 import warnings
 from dataclasses import replace
 
@@ -108,6 +110,21 @@ def test_what_cant_be_written_is_known_all_the_same(cache):
     with pytest.warns(UserWarning, match="is not a tune cache"), pytest.raises(OSError):
         measured(problem())
     assert plan_cache.load() == {KEY: {problem().bucket(): "ii"}}
+
+
+def test_a_disk_that_is_full_is_left_as_it_was(cache, monkeypatch):
+    measured(problem())
+    before = cache.read_text()
+
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plan_cache.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        measured(problem(m=1))
+    assert {path.name for path in cache.parent.iterdir()} == {cache.name, f"{cache.name}.lock"}
+    assert cache.read_text() == before
 
 
 def test_a_user_without_a_home(monkeypatch):

@@ -61,8 +61,9 @@ def command(part: Part, device: torch.device, seed: int) -> list[str]:
 def _run(part: Part, device: torch.device, seed: int) -> list[Row]:
     try:
         done = subprocess.run(
-            command(part, device, seed), capture_output=True, text=True, timeout=SECONDS
-        )
+            command(part, device, seed), capture_output=True, text=True, errors="replace",
+            timeout=SECONDS,
+        )  # fmt: skip
         return list(rows_from(json.loads(done.stdout)))
     except subprocess.TimeoutExpired:
         why = f"its process was ended after {SECONDS:.0f} s"

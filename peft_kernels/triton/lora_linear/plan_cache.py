@@ -112,8 +112,11 @@ def save(measured: Plans) -> Path:
             there = {}
         merged = _merged(there, measured)
         draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        draft.write_text(json.dumps(merged, indent=1, sort_keys=True))
-        draft.replace(path)
+        try:
+            draft.write_text(json.dumps(merged, indent=1, sort_keys=True))
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)  # there where the disk is full
         _plans, _known_by = merged, _version(path)
     return path
 
