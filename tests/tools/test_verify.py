@@ -235,6 +235,16 @@ def test_the_reference_need_not_be_captured():
     assert found.bad() == 0
 
 
+def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(run, "check_device", torch.device)
+    monkeypatch.setattr(run, "machine_at", Machine)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu:0"):
+        assert run._machine(name).device == torch.device(name)
+    assert current == [torch.device("cuda", 1)]
+
+
 def test_a_second_device_gets_the_tensors(monkeypatch):
     seen = []
     other = torch.device("cpu", 0)

@@ -97,6 +97,8 @@ def _machine(device: str | None) -> Machine:
     found = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if found.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be a CPU or a GPU of CUDA or ROCm; got {device!r}")
+    if found.index is not None and found.type == "cuda":
+        torch.cuda.set_device(found)  # graphs are captured on the current GPU
     return machine_at(found)
 
 
