@@ -16,7 +16,10 @@ without a GPU, or without git to name the commit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,12 +87,8 @@ def _run(stage: Stage, made_with: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         command = [part.replace(_stages.SCRATCH, scratch) for part in stage.command]
         try:
-            done = subprocess.run(
-                command, cwd=_stages.ROOT, capture_output=True, text=True, errors="replace",
-                check=False, timeout=stage.minutes * 60, env=_stages.environment(),
-            )  # fmt: skip
-            said, code = done.stderr + done.stdout, done.returncode
-            found = _read(stage, Path(scratch), done.stdout)
+            out, err, code = _ended(command, stage.minutes * 60)
+            said, found = err + out, _read(stage, Path(scratch), out)
         except (subprocess.TimeoutExpired, OSError) as error:
             said, code, found = str(error), None, None
     record = {"stage": stage.name, "made_with": made_with, "exit": code}
@@ -97,6 +96,23 @@ def _run(stage: Stage, made_with: dict[str, Any]) -> dict[str, Any]:
     if found is None:
         return record | {"said": said.strip().splitlines()[-SAID_LINES:]}
     return record | {"found": found}
+
+
+def _ended(command: list[str], seconds: float) -> tuple[str, str, int]:
+    """What a command printed, and its exit code. What it started ends with it: the GPU is free.
+
+    Raises:
+        TimeoutExpired: it took longer.
+    """
+    with subprocess.Popen(
+        command, cwd=_stages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        errors="replace", env=_stages.environment(), start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            return *process.communicate(timeout=seconds), process.returncode
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(stage: Stage, scratch: Path, stdout: str) -> Any:

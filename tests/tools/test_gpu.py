@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,6 +128,17 @@ def test_a_stage_that_hangs_is_ended(stages, tmp_path):
     assert measured(tmp_path / "card", hanging)[0] == {"tune": "broken"}
     record = json.loads((tmp_path / "card/tune.json").read_text())
     assert "timed out" in record["said"][-1] and record["exit"] is None
+
+
+def test_what_a_stage_that_hangs_has_started_is_ended_too(stages, tmp_path):
+    """`verify` has processes of its own, which would compute beside what is timed next."""
+    beats = tmp_path / "beats"
+    beat = f"import time\nwhile True:\n open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {beat!r}])"
+    measured(tmp_path / "card", [stages.stage("tune", code, minutes=0.04)])
+    before = beats.read_text()
+    time.sleep(0.5)
+    assert before and beats.read_text() == before
 
 
 # ---- the command -------------------------------------------------------------------------------
