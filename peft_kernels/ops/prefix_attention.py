@@ -357,7 +357,8 @@ def prefix_attention(
     neither concatenated with the keys nor copied for each row of the batch. Sums are kept in
     float32 and rounded once. The backward saves the output and one number by query; the gradient of
     a prefix is summed over the rows in a fixed order. On a GPU, and under ``backend("triton")``,
-    heads of more than 256 are served by the reference: no Triton kernel has room for them.
+    heads of more than 256 are served by the reference, for no Triton kernel has room for them; so
+    are those of more than 128 in float32 on chips with 64 KB of shared memory.
 
     Args:
         q: ``[B, Hq, S, D]``, float32, float16, bfloat16 or float64.

@@ -15,6 +15,7 @@ import peft_kernels
 from peft_kernels.ops.prefix_attention import prefix_attention
 from peft_kernels.triton.common import chips, launch
 from peft_kernels.triton.prefix_attention import launch as launchers
+from peft_kernels.triton.prefix_attention import tiles
 
 op = importlib.import_module("peft_kernels.ops.prefix_attention")
 
@@ -38,7 +39,7 @@ def inputs_of(
 
 def composed(
     q, k, v, prefix_k, prefix_v, *, is_causal=True, lengths=None, padding_side="right",
-    prefix_ids=None,
+    prefix_ids=None, attn_mask=None,
 ):  # fmt: skip
     """The op of PyTorch's own: one attention over the prefix and the text, put side by side."""
     (rows, heads, queries, _), (kv_heads, keys) = q.shape, k.shape[1:3]
@@ -51,6 +52,8 @@ def composed(
     if lengths is not None:
         away = key if padding_side == "right" else keys - 1 - key
         text &= (away < lengths[:, None])[:, None, None]
+    if attn_mask is not None:
+        text &= attn_mask
     own = (ids >= 0)[:, None, None, None].expand(rows, 1, queries, bank[0].shape[2])
     seen = torch.cat([own, text], 3)
     anything = seen.any(3, keepdim=True)
@@ -229,9 +232,19 @@ def test_shipped_tiles(arch):
         )
 
 
+@pytest.mark.parametrize("size", [16, 80, 256])
+@pytest.mark.parametrize("arch", [*chips.ARCHS, "other"])
+def test_shipped_tiles_with_a_mask(arch, size):
+    with patch.object(chips, "arch_name", lambda device: arch):
+        check(
+            inputs_of(b=1, s=35, t=70, length=9, d=size, dtypes="bf16"),
+            attn_mask=mask_of("bool", 1, 1, 35, 70),
+        )
+
+
 @pytest.mark.parametrize("size", [80, 256])
 @pytest.mark.parametrize(
-    ("arch", "dtypes"), [*((arch, "bf16") for arch in (*chips.ARCHS, "other")), ("other", "f32")]
+    ("arch", "dtypes"), [*((arch, "bf16") for arch in (*chips.ARCHS, "other")), ("sm_80", "f32")]
 )
 def test_shipped_tiles_of_wide_heads(arch, dtypes, size):
     with patch.object(chips, "arch_name", lambda device: arch):
@@ -240,8 +253,9 @@ def test_shipped_tiles_of_wide_heads(arch, dtypes, size):
 
 @pytest.mark.parametrize("kernel", ["few", "fwd", "query_grad", "text_grad", "prefix_grad"])
 def test_every_head_size_has_a_tile(kernel):
-    for tiles in (*launchers._TILES.values(), launchers._FLOAT32):
-        assert min(tiles[kernel]) == 64
+    for by_kernel in (*tiles.TILES.values(), tiles.FLOAT32):
+        assert min(by_kernel[kernel]) == 64
+        assert min(by_kernel.get(f"{kernel}_masked", [64])) == 64
 
 
 @pytest.mark.parametrize(("queries", "side"), [(1, "left"), (2, "right")])
@@ -379,11 +393,23 @@ def test_the_backend_launches_its_kernels():
     } <= launched
 
 
-@pytest.mark.parametrize(("size", "kernels"), [(256, True), (257, False), (512, False)])
-def test_heads_too_wide_for_a_tile_are_the_references(size, kernels):
+@pytest.mark.parametrize(
+    ("arch", "dtypes", "size", "kernels"),
+    [
+        ("sm_90", "bf16", 256, True),
+        ("sm_90", "bf16", 257, False),
+        ("sm_90", "bf16", 512, False),
+        ("sm_90", "f32", 256, True),
+        ("gfx942", "bf16", 256, True),
+        ("gfx942", "f32", 128, True),
+        ("gfx942", "f32", 129, False),
+        ("other", "f32", 256, False),
+    ],
+)
+def test_heads_that_a_tile_has_no_room_for_are_the_references(arch, dtypes, size, kernels):
     """In both directions, though Triton is asked for; those just below are its own."""
-    inputs = inputs_of(b=1, s=3, t=4, length=2, d=size, dtypes="bf16")
-    with noting() as launched:
+    inputs = inputs_of(b=1, s=3, t=4, length=2, d=size, dtypes=dtypes)
+    with noting() as launched, patch.object(chips, "arch_name", lambda device: arch):
         out = run(inputs, "triton")
     assert bool(launched) == kernels
     if not kernels:

@@ -547,7 +547,10 @@ def compile_launch(launch: Launch) -> CompiledRow:
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, str]:
-    """(vector registers, spilled bytes a thread, assembly)."""
+    """(vector registers, bytes of scratch memory a thread, assembly).
+
+    Scalar registers spill to lanes of vector registers, which takes no memory.
+    """
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
@@ -555,8 +558,7 @@ def _read_amdgcn(text: str) -> tuple[int, int, str]:
             raise RuntimeError(f"the compiled kernel's metadata has no {name}")
         return int(found.group(1))
 
-    spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return field("vgpr_count"), 4 * spilled, text
+    return field("vgpr_count"), field("private_segment_fixed_size"), text
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

@@ -15,7 +15,7 @@ HEADS, KV_HEADS, PREFIXES = 32, 8, 4
 class PrefixCase:
     """A forward and backward of `prefix_attention`; without a backward the queries are few.
 
-    ``full``: a bank with an index for each row, left padding and a float mask.
+    ``mask``: its dtype, if there is one. ``bank``: with an index for each row, and left padding.
     """
 
     queries: int
@@ -24,13 +24,15 @@ class PrefixCase:
     size: int  # of a head
     dtype: str
     prefix_dtype: str
-    full: bool
+    mask: str = ""
+    bank: bool = False
     backward: bool = True
 
     def label(self) -> str:
-        full = " full" if self.full else ""
         dtypes = f"{self.dtype}/{self.prefix_dtype}".replace("bfloat", "bf").replace("float", "f")
-        return f"prefix S={self.queries} T={self.keys} L={self.length} D={self.size} {dtypes}{full}"
+        extra = (f" {self.mask} mask" if self.mask else "") + (" bank" if self.bank else "")
+        sizes = f"S={self.queries} T={self.keys} L={self.length} D={self.size}"
+        return f"prefix {sizes} {dtypes}{extra}"
 
     def run(self) -> None:
         batch = 4
@@ -40,12 +42,12 @@ class PrefixCase:
 
         q = empty(batch, self.queries, HEADS, self.size).transpose(1, 2)
         k, v = (empty(batch, KV_HEADS, self.keys, self.size) for _ in "kv")
-        bank = (PREFIXES if self.full else 1, KV_HEADS, self.length, self.size)
+        bank = (PREFIXES if self.bank else 1, KV_HEADS, self.length, self.size)
         prefix_k, prefix_v = (empty(*bank, dtype=self.prefix_dtype) for _ in "kv")
-        by_row = empty(batch, dtype="int32") if self.full else None
+        by_row = empty(batch, dtype="int32") if self.bank else None
         mask = None
-        if self.full:
-            mask = empty(batch, 1, self.queries, self.keys)
+        if self.mask:
+            mask = empty(batch, 1, self.queries, self.keys, dtype=self.mask)
             mask = mask.expand(batch, HEADS, self.queries, self.keys)
         inputs = (q, k, v, prefix_k, prefix_v, by_row, mask, by_row, None)
         out, lse = launchers.prefix_attention_fwd(*inputs, True, self.size**-0.5)
@@ -55,16 +57,30 @@ class PrefixCase:
             )
 
 
-# The shapes of current models: heads of 64 to 256, of which four share their keys. Those of 80 are
-# padded to 128.
+def _decoding(size: int, dtype: str, mask: str = "") -> PrefixCase:
+    """In parts of the keys."""
+    return PrefixCase(1, 16384, 32, size, dtype, dtype, mask, backward=False)
+
+
+def _training(size: int, dtype: str, mask: str = "") -> PrefixCase:
+    return PrefixCase(2048, 2048, 32, size, dtype, dtype, mask)
+
+
+SIZES = (64, 128, 256)
+# The shapes of current models: heads of 64 to 256, of which four share their keys, without a mask
+# and with one of each kind. Those of 80 are padded to 128.
 PREFIX_CASES = (
-    # decoding, in parts of the keys
-    PrefixCase(1, 16384, 32, 128, "bfloat16", "bfloat16", False, backward=False),
-    PrefixCase(1, 16384, 32, 256, "bfloat16", "bfloat16", False, backward=False),
-    # training
-    PrefixCase(2048, 2048, 32, 128, "bfloat16", "bfloat16", False),
-    PrefixCase(2048, 2048, 32, 64, "float16", "float32", True),
-    PrefixCase(2048, 2048, 32, 80, "bfloat16", "bfloat16", False),
-    PrefixCase(2048, 2048, 32, 256, "bfloat16", "bfloat16", False),
-    PrefixCase(512, 512, 32, 64, "float32", "float32", False),
+    *(_decoding(size, "bfloat16") for size in SIZES),
+    *(_decoding(size, "bfloat16", "bfloat16") for size in SIZES),
+    *(_decoding(size, "float32") for size in SIZES[:2]),
+    *(_training(size, "bfloat16") for size in SIZES),
+    *(_training(size, "bfloat16", "bool") for size in SIZES),
+    *(_training(size, "bfloat16", "bfloat16") for size in SIZES),
+    *(_training(size, "bfloat16", "float32") for size in SIZES),
+    _training(80, "bfloat16"),
+    PrefixCase(2048, 2048, 32, 64, "float16", "float32", "float16", bank=True),
+    PrefixCase(2048, 2048, 32, 128, "float16", "float32", "float16", bank=True),
+    # dq of wider ones spills on some chips
+    _training(64, "float32"),
+    _training(64, "float32", "float32"),
 )

@@ -20,87 +20,8 @@ from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import MAX_SPLITS, launch, options, sum_partials
 from peft_kernels.triton.prefix_attention import bwd_kernels as bwd_kernels
-from peft_kernels.triton.prefix_attention import kernels
+from peft_kernels.triton.prefix_attention import kernels, tiles
 
-# By the head's size, rounded up to a power of two and at least 64, from which on the tiles differ.
-# m: rows, which are queries of one KV head's group. n: keys.
-_TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "sm_80": {
-        "few": {64: Tile(16, 64, 0, 4, 3), 256: Tile(16, 32, 0, 4, 3)},
-        "fwd": {64: Tile(64, 64, 0, 4, 3), 128: Tile(128, 64, 0, 8, 3), 256: Tile(64, 32, 0, 8, 2)},
-        "query_grad": {64: Tile(64, 32, 0, 4, 2), 128: Tile(64, 32, 0, 8, 2)},
-        "text_grad": {64: Tile(32, 64, 0, 8, 2)},
-        "prefix_grad": {64: Tile(32, 64, 0, 8, 1)},
-    },
-    "sm_90": {
-        "few": {64: Tile(16, 64, 0, 4, 3)},
-        "fwd": {64: Tile(128, 64, 0, 8, 3), 256: Tile(128, 64, 0, 8, 2)},
-        "query_grad": {
-            64: Tile(64, 64, 0, 4, 2),
-            128: Tile(64, 64, 0, 8, 2),
-            256: Tile(64, 32, 0, 8, 2),
-        },
-        "text_grad": {
-            64: Tile(64, 64, 0, 4, 2),
-            128: Tile(64, 64, 0, 8, 2),
-            256: Tile(64, 32, 0, 8, 2),
-        },
-        "prefix_grad": {
-            64: Tile(64, 64, 0, 8, 2),
-            128: Tile(16, 64, 0, 8, 2),
-            256: Tile(64, 32, 0, 8, 1),
-        },
-    },
-    "sm_100": {
-        "few": {64: Tile(16, 64, 0, 4, 3)},
-        "fwd": {64: Tile(128, 64, 0, 8, 3), 256: Tile(128, 32, 0, 8, 2)},
-        "query_grad": {64: Tile(64, 64, 0, 4, 2), 128: Tile(64, 64, 0, 8, 2)},
-        "text_grad": {
-            64: Tile(64, 64, 0, 4, 2),
-            128: Tile(64, 64, 0, 8, 2),
-            256: Tile(64, 64, 0, 8, 1),
-        },
-        "prefix_grad": {
-            64: Tile(64, 64, 0, 8, 2),
-            128: Tile(64, 64, 0, 8, 1),
-            256: Tile(64, 32, 0, 8, 1),
-        },
-    },
-    "gfx942": {
-        "few": {64: Tile(16, 64, 0, 4, 1)},
-        "fwd": {64: Tile(128, 32, 0, 8, 1)},
-        "query_grad": {64: Tile(64, 64, 0, 8, 1), 128: Tile(64, 32, 0, 4, 1)},
-        "text_grad": {64: Tile(32, 64, 0, 4, 1)},
-        "prefix_grad": {64: Tile(32, 64, 0, 4, 1), 256: Tile(32, 32, 0, 4, 1)},
-    },
-    # Any other GPU: within 48 KB of shared memory.
-    "other": {
-        "few": {64: Tile(16, 32, 0, 4, 1)},
-        "fwd": {64: Tile(32, 32, 0, 4, 1)},
-        "query_grad": {64: Tile(32, 32, 0, 4, 1), 256: Tile(16, 32, 0, 4, 1)},
-        "text_grad": {
-            64: Tile(32, 32, 0, 4, 1),
-            128: Tile(16, 32, 0, 4, 1),
-            256: Tile(16, 16, 0, 4, 1),
-        },
-        "prefix_grad": {
-            64: Tile(32, 32, 0, 4, 1),
-            128: Tile(16, 32, 0, 4, 1),
-            256: Tile(16, 16, 0, 4, 1),
-        },
-    },
-}
-# float32 q, on any GPU. Heads of 256 need 65 KB of shared memory in the backward, and spill in dq.
-_FLOAT32 = {
-    "few": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
-    "fwd": {64: Tile(32, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
-    "query_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
-    "text_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
-    "prefix_grad": {64: Tile(16, 32, 0, 4, 1), 256: Tile(16, 16, 0, 8, 1)},
-}
-# Wider heads are the reference's, in both directions: whole rows of q, k and v lie in a tile, and
-# would take 200 KB of shared memory and more.
-MAX_SIZE = 256
 FEW_ROWS = 16
 # A part of the keys has so many per row of its tile, so that storing its out in float32, and
 # reading that again, is an eighth of reading its keys and values.
@@ -122,7 +43,7 @@ def prefix_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``, and lse ``[B, Hq, S]`` float32."""
-    if q.shape[-1] > MAX_SIZE:
+    if not tiles.has_room(chips.arch_name(q.device), q.dtype, q.shape[-1]):
         return prefix_attention_fwd_ref(
             q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, is_causal, scale
         )
@@ -151,7 +72,7 @@ def prefix_attention_bwd(
     needs_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the prefixes' dk and dv; of size 0 where not needed."""
-    if q.shape[-1] > MAX_SIZE:
+    if not tiles.has_room(chips.arch_name(q.device), q.dtype, q.shape[-1]):
         return prefix_attention_bwd_ref(
             dout, q, k, v, prefix_k, prefix_v, prefix_ids, mask, starts, ends, out, lse,
             is_causal, scale, needs_q, needs_kv, needs_prefix,
@@ -214,11 +135,8 @@ class _Call:
         self.causal = is_causal
 
     def tile(self, kernel: str) -> Tile:
-        if self.q.dtype is torch.float32:
-            tiles = _FLOAT32[kernel]
-        else:
-            tiles = _TILES[self.arch_name if self.arch_name in _TILES else "other"][kernel]
-        return tiles[max(size for size in tiles if size <= max(64, self.block_d))]
+        has_mask = self.mask is not None
+        return tiles.tile(self.arch_name, kernel, self.q.dtype, self.block_d, has_mask=has_mask)
 
     def flags(self, tile: Tile) -> dict[str, Any]:
         float32 = self.q.dtype is torch.float32
