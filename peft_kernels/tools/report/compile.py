@@ -71,9 +71,14 @@ def _amd(name: str) -> Target:
 
 TARGETS = {
     "sm_80": _nvidia(80, "sm_80"),
+    "sm_86": _nvidia(86, "sm_86"),
+    "sm_89": _nvidia(89, "sm_89"),
     "sm_90": _nvidia(90, "sm_90", r"\bHGMMA\b"),
     "sm_100": _nvidia(100, "sm_100", r"\bUTC\w*MMA\b"),
+    "sm_120": _nvidia(120, "sm_120"),
+    "gfx90a": _amd("gfx90a"),
     "gfx942": _amd("gfx942"),
+    "gfx950": _amd("gfx950"),
     # the tiles for any other GPU, held to the smallest limit
     "other (sm_80)": _nvidia(80, "other"),
 }
@@ -427,15 +432,14 @@ class CompiledRow:
     shared: int  # bytes a program
     shared_limit: int
     tensor_core: dict[str, int]  # instruction: how often it occurs
-    multiplies: bool  # tiles
+    multiplies: bool  # 16-bit tiles
 
     def within_budget(self) -> bool:
         """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
-        needs_tensor_cores = self.multiplies and self.dtype != "float32"
         return (
             self.spills == 0
             and self.shared <= self.shared_limit
-            and (bool(self.tensor_core) or not needs_tensor_cores)
+            and (bool(self.tensor_core) or not self.multiplies)
         )
 
 
@@ -449,7 +453,7 @@ class Launch:
     case: str
     dtype: str
     tile: str
-    multiplies: bool
+    multiplies: bool  # 16-bit tiles
     narrow: bool  # fewer rows than the tensor cores' widest instruction takes
     signature: dict[str, Any]
     constexprs: dict[Any, Any]
@@ -506,7 +510,9 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
             case=case.label(),
             dtype=case.dtype,
             tile=" ".join(tile),
-            multiplies=stem not in ELEMENTWISE_KERNELS and bound.get("HAS_BASE", True),
+            multiplies=stem not in ELEMENTWISE_KERNELS
+            and bound.get("HAS_BASE", True)
+            and case.dtype != "float32",
             narrow=stem in ("decode_tile", "gain_end")
             or (stem == "add_low_rank" and bound["BLOCK_M"] < 64)
             or (stem == "prefix_attention_fwd" and bound["BLOCK_M"] < 64)

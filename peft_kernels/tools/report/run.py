@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from peft_kernels.tools.report.modelled import ModelledRow
     from peft_kernels.tools.report.traffic.counted import TrafficRow
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "other (sm_80)")
+TARGETS = (
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950",
+    "other (sm_80)",
+)  # fmt: skip
 # Several tiles a side with the H100's tiles, and four different numbers.
 TRAFFIC_SIZES = (192, 320, 256, 16)
 # Full-size activation passes beyond the base GEMMs, forward and backward, of bfloat16 layers,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_kernels.ops._dropout import threshold
 from peft_kernels.triton.adapter import bwd_kernels as bwd_kernels
-from peft_kernels.triton.adapter import kernels
+from peft_kernels.triton.adapter import kernels, tiles
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.blocks import INTERPRET
 from peft_kernels.triton.common.chips import Tile
@@ -24,59 +24,6 @@ from peft_kernels.triton.lora_linear import kernels as lora_kernels
 
 FOLD_BLOCK = 1024  # of k
 DOWN_GRAD_BLOCK_K, DOWN_GRAD_BLOCK_R = 128, 16
-
-# 16-bit x. "wide": with a float32 parameter, whose products are split.
-_TILES: dict[str, dict[str, Tile]] = {
-    "sm_80": {
-        "fwd": Tile(64, 64, 32, 8, 2),
-        "fwd_wide": Tile(32, 64, 32, 8, 2),
-        "norm_bwd": Tile(32, 64, 0, 8, 2),
-        "norm_bwd_wide": Tile(32, 32, 0, 8, 2),
-        "bwd": Tile(64, 64, 64, 8, 2),
-        "bwd_wide": Tile(32, 64, 32, 8, 2),
-        "up": Tile(16, 128, 0, 8, 2),
-    },
-    "sm_90": {
-        "fwd": Tile(64, 64, 64, 8, 3),
-        "fwd_wide": Tile(64, 64, 32, 8, 2),
-        "norm_bwd": Tile(64, 64, 0, 8, 2),
-        "norm_bwd_wide": Tile(64, 32, 0, 8, 2),
-        "bwd": Tile(64, 64, 64, 8, 2),
-        "bwd_wide": Tile(64, 64, 32, 8, 2),
-        "up": Tile(64, 128, 0, 8, 2),
-    },
-    "sm_100": {
-        "fwd": Tile(64, 64, 32, 4, 2),
-        "fwd_wide": Tile(64, 64, 32, 8, 2),
-        "norm_bwd": Tile(64, 64, 0, 8, 2),
-        "norm_bwd_wide": Tile(64, 32, 0, 8, 2),
-        "bwd": Tile(64, 64, 64, 8, 2),
-        "bwd_wide": Tile(64, 32, 32, 8, 2),
-        "up": Tile(64, 128, 0, 8, 2),
-    },
-    "gfx942": {
-        "fwd": Tile(64, 32, 32, 8, 1),
-        "norm_bwd": Tile(64, 32, 0, 8, 1),
-        "bwd": Tile(64, 64, 32, 8, 1),
-        "up": Tile(32, 128, 0, 8, 1),
-    },
-    # Any other GPU: within 48 KB of shared memory.
-    "other": {
-        "fwd": Tile(32, 64, 32, 8, 2),
-        "fwd_wide": Tile(16, 64, 32, 4, 1),
-        "norm_bwd": Tile(32, 32, 0, 4, 1),
-        "bwd": Tile(32, 64, 32, 4, 1),
-        "bwd_wide": Tile(32, 32, 32, 8, 1),
-        "up": Tile(16, 64, 0, 4, 1),
-    },
-}
-# float32 x, on any GPU.
-_FLOAT32 = {
-    "fwd": Tile(16, 32, 32, 4, 1),
-    "norm_bwd": Tile(16, 32, 0, 4, 1),
-    "bwd": Tile(32, 32, 32, 8, 1),
-    "up": Tile(32, 64, 0, 8, 2),
-}
 
 
 # ---- forward -----------------------------------------------------------------------------------
@@ -347,10 +294,7 @@ class _Call:
         return "bf16x6" if self.wide and self.norm else "bf16x3"
 
     def tile(self, kernel: str) -> Tile:
-        if self.x.dtype is torch.float32:
-            return _FLOAT32[kernel]
-        tiles = _TILES[self.arch_name if self.arch_name in _TILES else "other"]
-        return tiles.get(f"{kernel}_wide", tiles[kernel]) if self.wide else tiles[kernel]
+        return tiles.tile(self.arch_name, kernel, self.x.dtype, wide=self.wide)
 
     def named(self, *names: str) -> dict[str, Any]:
         """These flags, and those that every kernel of tiles has."""

@@ -14,53 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
-from peft_kernels.triton.adapter_fusion import kernels
+from peft_kernels.triton.adapter_fusion import kernels, tiles
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.blocks import INTERPRET
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import chunks, launch, options, sum_partials
 
-# 16-bit x. "wide": with a float32 parameter, whose products are split.
-_TILES: dict[str, dict[str, Tile]] = {
-    "sm_80": {
-        "products": Tile(64, 128, 64, 8, 3),
-        "products_wide": Tile(64, 128, 32, 8, 3),
-        "mix": Tile(64, 64, 0, 8, 2),
-        "grad": Tile(32, 0, 128, 8, 3),
-    },
-    "sm_90": {
-        "products": Tile(128, 128, 64, 8, 3),
-        "products_wide": Tile(128, 128, 32, 8, 3),
-        "mix": Tile(128, 128, 0, 8, 2),
-        "mix_wide": Tile(64, 128, 0, 8, 2),
-        "grad": Tile(64, 0, 128, 8, 3),
-    },
-    "sm_100": {
-        "products": Tile(128, 128, 64, 8, 3),
-        "products_wide": Tile(64, 128, 64, 8, 2),
-        "mix": Tile(128, 128, 0, 8, 2),
-        "mix_wide": Tile(64, 128, 0, 8, 2),
-        "grad": Tile(64, 0, 128, 8, 3),
-    },
-    "gfx942": {
-        "products": Tile(64, 64, 32, 8, 2),
-        "mix": Tile(64, 64, 0, 8, 1),
-        "grad": Tile(32, 0, 128, 8, 1),
-    },
-    # Any other GPU: within 48 KB of shared memory.
-    "other": {
-        "products": Tile(32, 64, 32, 4, 2),
-        "mix": Tile(32, 64, 0, 4, 1),
-        "grad": Tile(32, 0, 128, 8, 2),
-    },
-}
-# float32 x, on any GPU.
-_FLOAT32 = {
-    "products": Tile(32, 32, 32, 4, 2),
-    "mix": Tile(32, 64, 0, 4, 1),
-    "grad": Tile(32, 0, 64, 4, 2),
-}
-WEIGHTS_BLOCK_M, WEIGHTS_WARPS = 16, 4
+WEIGHTS_BLOCK_M = 16
 # A copy of M to aligned rows pays for itself from here on.
 MANY_ROWS = 512
 
@@ -190,10 +150,7 @@ class _Call:
         return "ieee" if INTERPRET.value else "bf16x3"
 
     def tile(self, kernel: str) -> Tile:
-        if self.x.dtype is torch.float32:
-            return _FLOAT32[kernel]
-        tiles = _TILES[self.arch_name if self.arch_name in _TILES else "other"]
-        return tiles.get(f"{kernel}_wide", tiles[kernel]) if self.wide else tiles[kernel]
+        return tiles.tile(self.arch_name, kernel, self.x.dtype, wide=self.wide)
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
@@ -204,7 +161,7 @@ class _Call:
             "BLOCK_M": WEIGHTS_BLOCK_M,
             "BLOCK_R": chips.rank_block(self.widest),
             "ADAPTERS": triton.next_power_of_2(self.adapters),
-            "num_warps": WEIGHTS_WARPS,
+            "num_warps": 8 if self.x.dtype is torch.float32 else 4,
         }
 
     def products(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,25 @@ ARCHS: dict[str, Arch] = {
             "add_low_rank": Tile(64, 128, 0, 4, 1),
         },
     ),
+    # RTX 3090: 71 TFLOP/s, 0.94 TB/s; 99 KB of shared memory, as sm_89 and sm_120.
+    "sm_86": Arch(
+        cores=82,
+        shared=99 * 1024,
+        balance=76,
+        tiles={
+            "tile_few": Tile(16, 64, 128, 4, 4),
+            "tile_many": Tile(128, 128, 64, 8, 3),
+            "tile_masked": Tile(128, 128, 32, 8, 3),
+            "in_loop_few": Tile(16, 64, 64, 4, 3),
+            "in_loop_many": Tile(128, 64, 32, 8, 3),
+            "codes_few": Tile(16, 64, 64, 4, 3),
+            "codes_many": Tile(64, 64, 64, 4, 3),
+            "shrink": Tile(128, 0, 32, 8, 3),
+            "from_dy": Tile(32, 128, 0, 8, 2),
+            "grad_a": Tile(32, 0, 128, 8, 2),
+            "add_low_rank": Tile(64, 128, 0, 4, 1),
+        },
+    ),
     # H100 SXM: 990 TFLOP/s, 3.35 TB/s. wgmma takes 64 rows a warp group.
     "sm_90": Arch(
         cores=132,
@@ -109,6 +128,25 @@ ARCHS: dict[str, Arch] = {
             "add_low_rank": Tile(128, 128, 0, 8, 1),
         },
     ),
+    # A die of an MI250X: 192 TFLOP/s, 1.64 TB/s; 64 KB of LDS.
+    "gfx90a": Arch(
+        cores=110,
+        shared=64 * 1024,
+        balance=117,
+        tiles={
+            "tile_few": Tile(16, 64, 128, 4, 2),
+            "tile_many": Tile(128, 128, 64, 8, 2),
+            "tile_masked": Tile(128, 128, 32, 8, 2),
+            "in_loop_few": Tile(16, 64, 32, 4, 2),
+            "in_loop_many": Tile(128, 64, 32, 8, 2),
+            "codes_few": Tile(16, 64, 64, 4, 2),
+            "codes_many": Tile(64, 64, 64, 4, 2),
+            "shrink": Tile(64, 0, 32, 4, 2),
+            "from_dy": Tile(32, 64, 0, 4, 1),
+            "grad_a": Tile(32, 0, 128, 8, 1),
+            "add_low_rank": Tile(64, 128, 0, 4, 1),
+        },
+    ),
     # MI300X: 1307 TFLOP/s, 5.3 TB/s; 64 KB of LDS.
     "gfx942": Arch(
         cores=304,
@@ -129,6 +167,12 @@ ARCHS: dict[str, Arch] = {
         },
     ),
 }
+# RTX 4090: 165 TFLOP/s, 1.01 TB/s.
+ARCHS["sm_89"] = replace(ARCHS["sm_86"], cores=128, balance=164)
+# RTX 5090: 210 TFLOP/s, 1.79 TB/s.
+ARCHS["sm_120"] = replace(ARCHS["sm_86"], cores=170, balance=117)
+# MI355X: 2517 TFLOP/s, 8 TB/s; 160 KB of LDS.
+ARCHS["gfx950"] = replace(ARCHS["gfx942"], cores=256, shared=160 * 1024, balance=314)
 # Any other GPU: within 48 KB of shared memory, the least that a supported chip has.
 SAFE = Arch(
     cores=64,
@@ -157,7 +201,7 @@ FLOAT32 = {
     "in_loop_few": Tile(16, 64, 32, 4, 2),
     "in_loop_many": Tile(64, 64, 16, 4, 2),
     "codes_few": Tile(16, 64, 32, 4, 2),
-    "codes_many": Tile(32, 64, 32, 4, 2),
+    "codes_many": Tile(32, 64, 32, 8, 2),
     "shrink": Tile(32, 0, 32, 4, 2),
     "from_dy": Tile(16, 64, 0, 4, 2),
     "grad_a": Tile(32, 0, 64, 8, 2),

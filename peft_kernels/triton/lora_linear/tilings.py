@@ -69,6 +69,8 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
         ),
     },
 }
+TILES["sm_86"] = TILES["sm_89"] = TILES["sm_120"] = TILES["sm_80"]
+TILES["gfx90a"] = TILES["gfx950"] = TILES["gfx942"]
 SMALL_TILE_ROWS = 64
 BIG_TILE = 128 * 128
 # Into how many parts a sum over k may be split. Each number is a variant of the kernel that adds

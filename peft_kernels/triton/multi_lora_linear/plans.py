@@ -96,6 +96,12 @@ _TILES: dict[str, dict[str, Tile]] = {
         "grad": Tile(32, 0, 64, 4, 2),
     },
 }
+_TILES["sm_86"] = _TILES["sm_80"] | {
+    "delta": Tile(32, 64, 0, 4, 1),
+    "shrink": Tile(64, 0, 32, 8, 3),
+}
+_TILES["sm_89"] = _TILES["sm_120"] = _TILES["sm_86"]
+_TILES["gfx90a"] = _TILES["gfx950"] = _TILES["gfx942"]
 # float32 x, on any GPU, and there as well beside the library's base.
 _FLOAT32 = {
     "delta": Tile(32, 64, 0, 4, 1),

@@ -49,7 +49,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             256: Tile(32, 32, 0, 8, 2),
         },
         "prefix_grad": {
-            64: Tile(32, 64, 0, 8, 2),
+            64: Tile(64, 64, 0, 8, 1),
             128: Tile(16, 64, 0, 8, 2),
             256: Tile(64, 32, 0, 8, 1),
         },
@@ -105,6 +105,26 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
     },
 }
+TILES["sm_86"] = {
+    "few": {64: Tile(16, 64, 0, 4, 3), 128: Tile(16, 32, 0, 4, 3), 256: Tile(16, 32, 0, 4, 2)},
+    "fwd": {64: Tile(64, 64, 0, 4, 3), 128: Tile(64, 32, 0, 8, 3), 256: Tile(64, 32, 0, 8, 2)},
+    "fwd_masked": TILES["sm_80"]["fwd_masked"],
+    "query_grad": {
+        64: Tile(64, 32, 0, 4, 2),
+        128: Tile(64, 32, 0, 8, 2),
+        256: Tile(32, 32, 0, 8, 1),
+    },
+    "query_grad_masked": {
+        64: Tile(32, 32, 0, 4, 2),
+        128: Tile(64, 32, 0, 8, 2),
+        256: Tile(32, 32, 0, 8, 1),
+    },
+    "text_grad": {64: Tile(32, 64, 0, 8, 2), 256: Tile(32, 32, 0, 8, 2)},
+    "text_grad_masked": {64: Tile(32, 32, 0, 8, 2)},
+    "prefix_grad": {64: Tile(32, 64, 0, 8, 1), 256: Tile(32, 32, 0, 8, 1)},
+}
+TILES["sm_89"] = TILES["sm_120"] = TILES["sm_86"]
+TILES["gfx90a"] = TILES["gfx950"] = TILES["gfx942"]
 # float32 q, on any GPU. Of heads wider than 128 the backward needs 65 KB of shared memory. dq of
 # heads of 256 spills, and on an sm_100 that of 128.
 FLOAT32 = {
