@@ -70,7 +70,7 @@ class Floats {
 class Inputs {
  public:
   Inputs(const Tensor& x, const Maybe& residual, const Tensor& down_weight, const Maybe& down_bias,
-         const Tensor& up_weight, const Maybe& up_bias, const Tensor& scale,
+         const Tensor& up_weight, const Maybe& up_bias, double scale, const Maybe& scale_t,
          const Maybe& pre_norm_weight, const Maybe& pre_norm_bias, double pre_norm_eps,
          const Maybe& norm_weight, const Maybe& norm_bias, double norm_eps,
          const std::string& activation, bool adds_x, double dropout_p, const Maybe& seed)
@@ -78,8 +78,8 @@ class Inputs {
         x_(with_unit_stride(x, true)), down_(with_unit_stride(down_weight, true)),
         up_(with_unit_stride(up_weight, true)), dropout_(dropout_of(dropout_p, seed)),
         down_bias_(down_bias, r, "down_bias"), up_bias_(up_bias, n, "up_bias"),
-        scale_(scale.dim() ? Floats(scale, n, "scale")
-                           : Floats(read_scalar<float>(scale, "scale"), n)),
+        scale_(scale_t && scale_t->dim() ? Floats(*scale_t, n, "scale_t")
+                                         : Floats(scale_of(scale, scale_t), n)),
         pre_norm_weight_(pre_norm_weight, k, "pre_norm_weight"),
         pre_norm_bias_(pre_norm_bias, k, "pre_norm_bias"),
         norm_weight_(norm_weight, n, "norm_weight"), norm_bias_(norm_bias, n, "norm_bias") {
@@ -147,10 +147,10 @@ const float* floats_of(const Tensor& tensor, int64_t rows, int64_t columns, cons
 
 std::tuple<Tensor, Tensor, Tensor> adapter_fwd(
     Tensor x, Maybe residual, Tensor down_weight, Maybe down_bias, Tensor up_weight, Maybe up_bias,
-    Tensor scale, Maybe pre_norm_weight, Maybe pre_norm_bias, double pre_norm_eps,
+    double scale, Maybe scale_t, Maybe pre_norm_weight, Maybe pre_norm_bias, double pre_norm_eps,
     Maybe norm_weight, Maybe norm_bias, double norm_eps, std::string activation, bool adds_x,
     double dropout_p, Maybe seed) {
-  const Inputs inputs(x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+  const Inputs inputs(x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
                       pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias,
                       norm_eps, activation, adds_x, dropout_p, seed);
   const int64_t m = x.size(0);
@@ -167,11 +167,11 @@ std::tuple<Tensor, Tensor, Tensor> adapter_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_bwd(
     Tensor dy, Tensor x, Maybe residual, Tensor down_weight, Maybe down_bias, Tensor up_weight,
-    Maybe up_bias, Tensor scale, Maybe pre_norm_weight, Maybe pre_norm_bias, double pre_norm_eps,
-    Maybe norm_weight, Maybe norm_bias, double norm_eps, Tensor z, Tensor statistics,
+    Maybe up_bias, double scale, Maybe scale_t, Maybe pre_norm_weight, Maybe pre_norm_bias,
+    double pre_norm_eps, Maybe norm_weight, Maybe norm_bias, double norm_eps, Tensor z, Tensor statistics,
     std::string activation, bool adds_x, double dropout_p, Maybe seed, bool needs_x,
     bool needs_residual, bool needs_down, bool needs_up, bool needs_pre_norm, bool needs_norm) {
-  const Inputs inputs(x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+  const Inputs inputs(x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
                       pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias,
                       norm_eps, activation, adds_x, dropout_p, seed);
   const int64_t m = x.size(0), k = inputs.k, n = inputs.n, r = inputs.r;

@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "../common.h"
-#include "options.h"
 
 namespace peft_kernels {
 
@@ -20,10 +19,6 @@ const LoRALinearKernels& lora_linear_kernels(Isa isa) {
 #endif
     default: return lora_linear_baseline;
   }
-}
-
-float scale_of(double scale, const std::optional<Tensor>& scale_t) {
-  return scale_t ? read_scalar<float>(*scale_t, "scale_t") : static_cast<float>(scale);
 }
 
 std::optional<Matrix> bias_row(const std::optional<Tensor>& bias, int64_t n) {

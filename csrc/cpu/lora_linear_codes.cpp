@@ -4,7 +4,6 @@
 #include <tuple>
 
 #include "lora_linear_op.h"
-#include "options.h"
 #include "quantized.h"
 
 namespace peft_kernels {

@@ -6,13 +6,12 @@
 #include "../common.h"
 #include "lora_linear.h"
 #include "matrix/isa.h"
+#include "options.h"
 
 namespace peft_kernels {
 
 const LoRALinearKernels& lora_linear_kernels();  // the build for this processor
 const LoRALinearKernels& lora_linear_kernels(Isa isa);
-
-float scale_of(double scale, const std::optional<Tensor>& scale_t);
 
 // A bias [n] as a matrix of one row.
 std::optional<Matrix> bias_row(const std::optional<Tensor>& bias, int64_t n);

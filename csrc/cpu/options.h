@@ -11,6 +11,11 @@
 
 namespace peft_kernels {
 
+// A factor that is a number, or a tensor of one element where there is one.
+inline float scale_of(double scale, const std::optional<Tensor>& scale_t) {
+  return scale_t ? read_scalar<float>(*scale_t, "scale_t") : static_cast<float>(scale);
+}
+
 inline std::optional<Dropout> dropout_of(double p, const std::optional<Tensor>& seed) {
   if (!seed) return std::nullopt;
   const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);

@@ -39,18 +39,20 @@ from peft_kernels.ops._checks import (
 )
 from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dropout import dropout_factor, seed_tensor
-from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._dtypes import acc_dtype, autocast, scale_of
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._transforms import (
     gradients_of,
     wants_gradient_composition,
 )
 
-# residual [m, n] is what is added besides x; adds_x says that x is added too.
+# residual [m, n] is what is added besides x; adds_x says that x is added too. The factor is scale_t
+# [] or [n], where one is given, and scale otherwise.
 _INPUTS = (
     "Tensor x, Tensor? residual, Tensor down_weight, Tensor? down_bias, Tensor up_weight,"
-    " Tensor? up_bias, Tensor scale, Tensor? pre_norm_weight, Tensor? pre_norm_bias,"
-    " float pre_norm_eps, Tensor? norm_weight, Tensor? norm_bias, float norm_eps,"
+    " Tensor? up_bias, float scale, Tensor? scale_t, Tensor? pre_norm_weight,"
+    " Tensor? pre_norm_bias, float pre_norm_eps, Tensor? norm_weight, Tensor? norm_bias,"
+    " float norm_eps,"
 )
 _OPTIONS = "str activation, bool adds_x, float dropout_p, Tensor? seed"
 # y [m, n], z [m, r], statistics [m, 2 x LayerNorms]: mean and 1 / deviation, pre_norm's first.
@@ -98,12 +100,12 @@ def _norm_gradient(dy: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def _update(
-    x, residual, z, up_weight, up_bias, scale, activation, adds_x, dropout_p, seed
+    x, residual, z, up_weight, up_bias, scale, scale_t, activation, adds_x, dropout_p, seed
 ) -> Tensor:
     """t, in z's dtype."""
     acc = z.dtype
     u = F.linear(ACTIVATIONS[activation][0](z), up_weight.to(acc), _wide(up_bias, acc))
-    t = u * scale.to(x.device, acc)
+    t = u * scale_of(scale, scale_t, x)
     if seed is not None:
         m, n = u.shape
         t = t * dropout_factor(seed, dropout_p, m, n, acc).to(x.device)
@@ -113,7 +115,7 @@ def _update(
 
 
 def adapter_fwd_ref(
-    x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
     pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
     activation, adds_x, dropout_p, seed,
 ):  # fmt: skip
@@ -123,7 +125,8 @@ def adapter_fwd_ref(
         statistics = _statistics(h, pre_norm_eps)
         h = _affine(_normalized(h, statistics), pre_norm_weight, pre_norm_bias)
     z = F.linear(h, down_weight.to(acc), _wide(down_bias, acc))
-    y = _update(x, residual, z, up_weight, up_bias, scale, activation, adds_x, dropout_p, seed)
+    options = activation, adds_x, dropout_p, seed
+    y = _update(x, residual, z, up_weight, up_bias, scale, scale_t, *options)
     if norm_weight is not None:
         after = _statistics(y, norm_eps)
         y = _affine(_normalized(y, after), norm_weight, norm_bias)
@@ -132,7 +135,7 @@ def adapter_fwd_ref(
 
 
 def adapter_bwd_ref(
-    dy, x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    dy, x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
     pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
     z, statistics, activation, adds_x, dropout_p, seed,
     needs_x, needs_residual, needs_down, needs_up, needs_pre_norm, needs_norm,
@@ -143,7 +146,8 @@ def adapter_bwd_ref(
     act, derivative = ACTIVATIONS[activation]
     wide_x, dt = x.to(acc), dy.to(acc)
     if norm_weight is not None:
-        t = _update(x, residual, z, up_weight, up_bias, scale, activation, adds_x, dropout_p, seed)
+        options = activation, adds_x, dropout_p, seed
+        t = _update(x, residual, z, up_weight, up_bias, scale, scale_t, *options)
         t_hat = _normalized(t, statistics[:, -2:])
         if needs_norm:
             d_norm = _norm_gradient(dt, t_hat)
@@ -156,7 +160,7 @@ def adapter_bwd_ref(
         g = g * dropout_factor(seed, dropout_p, m, n, acc).to(x.device)
     if needs_up:
         up, up_sum = g.T @ act(z), g.sum(0)
-    dz = derivative(z) * ((g * scale.to(x.device, acc)) @ up_weight.to(acc))
+    dz = derivative(z) * ((g * scale_of(scale, scale_t, x)) @ up_weight.to(acc))
     h = wide_x
     if pre_norm_weight is not None:
         x_hat = _normalized(wide_x, statistics[:, :2])
@@ -182,7 +186,7 @@ def _composition(x, *rest) -> Tensor:
 
 
 def _fwd_fake(
-    x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
     pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
     activation, adds_x, dropout_p, seed,
 ):  # fmt: skip
@@ -193,7 +197,7 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    dy, x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+    dy, x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
     pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
     z, statistics, activation, adds_x, dropout_p, seed,
     needs_x, needs_residual, needs_down, needs_up, needs_pre_norm, needs_norm,
@@ -232,79 +236,88 @@ _library.define(
 class _Adapter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+        ctx, x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
         pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
         activation, adds_x, dropout_p, seed, variant,
     ):  # fmt: skip
         inputs = (
-            x, residual, down_weight, down_bias, up_weight, up_bias, scale,
+            x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
             pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias, norm_eps,
         )  # fmt: skip
         fwd = _library.get_op("adapter_fwd", variant)
         y, z, statistics = fwd(*inputs, activation, adds_x, dropout_p, seed)
         # The residual is needed for t, which only a LayerNorm's backward asks for.
         kept = residual if norm_weight is not None else None
-        tensors = (x, kept, *inputs[2:9], norm_weight, norm_bias, z, statistics, seed)
-        ctx.save_for_backward(*tensors)
-        ctx.options = (pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant)
+        weights = down_weight, down_bias, up_weight, up_bias, scale_t
+        norms = pre_norm_weight, pre_norm_bias, norm_weight, norm_bias
+        ctx.save_for_backward(x, kept, *weights, *norms, z, statistics, seed)
+        ctx.options = (scale, pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, residual, *weights, norm_weight, norm_bias, z, statistics, seed = ctx.saved_tensors
-        down_weight, down_bias, up_weight, up_bias, scale, pre_norm_weight, pre_norm_bias = weights
-        pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant = ctx.options
+        *parameters, scale_t, pre_norm_weight, pre_norm_bias = weights
+        down_weight, down_bias, up_weight, up_bias = parameters
+        scale, pre_norm_eps, norm_eps, activation, adds_x, dropout_p, variant = ctx.options
         needs = ctx.needs_input_grad
-        needs_x, needs_residual, needs_scale = needs[0], needs[1], needs[6]
+        needs_x, needs_residual, needs_scale = needs[0], needs[1], needs[7]
         if wants_gradient_composition(dy):
 
             def composed(x, residual, *weights):
                 norms = (*weights[5:7], pre_norm_eps, *weights[7:], norm_eps)
                 options = activation, adds_x, dropout_p, seed
-                return _composition(x, residual, *weights[:5], *norms, *options)
+                return _composition(x, residual, *weights[:4], scale, weights[4], *norms, *options)
 
             tensors = (x, residual, *weights, norm_weight, norm_bias)
-            asked = [*needs[:9], *needs[10:12]]
+            asked = [*needs[:6], *needs[7:10], *needs[11:13]]
             asked[1] = needs_residual and norm_weight is not None
             found = gradients_of(composed, tensors, asked, dy)
             if needs_residual and norm_weight is None:
                 found[1] = dy  # of a plain sum, whose terms aren't kept
-            return *found[:9], None, *found[9:], *(None,) * 6
+            return *found[:6], None, *found[6:9], None, *found[9:], *(None,) * 6
         dy = dy.contiguous()
         bwd = _library.get_op("adapter_bwd", variant)
         dx, dt, d_down, d_down_bias, up, up_sum, d_pre_norm, d_norm = bwd(
-            dy, x, residual, *weights, pre_norm_eps, norm_weight, norm_bias, norm_eps,
+            dy, x, residual, *parameters, scale, scale_t, pre_norm_weight, pre_norm_bias,
+            pre_norm_eps, norm_weight, norm_bias, norm_eps,
             z, statistics, activation, adds_x, dropout_p, seed,
             needs_x, needs_residual and norm_weight is not None, needs[2] or needs[3],
-            needs[4] or needs[5] or needs_scale, needs[7] or needs[8], needs[10] or needs[11],
+            needs[4] or needs[5] or needs_scale, needs[8] or needs[9], needs[11] or needs[12],
         )  # fmt: skip
-        factor = scale.to(z.dtype) if scale.dim() == 0 else scale.to(z.dtype)[:, None]
         d_scale = None
         if needs_scale:
             # In float64: what a scale's gradient sums up mostly cancels.
             d_scale = (up_weight.double() * up.double()).sum(1)
             if up_bias is not None:
                 d_scale += up_bias.double() * up_sum.double()
-            d_scale = (d_scale if scale.dim() else d_scale.sum()).to(scale.dtype)
+            d_scale = (d_scale if scale_t.dim() else d_scale.sum()).to(scale_t.dtype)
 
         def gradient(needed: bool, like: Tensor | None, value) -> Tensor | None:
             return value().to(like.dtype) if needed and like is not None else None
 
+        factor = scale_of(scale, scale_t, z)
         return (
             dx if needs_x else None,
             (dt if norm_weight is not None else dy) if needs_residual else None,
             gradient(needs[2], down_weight, lambda: d_down),
             gradient(needs[3], down_bias, lambda: d_down_bias),
-            gradient(needs[4], up_weight, lambda: factor * up),
-            gradient(needs[5], up_bias, lambda: factor.view(-1) * up_sum),
-            d_scale,
-            gradient(needs[7], pre_norm_weight, lambda: d_pre_norm[0]),
-            gradient(needs[8], pre_norm_bias, lambda: d_pre_norm[1]),
+            gradient(needs[4], up_weight, lambda: _of_rows(factor) * up),
+            gradient(needs[5], up_bias, lambda: factor * up_sum),
             None,
-            gradient(needs[10], norm_weight, lambda: d_norm[0]),
-            gradient(needs[11], norm_bias, lambda: d_norm[1]),
+            d_scale,
+            gradient(needs[8], pre_norm_weight, lambda: d_pre_norm[0]),
+            gradient(needs[9], pre_norm_bias, lambda: d_pre_norm[1]),
+            None,
+            gradient(needs[11], norm_weight, lambda: d_norm[0]),
+            gradient(needs[12], norm_bias, lambda: d_norm[1]),
             *(None,) * 6,
         )
+
+
+def _of_rows(factor: float | Tensor) -> float | Tensor:
+    """A factor of a matrix's rows."""
+    return factor[:, None] if isinstance(factor, Tensor) and factor.dim() else factor
 
 
 _call = define_call(
@@ -381,12 +394,11 @@ def adapter(
     parameters = (down_weight, down_bias, up_weight, up_bias)
     norms = (pre_norm_weight, pre_norm_bias, norm_weight, norm_bias)
     _check(x, others, adds_x, parameters, norms, scale, dropout_p)
-    scale = _scale_tensor(scale)
     inputs = (
         rows_of(x),
         rows_of(sum(others[1:], others[0])) if others else None,
         *parameters,
-        scale,
+        *_scale(scale),
         pre_norm_weight,
         pre_norm_bias,
         pre_norm_eps,
@@ -409,10 +421,11 @@ def _aliases(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.view_as(tensor)
 
 
-def _scale_tensor(scale: float | Tensor) -> Tensor:
+def _scale(scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """``scale`` and ``scale_t`` as the ops take them."""
     if not isinstance(scale, Tensor):
-        return torch.scalar_tensor(scale, dtype=torch.float64)
-    return scale.reshape(()) if scale.numel() == 1 else scale
+        return float(scale), None
+    return 1.0, scale.reshape(()) if scale.numel() == 1 else scale
 
 
 # The checks run on every call, so a message is only put together when it is raised.

@@ -199,14 +199,15 @@ def test_gradcheck(activation):
     assert torch.autograd.gradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("scale_t", [None, torch.tensor(2.0), torch.rand(6)])
 @pytest.mark.parametrize("suffix", ["", "_ref", "_triton"])
-def test_opcheck(suffix):
+def test_opcheck(suffix, scale_t):
     a = example_inputs(5, 6, 3, norm=True, pre_norm=True)
-    scale, seed = torch.tensor(2.0), torch.tensor(3)
+    seed = torch.tensor(3)
     inputs = (
         a["x"], a["residual"], a["down_weight"], a["down_bias"], a["up_weight"], a["up_bias"],
-        scale, a["pre_norm_weight"], a["pre_norm_bias"], 1e-5, a["norm_weight"], a["norm_bias"],
-        1e-5,
+        2.0, scale_t, a["pre_norm_weight"], a["pre_norm_bias"], 1e-5, a["norm_weight"],
+        a["norm_bias"], 1e-5,
     )  # fmt: skip
     options = ("gelu", True, 0.25, seed)
     fwd = getattr(torch.ops.peft_kernels, "adapter_fwd" + suffix).default

@@ -81,7 +81,7 @@ def test_adapter_backward(adapters, case):
         "z again, for G and for t": (1 + norm) * m * r * 4,
         "dz, stored and read for dD and, of blocks of ranks, for dx": (2 + (r > 64)) * m * r * 4,
         "U again, for t": norm * n * r * size,
-        "the scale by channel again, for t": norm * (call.inputs["scale"].dim() * n) * size,
+        "the scale by channel again, for t": norm * (call.inputs["scale_t"].dim() * n) * size,
         "D and w twice again, and b, to fold them and for dD": pre * (2 * (r * k + k) + k) * size,
         "b_d, to fold it": pre * r * size,
         "the fold, from launch to launch": pre * 2 * (2 * r * 4),

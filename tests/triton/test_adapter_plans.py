@@ -260,7 +260,7 @@ def test_nothing_is_copied_to_the_host(monkeypatch):
     dy = torch.randn(12, 16)
     for scale in (torch.tensor(0.7), torch.rand(16)):
         inputs = (
-            a["x"], dy, a["down_weight"], a["down_bias"], a["up_weight"], a["up_bias"], scale,
+            a["x"], dy, a["down_weight"], a["down_bias"], a["up_weight"], a["up_bias"], 1.0, scale,
             a["pre_norm_weight"], a["pre_norm_bias"], 1e-5, a["norm_weight"], a["norm_bias"], 1e-5,
         )  # fmt: skip
         options = ("gelu", True, 0.3, SEED)
@@ -274,7 +274,7 @@ def test_launchers_keep_the_schema():
     a = inputs_of(5, 6, 3, kind="before and after", dtypes="bf16/f32")
     inputs = (
         a["x"], None, a["down_weight"], a["down_bias"], a["up_weight"], a["up_bias"],
-        torch.tensor(2.0), a["pre_norm_weight"], a["pre_norm_bias"], 1e-5, a["norm_weight"],
+        2.0, None, a["pre_norm_weight"], a["pre_norm_bias"], 1e-5, a["norm_weight"],
         a["norm_bias"], 1e-5,
     )  # fmt: skip
     options = ("gelu", True, 0.25, SEED)

@@ -298,9 +298,8 @@ class AdapterCase:
             return parameter(size) if self.full else None
 
         down, up = parameter(self.r, K), parameter(N, self.r)
-        scale = parameter(N) if self.full else torch.tensor(1.0)
         inputs = (
-            x, residual, down, optional(self.r), up, optional(N), scale,
+            x, residual, down, optional(self.r), up, optional(N), 1.0, optional(N),
             optional(K), optional(K), 1e-5, optional(N), optional(N), 1e-5,
         )  # fmt: skip
         seed = _empty(dtype="int64") if self.full else None

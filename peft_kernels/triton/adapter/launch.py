@@ -36,7 +36,8 @@ def adapter_fwd(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    scale: Tensor,
+    scale: float,
+    scale_t: Tensor | None,
     pre_norm_weight: Tensor | None,
     pre_norm_bias: Tensor | None,
     pre_norm_eps: float,
@@ -50,8 +51,8 @@ def adapter_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y ``[m, n]`` in x's dtype, z ``[m, r]`` and the statistics ``[m, 2 x norms]`` in float32."""
     call = _Call(
-        x, residual, down_weight, down_bias, up_weight, up_bias, scale, pre_norm_weight,
-        pre_norm_bias, norm_weight, norm_bias, activation, adds_x, dropout_p, seed,
+        x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
+        pre_norm_weight, pre_norm_bias, norm_weight, norm_bias, activation, adds_x, dropout_p, seed,
     )  # fmt: skip
     y, z = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)
     statistics = z.new_empty(call.m, call.statistics)
@@ -81,7 +82,8 @@ def adapter_bwd(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    scale: Tensor,
+    scale: float,
+    scale_t: Tensor | None,
     pre_norm_weight: Tensor | None,
     pre_norm_bias: Tensor | None,
     pre_norm_eps: float,
@@ -103,8 +105,8 @@ def adapter_bwd(
 ) -> tuple[Tensor, ...]:
     """dx, dt, dD, db_d, G, g0, the gradients of pre_norm and norm; of size 0 where not needed."""
     call = _Call(
-        x, residual, down_weight, down_bias, up_weight, up_bias, scale, pre_norm_weight,
-        pre_norm_bias, norm_weight, norm_bias, activation, adds_x, dropout_p, seed,
+        x, residual, down_weight, down_bias, up_weight, up_bias, scale, scale_t,
+        pre_norm_weight, pre_norm_bias, norm_weight, norm_bias, activation, adds_x, dropout_p, seed,
     )  # fmt: skip
     z, statistics = z.contiguous(), statistics.contiguous()
     dx, d_residual = x.new_empty(0), x.new_empty(0)
@@ -235,7 +237,8 @@ class _Call:
         down_bias: Tensor | None,
         up_weight: Tensor,
         up_bias: Tensor | None,
-        scale: Tensor,
+        scale: float,
+        scale_t: Tensor | None,
         pre_norm_weight: Tensor | None,
         pre_norm_bias: Tensor | None,
         norm_weight: Tensor | None,
@@ -261,11 +264,11 @@ class _Call:
         self.wide = any(p is not None and p.dtype is not x.dtype for p in parameters)
         self.arch_name = chips.arch_name(x.device)
         self.block_r = chips.rank_block(self.r)
-        channels = scale.dim() == 1
+        channels = scale_t is not None and scale_t.dim() == 1
         self.scale: Any
-        self.scale, scale_on_device = (
-            (scale.to(x.device).contiguous(), False) if channels else argument(scale, 1.0)
-        )
+        self.scale, scale_on_device = argument(scale_t, scale)
+        if scale_t is not None and channels:
+            self.scale, scale_on_device = scale_t.to(x.device).contiguous(), False
         key, seed_on_device = argument(seed, 0)
         self.dropout = (key, threshold(dropout_p), 1.0 / (1.0 - dropout_p))
         self.flags = {

@@ -32,7 +32,7 @@ from peft_kernels.triton.common import chips
 op = importlib.import_module("peft_kernels.ops.adapter")
 
 TENSORS = (
-    "x", "residual", "down_weight", "down_bias", "up_weight", "up_bias", "scale",
+    "x", "residual", "down_weight", "down_bias", "up_weight", "up_bias", "scale_t",
     "pre_norm_weight", "pre_norm_bias", "norm_weight", "norm_bias",
 )  # fmt: skip
 
@@ -91,8 +91,8 @@ class Counted:
         unread = set() if direction == "fwd" else {"down_bias", "norm_bias"}
         if direction == "bwd" and not self.layout.norm:
             unread.add("up_bias")
-        if not self.inputs["scale"].dim():
-            unread.add("scale")
+        if not self.inputs["scale_t"].dim():
+            unread.add("scale_t")
         skipped = unread | {"x", "residual"}
         return [tensor for name, tensor in self.inputs.items() if name not in skipped]
 
@@ -141,10 +141,10 @@ def count(
         m, k, r, n, dtype=dtype, adapter_dtype=adapter_dtype,
         residual=layout.residual, pre_norm=layout.pre_norm, norm=layout.norm,
     )  # fmt: skip
-    inputs["scale"] = torch.rand(n).to(adapter_dtype) if channels else torch.tensor(2.0)
+    inputs["scale_t"] = torch.rand(n).to(adapter_dtype) if channels else torch.tensor(2.0)
     dy = torch.randn(m, n).to(dtype)
     shared: dict[str, Any] = {name: inputs.get(name) for name in TENSORS}
-    shared |= {"pre_norm_eps": 1e-5, "norm_eps": 1e-5, "activation": "gelu"}
+    shared |= {"scale": 1.0, "pre_norm_eps": 1e-5, "norm_eps": 1e-5, "activation": "gelu"}
     shared |= {"adds_x": layout.adds_x, "dropout_p": dropout_p}
     shared["seed"] = torch.tensor(1) if dropout_p else None
     needs: dict[str, Any] = {"needs_x": True, "needs_down": True, "needs_up": True}
