@@ -7,7 +7,7 @@
 LoRA of rank 16 on all linear layers. Ours has every weight in the file's codes, Q4_1 and the tied
 head's Q8_0; bitsandbytes' has the layers' in nf4 with nested scales, from the same values. Each is
 timed in turns with the others, and its ratio is to the one that the limit is of. The limits are
-what was set before anything was measured.
+what was set before anything was measured; in bfloat16 all of a row are under its autocast.
 
 The frozen model is the float32 one without LoRA, forward and the gradient of its inputs: what torch
 takes for all that a step of LoRA has beside it.
@@ -37,7 +37,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SHORT, LONG, PROMPT, TOKENS = 64, 256, 32, 16
 OURS, NF4, FLOAT = "over the file", "PEFT over nf4", "PEFT over float32"
 FROZEN = "frozen model"
-STEPS = {f"a training step of {tokens} tokens": tokens for tokens in (SHORT, LONG)}
+# (tokens, whether bfloat16's autocast is around the model)
+STEPS = {
+    f"a training step of {tokens} tokens{', bfloat16' if wraps else ''}": (tokens, wraps)
+    for wraps in (False, True)
+    for tokens in (SHORT, LONG)
+}
 DECODING = f"{TOKENS} tokens, one after the other"
 # By what is done: whose time ours is compared with, and the most it may be of that.
 LIMITS = dict.fromkeys(STEPS, (NF4, 0.6)) | {DECODING: (FLOAT, 1 / 1.5)}
@@ -93,23 +98,26 @@ def in_nf4(model: Any) -> nn.Module:
     return model
 
 
-def step_of(model: nn.Module, tokens: int) -> Callable[[], None]:
+def step_of(model: nn.Module, tokens: int, wraps: bool) -> Callable[[], None]:
     ids = torch.randint(0, 49152, (1, tokens), generator=torch.Generator().manual_seed(1))
 
     def step() -> None:
         model.train()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=wraps):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         model.zero_grad()
 
     return step
 
 
-def frozen_step_of(model: Any, tokens: int) -> Callable[[], object]:
+def frozen_step_of(model: Any, tokens: int, wraps: bool) -> Callable[[], object]:
     ids = torch.randint(0, 49152, (1, tokens), generator=torch.Generator().manual_seed(1))
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
 
     def step() -> object:
-        loss = model(inputs_embeds=inputs, labels=ids, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=wraps):
+            loss = model(inputs_embeds=inputs, labels=ids, use_cache=False).loss
         return torch.autograd.grad(loss, inputs)
 
     return step
@@ -145,12 +153,15 @@ def measure() -> list[dict[str, Any]]:
     frozen = copy.deepcopy(found[FLOAT]).unload().requires_grad_(False)
     sizes = {name: weight_bytes(model) for name, model in found.items()}
     rows = []
-    kinds = {what: partial(step_of, tokens=tokens) for what, tokens in STEPS.items()}
+    kinds = {
+        what: partial(step_of, tokens=tokens, wraps=wraps)
+        for what, (tokens, wraps) in STEPS.items()
+    }
     for what, calls in {**kinds, DECODING: decoding_of}.items():
         base = LIMITS[what][0]
         timed = {name: calls(model) for name, model in found.items()}
         if what in STEPS:
-            timed[FROZEN] = frozen_step_of(frozen, STEPS[what])
+            timed[FROZEN] = frozen_step_of(frozen, *STEPS[what])
         timings = interleaved(timed, base, Budget(7, 2.0, 40.0))
         seconds = {name: timing.median for name, timing in timings.items()}
         ratios = {name: timing.ratio for name, timing in timings.items()}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trained_modules import MODULES, SHAPES
 
 from peft_kernels import AdapterPool, load_adapter, merge, save_adapter, swap_linear
-from peft_kernels.nn import LoRALinear, PrefixTuning
+from peft_kernels.nn import BottleneckAdapter, InvertibleAdapter, LoRALinear, PrefixTuning
 
 META = {"device": "meta"}
 
@@ -111,3 +113,40 @@ def test_a_prefix():
     prefix = PrefixTuning(3, SHAPES, **META)
     with pytest.raises(RuntimeError, match="the prefix is on the meta device"):
         prefix.fit([(torch.ones(2, 3, 4), torch.ones(2, 3, 4))] * 2)
+
+
+# ---- graphs ------------------------------------------------------------------------------------
+
+LAYERS = {
+    "lora": lambda: LoRALinear(8, 8, 2, alpha=4, **META),
+    "lora with dropout": lambda: LoRALinear(8, 8, 2, alpha=4, dropout=0.1, **META),
+    "dora": lambda: LoRALinear(8, 8, 2, alpha=4, use_dora=True, **META),
+    "adapter": lambda: BottleneckAdapter(8, 2, scale=2.0, **META),
+    "adapter with dropout": lambda: BottleneckAdapter(8, 2, scale=2.0, dropout=0.1, **META),
+    "adapter with a scale by channel": lambda: BottleneckAdapter(8, 2, scale="channel", **META),
+    "invertible adapter": lambda: InvertibleAdapter(8, **META),
+}
+
+
+class Elsewhere(TorchDispatchMode):
+    """Notes the ops that are given, or make, a tensor that isn't on the layer's device."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+        if any(t.device.type != "meta" for t in tensors):
+            self.ops.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_other_device_s_tensor_takes_part(name):
+    """A number in a tensor of the CPU would split a CUDA graph, which keeps its first value."""
+    layer = LAYERS[name]().train()
+    with Elsewhere() as elsewhere:
+        layer(torch.randn(3, 8, requires_grad=True, **META)).sum().backward()
+    assert elsewhere.ops == []

@@ -264,11 +264,12 @@ class _Call:
         self.wide = any(p is not None and p.dtype is not x.dtype for p in parameters)
         self.arch_name = chips.arch_name(x.device)
         self.block_r = chips.rank_block(self.r)
-        channels = scale_t is not None and scale_t.dim() == 1
         self.scale: Any
-        self.scale, scale_on_device = argument(scale_t, scale)
+        channels, scale_on_device = scale_t is not None and scale_t.dim() == 1, False
         if scale_t is not None and channels:
-            self.scale, scale_on_device = scale_t.to(x.device).contiguous(), False
+            self.scale = scale_t.to(x.device).contiguous()
+        else:
+            self.scale, scale_on_device = argument(scale_t, scale)
         key, seed_on_device = argument(seed, 0)
         self.dropout = (key, threshold(dropout_p), 1.0 / (1.0 - dropout_p))
         self.flags = {
