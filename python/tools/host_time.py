@@ -1,0 +1,165 @@
+"""Times what a call on a GPU takes of the host, and counts its launches, without a GPU.
+
+    python python/tools/host_time.py                     # prints the table
+    python python/tools/host_time.py --json benchmarks/results/host-time.json
+
+Tensors are small and on the CPU, plans are an H100's, and where a kernel would be launched nothing
+is: what is left is the public function, autograd, the dispatcher and the launcher. Triton's own
+launch and the driver's come on top for each launch. The bare layer is `F.linear` of the same size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "1"  # launchers take tensors of a CPU
+
+import torch
+import torch.nn.functional as F
+from _record import main
+
+import peft_kernels
+from peft_kernels import ops
+from peft_kernels.tools.verify.cases import Case, cases_of, leaves_of
+from peft_kernels.triton.common import chips, launch
+
+BARE, CHIP, DTYPE = "F.linear", "sm_90", torch.bfloat16
+ROWS, SIZE, RANK = 8, 64, 16
+ROUNDS, CALLS = 15, 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of one op: microseconds of a call and launches, alone and with its backward."""
+
+    what: str
+    forward: float
+    forward_backward: float
+    launches_forward: int
+    launches_forward_backward: int
+
+
+def example(op: str, *sizes: Any) -> dict[str, Any]:
+    module = importlib.import_module(f"peft_kernels.ops.{op}")
+    return module.example_inputs(*sizes, dtype=DTYPE)
+
+
+def linear(op: str, *trained: str) -> Case:
+    inputs = example(op, ROWS, SIZE, SIZE, RANK)
+    return Case(op, getattr(ops, op), inputs, ("x", "lora_a", "lora_b", *trained))
+
+
+def bare() -> Case:
+    lora = example("lora_linear", ROWS, SIZE, SIZE, RANK)
+    inputs = {"input": lora["x"], "weight": lora["weight"], "bias": lora["bias"]}
+    return Case(BARE, F.linear, inputs, ("input",))
+
+
+def multi() -> Case:
+    inputs = example("multi_lora_linear", ROWS, SIZE, SIZE, [RANK] * ROWS)
+    module = importlib.import_module("peft_kernels.ops.multi_lora_linear")
+    inputs["trained"] = [module.example_trained(bank, (0, 1)) for bank in inputs["banks"]]
+    return Case("multi_lora_linear", ops.multi_lora_linear, inputs, ("x", "trained"))
+
+
+def bottleneck() -> Case:
+    inputs = example("adapter", ROWS, SIZE, RANK)
+    call = partial(ops.adapter, activation="relu")
+    return Case("adapter", call, inputs, tuple(inputs))
+
+
+def fusion() -> Case:
+    cases = cases_of("adapter_fusion", DTYPE)
+    return replace(next(case for case in cases if case.name == "one row"), name="adapter_fusion")
+
+
+def attention() -> Case:
+    inputs = example("prefix_attention", 1, ROWS, 4, 4, SIZE, 16)
+    return Case("prefix_attention", ops.prefix_attention, inputs, tuple(inputs))
+
+
+def lookup() -> Case:
+    inputs = example("prompt_lookup", 1, ROWS, SIZE, 4)
+    call = lambda **given: ops.prompt_lookup(**given).embeddings  # noqa: E731
+    return Case("prompt_lookup", call, inputs, ("embeddings", "prompts"))
+
+
+def forward_of(case: Case) -> Callable[[], object]:
+    return lambda: case.call(**case.inputs)
+
+
+def step_of(case: Case) -> Callable[[], object]:
+    inputs, leaves = leaves_of(case, case.inputs)
+    dy = torch.ones_like(case.call(**inputs))
+    return lambda: torch.autograd.grad(case.call(**inputs), leaves, dy, allow_unused=True)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Of the process, by call: the least of the rounds, for what else runs only adds."""
+    for _ in range(CALLS):
+        call()
+    rounds = []
+    for _ in range(ROUNDS):
+        begin = time.process_time()
+        for _ in range(CALLS):
+            call()
+        rounds.append((time.process_time() - begin) / CALLS)
+    return 1e6 * min(rounds)
+
+
+def launches(call: Callable[[], object]) -> int:
+    with patch.object(launch, "run") as run:
+        call()
+    return run.call_count
+
+
+def row_of(case: Case) -> Row:
+    with torch.no_grad():
+        forward = microseconds(forward_of(case))
+        count = launches(forward_of(case))
+    step = step_of(case)
+    return Row(case.name, forward, microseconds(step), count, launches(step))
+
+
+def measure() -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    layers = linear("lora_linear"), linear("dora_linear", "magnitude"), multi()
+    others = bottleneck(), fusion(), attention(), lookup()
+    gpu = patch.object(chips, "arch_name", lambda device: CHIP)
+    nothing = patch.object(launch, "run", lambda *launched: None)
+    with gpu, nothing, peft_kernels.backend("triton"):
+        rows = [row_of(case) for case in (bare(), *layers, *others)]
+    return [asdict(row) for row in rows]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the record."""
+    bare = Row(**rows[0])
+    lines = [
+        "| | µs forward | over `F.linear` | launches | µs forward and backward | over `F.linear`"
+        " | launches |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for record in rows:
+        row = Row(**record)
+        cells = [
+            f"{row.forward:.0f}",
+            f"{row.forward - bare.forward:+.0f}",
+            row.launches_forward,
+            f"{row.forward_backward:.0f}",
+            f"{row.forward_backward - bare.forward_backward:+.0f}",
+            row.launches_forward_backward,
+        ]
+        lines.append(f"| `{row.what}` | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, table)
