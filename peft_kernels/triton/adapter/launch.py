@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from peft_kernels.ops._dropout import threshold
@@ -20,6 +19,7 @@ from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.blocks import INTERPRET
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import argument, chunks, launch, options, sum_partials
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import kernels as lora_kernels
 
 FOLD_BLOCK = 1024  # of k
@@ -60,7 +60,7 @@ def adapter_fwd(
     with torch.cuda.device_of(x):
         launch(
             kernels.adapter_fwd_kernel,
-            (triton.cdiv(call.m, tile.m),),
+            (cdiv(call.m, tile.m),),
             x, residual, down_weight, call.down_bias, up_weight, call.up_bias, call.scale,
             call.pre_norm_weight, call.fold(), pre_norm_eps, call.norm_weight, call.norm_bias,
             norm_eps, y, z, statistics, *call.dropout, call.m, call.k, call.r, call.n,
@@ -133,7 +133,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dt in float32, the residual's gradient (dt in x's dtype) and those of norm."""
     tile, x = call.tile("norm_bwd"), call.x
-    blocks = triton.cdiv(call.m, tile.m)
+    blocks = cdiv(call.m, tile.m)
     dt = z.new_empty(call.m, call.n)
     stores_residual = needs_residual and x.dtype is not torch.float32
     d_residual = x.new_empty(call.m, call.n) if stores_residual else dt
@@ -158,7 +158,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dz (times the reciprocal deviation with pre_norm), and by block dz's sums over rows."""
     tile, x = call.tile("bwd"), call.x
-    blocks = triton.cdiv(call.m, tile.m)
+    blocks = cdiv(call.m, tile.m)
     dx = x.new_empty(x.shape if needs_x else (0,))
     dz, dz_sums = z.new_empty(call.m, call.r), z.new_empty(blocks, 2, call.r)
     launch(
@@ -178,8 +178,8 @@ def _rows(
 def _up(call: _Call, g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """G = g^T act(z) and the sum of g over rows."""
     tile = call.tile("up")
-    rank_blocks = triton.cdiv(call.r, call.block_r)
-    programs = triton.cdiv(call.n, tile.n) * rank_blocks
+    rank_blocks = cdiv(call.r, call.block_r)
+    programs = cdiv(call.n, tile.n) * rank_blocks
     chunk, splits = call.chunks(call.m, tile.m, programs)
     parts, sums = z.new_empty(splits, call.n, call.r), z.new_empty(splits, call.n)
     launch(
@@ -197,7 +197,7 @@ def _down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dD, db_d and the gradients of pre_norm's weight and bias."""
     tile = chips.tile(call.arch_name, "grad_a", call.x.dtype, call.m)
-    programs = triton.cdiv(call.k, tile.k) * triton.cdiv(call.r, call.block_r)
+    programs = cdiv(call.k, tile.k) * cdiv(call.r, call.block_r)
     chunk, splits = call.chunks(call.m, tile.m, programs)
     parts = dz.new_empty(splits, call.r, call.k)
     launch(
@@ -214,7 +214,7 @@ def _down(
         return sum_partials(parts, d_down, 1.0), dz_sums[0], d_pre_norm
     launch(
         bwd_kernels.adapter_down_kernel,
-        (triton.cdiv(call.k, DOWN_GRAD_BLOCK_K),),
+        (cdiv(call.k, DOWN_GRAD_BLOCK_K),),
         parts, dz_sums, call.down_weight, call.pre_norm_weight, call.pre_norm_bias, d_down,
         d_pre_norm, splits, call.k, call.r, *call.down_weight.stride(),
         HAS_PRE_BIAS=call.pre_norm_bias is not None, NEEDS_DOWN=needs_down,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-import triton
 from torch import Tensor
 
 from peft_kernels.triton.adapter_fusion import kernels, tiles
@@ -19,6 +18,7 @@ from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.blocks import INTERPRET
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import chunks, launch, options, sum_partials
+from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 
 WEIGHTS_BLOCK_M = 16
 # A copy of M to aligned rows pays for itself from here on.
@@ -46,7 +46,7 @@ def adapter_fusion_fwd(
         p, mixed = call.empty(call.m, call.adapters), torch.empty_like(z)
         launch(
             kernels.adapter_fusion_weights_kernel,
-            (triton.cdiv(call.m, WEIGHTS_BLOCK_M),),
+            (cdiv(call.m, WEIGHTS_BLOCK_M),),
             z, w, call.starts, p, mixed, call.m, call.ranks, call.adapters,
             **call.weights_block(),
         )  # fmt: skip
@@ -96,7 +96,7 @@ def adapter_fusion_bwd(
             mixed = torch.empty_like(z)
         launch(
             kernels.adapter_fusion_weights_bwd_kernel,
-            (triton.cdiv(call.m, WEIGHTS_BLOCK_M),),
+            (cdiv(call.m, WEIGHTS_BLOCK_M),),
             z, w, p, t, from_v, call.starts, dpre, dw, mixed, call.m, call.ranks, call.adapters,
             NEEDS_ROWS=needs_rows, NEEDS_MIX=needs_mix, **call.weights_block(),
         )  # fmt: skip
@@ -160,7 +160,7 @@ class _Call:
             "ACTIVATION": self.activation,
             "BLOCK_M": WEIGHTS_BLOCK_M,
             "BLOCK_R": chips.rank_block(self.widest),
-            "ADAPTERS": triton.next_power_of_2(self.adapters),
+            "ADAPTERS": next_power_of_2(self.adapters),
             "num_warps": 8 if self.x.dtype is torch.float32 else 4,
         }
 
@@ -175,11 +175,11 @@ class _Call:
         columns = [weight.shape[0] for weight in weights]
         outs = [self.empty(self.m, size) for size in columns]
         pair = (None, None) if biases is None else tuple(bias.contiguous() for bias in biases)
-        block_n = min(tile.n, max(16, triton.next_power_of_2(max(columns))))
-        blocks = sum(triton.cdiv(size, block_n) for size in columns)
+        block_n = min(tile.n, max(16, next_power_of_2(max(columns))))
+        blocks = sum(cdiv(size, block_n) for size in columns)
         launch(
             kernels.adapter_fusion_products_kernel,
-            (triton.cdiv(self.m, tile.m) * blocks,),
+            (cdiv(self.m, tile.m) * blocks,),
             *rows, weights[0], pair[0], weights[1], pair[1], *outs,
             self.m, *(row.shape[1] for row in rows), *columns,
             *rows[0].stride(), *rows[1].stride(), *weights[0].stride(), *weights[1].stride(),
@@ -201,7 +201,7 @@ class _Call:
         out = self.x.new_empty(self.m, n)
         launch(
             kernels.adapter_fusion_mix_kernel,
-            (triton.cdiv(self.m, tile.m) * triton.cdiv(n, tile.n),),
+            (cdiv(self.m, tile.m) * cdiv(n, tile.n),),
             p1, q1, p2, q2, residual, out, self.m, n, q1.shape[0], q2.shape[0],
             p1.stride(0), *q1.stride(), p2.stride(0), *q2.stride(),
             *((0, 0) if residual is None else residual.stride()),
@@ -219,7 +219,7 @@ class _Call:
         tile = self.tile("grad")
         k, r = rows.shape[1], g.shape[1]
         block_r = chips.rank_block(r)
-        programs = triton.cdiv(k, tile.k) * triton.cdiv(r, block_r)
+        programs = cdiv(k, tile.k) * cdiv(r, block_r)
         chunk, splits = chunks(chips.cores(self.x.device), self.m, tile.m, programs)
         shape, strides = ((k, r), (1, r)) if transposed else ((r, k), (k, 1))
         parts, sum_parts = self.empty(splits, *shape), self.empty(splits, r if sums else 0)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
+
+from peft_kernels.triton.common.sizes import next_power_of_2
 
 # Ranks are handled in blocks of at most this many; a higher rank loops over blocks.
 MAX_BLOCK_R = 64
@@ -258,7 +259,7 @@ def tile(name: str, kernel: str, dtype: torch.dtype, m: int) -> Tile:
 
 
 def rank_block(r: int) -> int:
-    return min(max(triton.next_power_of_2(r), MIN_BLOCK_R), MAX_BLOCK_R)
+    return min(max(next_power_of_2(r), MIN_BLOCK_R), MAX_BLOCK_R)
 
 
 def gemm_is_competitive(name: str, dtype: torch.dtype, n: int, k: int) -> bool:

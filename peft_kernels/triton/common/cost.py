@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from peft_kernels.triton.common.chips import Tile
+from peft_kernels.triton.common.sizes import cdiv
 
 # Seconds that a launch takes besides its work: the gap to the one before, the first loads, the last
 # stores. Assumed.
@@ -54,11 +55,6 @@ CHIPS = {
     "gfx942": Chip(304, 1307e12, 5.3e12, 2.1e9),  # MI300X
     "gfx950": Chip(256, 2517e12, 8.0e12, 2.4e9),  # MI355X
 }
-
-
-def ceil_div(length: int, block: int) -> int:
-    """Blocks that cover a length; `triton.cdiv` takes a hundred times as long."""
-    return -(-length // block)
 
 
 def chip(name: str, cores: int) -> Chip:
@@ -101,8 +97,8 @@ class Product:
 def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
     """The modelled time of ``product`` in tiles of ``tile``, its launches included."""
     m, n = product.m, product.n
-    programs = max(ceil_div(m, tile.m) * ceil_div(n, tile.n) * splits, 1)
-    depth = ceil_div(product.k, splits)
+    programs = max(cdiv(m, tile.m) * cdiv(n, tile.n) * splits, 1)
+    depth = cdiv(product.k, splits)
     parts = 4 * splits * m * n if splits > 1 else 0
     moved = product.bytes_read() + (parts or product.bytes_written())
 
@@ -111,7 +107,7 @@ def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
     operands = 2 * (min(tile.m, m) + min(tile.n, n)) + product.rank_bytes * product.ranks
     port = operands * depth / (PORT * chip.clock)
     share = moved / programs / (SHARES * chip.bandwidth / chip.cores)
-    waves = ceil_div(programs, chip.cores)
+    waves = cdiv(programs, chip.cores)
     time = LAUNCH + max(waves * max(products, port, share), moved / chip.bandwidth)
     if splits > 1:
         time += LAUNCH + (parts + product.bytes_written()) / chip.bandwidth

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from peft_kernels.triton.common import chips
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.common.sum_kernels import sum_partials_kernel
 
 GROUP_M = 8  # rows of tiles that share their columns in L2
@@ -46,8 +46,8 @@ def on_device(tensor: Tensor) -> bool:
 def chunks(cores: int, length: int, block: int, programs: int) -> tuple[int, int]:
     """Splits ``length`` where ``programs`` alone don't fill the GPU: (chunk length, chunks)."""
     wanted = 2 * cores // max(programs, 1)
-    chunk = block * triton.cdiv(triton.cdiv(length, block), min(max(wanted, 1), MAX_SPLITS))
-    return chunk, triton.cdiv(length, chunk) if length else 0
+    chunk = block * cdiv(cdiv(length, block), min(max(wanted, 1), MAX_SPLITS))
+    return chunk, cdiv(length, chunk) if length else 0
 
 
 def sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
@@ -55,7 +55,7 @@ def sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
     value, is_pointer = argument(factor, 1.0)
     launch(
         sum_partials_kernel,
-        (triton.cdiv(out.numel(), SUM_BLOCK),),
+        (cdiv(out.numel(), SUM_BLOCK),),
         parts, out, value, parts.shape[0], out.numel(),
         FACTOR_ON_DEVICE=is_pointer, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
     )  # fmt: skip

@@ -7,11 +7,11 @@ has in ``kernels.py``.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import argument, chunks, launch, sum_partials
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.dora_linear import kernels
 from peft_kernels.triton.lora_linear.launch import lora_linear_bwd, with_gain
 
@@ -75,7 +75,7 @@ def _gain_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dz = gain dy, and sum_m dy (y - bias) where that is needed."""
     m, n = dy.shape
-    blocks = triton.cdiv(n, BLOCK_N)
+    blocks = cdiv(n, BLOCK_N)
     chunk, splits = chunks(chips.cores(dy.device), m, BLOCK_M, blocks)
     dz = dy.new_empty(m, n)
     parts = gain.new_empty(splits if needs_gain else 0, n)
@@ -106,7 +106,7 @@ def _gain_end(
     factor, on_device = argument(scale, 1.0)
     launch(
         kernels.gain_end_kernel,
-        (triton.cdiv(n, END_N),),
+        (cdiv(n, END_N),),
         dy, x, weight, lora_b, s, sums, gain, dgain, factor, m, n, k, r,
         *dy.stride(), *x.stride(), weight.stride(1), weight.stride(0), *lora_b.stride(),
         SCALE_ON_DEVICE=on_device, PRECISION=chips.float32_precision(x.device),

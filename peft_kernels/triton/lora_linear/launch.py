@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from peft_kernels.ops._dropout import threshold
@@ -28,6 +27,7 @@ from peft_kernels.triton.common.launch import (
     options,
     sum_partials,
 )
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import kernels, modelled, plans, tilings
 
 # ---- forward -----------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Call:
         self.arch_name = chips.arch_name(x.device)
         self.cores = chips.cores(x.device)
         self.block_r = chips.rank_block(self.r)
-        self.rank_blocks = triton.cdiv(self.r, self.block_r)
+        self.rank_blocks = cdiv(self.r, self.block_r)
         self.inv_keep = 1.0 / (1.0 - dropout_p)
         self.threshold = threshold(dropout_p)
         self.seed, self.seed_on_device = argument(seed, 0)
@@ -192,11 +192,11 @@ class Call:
         G groups and C chunks of rows fill the GPU when G C is about twice the cores; their partial
         sums, (G m + C n) r numbers, are fewest at G / C = n / m.
         """
-        blocks = triton.cdiv(self.n, block)
+        blocks = cdiv(self.n, block)
         wanted = 2 * self.cores / max(self.rank_blocks, 1)
         groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
-        group = triton.cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
-        return group, triton.cdiv(blocks, group) if blocks else 0
+        group = cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
+        return group, cdiv(blocks, group) if blocks else 0
 
 
 # ---- launches ----------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Call:
 def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
     """S = dropout(x) A^T."""
     tile = call.tile("shrink")
-    programs = triton.cdiv(call.m, tile.m) * call.rank_blocks
+    programs = cdiv(call.m, tile.m) * call.rank_blocks
     chunk, splits = call.chunks(call.k, tile.k, programs)
     splits = max(splits, 1)  # k = 0 still has an S, of zeros
     parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
@@ -242,7 +242,7 @@ def _in_loop(
     factor, on_device = argument(scale, 1.0)
     launch(
         kernels.in_loop_kernel,
-        (triton.cdiv(call.m, tile.m) * triton.cdiv(call.n, tile.n), tiling.splits),
+        (cdiv(call.m, tile.m) * cdiv(call.n, tile.n), tiling.splits),
         x, weight, bias, gain, lora_a, lora_b, y_parts, s_parts, factor,
         call.seed, call.threshold, call.inv_keep,
         call.m, call.n, call.k, call.r, _chunk(call.k, tiling),
@@ -283,7 +283,7 @@ def _tile(
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.tile_kernel,
-        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tiling.splits),
+        (cdiv(m, tile.m) * cdiv(n, tile.n), tiling.splits),
         a, w, bias, gain, p, q, parts, value, call.seed, call.threshold,
         m, n, a.shape[1], call.r, _chunk(a.shape[1], tiling),
         *a.stride(), *w.stride(), *q.stride(),
@@ -302,7 +302,7 @@ def _tile(
 def _chunk(length: int, tiling: tilings.Tiling) -> int:
     """What each split sums over, in whole blocks; the last splits may have nothing left."""
     block = tiling.tile.k
-    return block * cost.ceil_div(cost.ceil_div(length, block), tiling.splits)
+    return block * cdiv(cdiv(length, block), tiling.splits)
 
 
 class LowRank(NamedTuple):
@@ -331,7 +331,7 @@ def _add_low_rank(
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.add_low_rank_kernel,
-        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
+        (cdiv(m, tile.m) * cdiv(n, tile.n),),
         base, bias, gain, p, q, total, out, value, call.seed, call.threshold, m, n, call.r,
         *q.stride(),
         HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
@@ -378,7 +378,7 @@ def from_dy(
 def grad_a(call: Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
     """dA = dS^T dropout(x)."""
     tile = call.tile("grad_a")
-    programs = triton.cdiv(call.k, tile.k) * call.rank_blocks
+    programs = cdiv(call.k, tile.k) * call.rank_blocks
     chunk, splits = call.chunks(call.m, tile.m, programs)
     parts = ds.new_empty(splits, call.r, call.k)
     launch(

@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from peft_kernels.triton.common import chips
+from peft_kernels.triton.common.sizes import next_power_of_2
 from peft_kernels.triton.lora_linear import modelled, plan_cache, tilings, tuning
 
 PLANS = ("i", "ii", "library")
@@ -59,7 +59,7 @@ class Problem:
     def bucket(self) -> str:
         """The tune cache's key: every size rounded up to a power of two."""
         sizes = " ".join(
-            f"{name}{triton.next_power_of_2(max(size, 1))}"
+            f"{name}{next_power_of_2(max(size, 1))}"
             for name, size in (("m", self.m), ("n", self.n), ("k", self.k), ("r", self.r))
         )
         dtypes = f"{_short(self.dtype)}/{_short(self.adapter_dtype)}"

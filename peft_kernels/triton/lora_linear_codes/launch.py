@@ -10,12 +10,12 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import GROUP_M, argument, launch, options
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import plans
 from peft_kernels.triton.lora_linear.launch import (
     Call,
@@ -159,7 +159,7 @@ def kind_of(weight: QuantizedWeight) -> str:
 def dequantized(weight: _Weight, dtype: torch.dtype) -> Tensor:
     """The weight ``[n, k]``, rounded once."""
     out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.codes.device)
-    blocks = triton.cdiv(weight.n, DEQUANTIZE_N) * triton.cdiv(weight.k, DEQUANTIZE_K)
+    blocks = cdiv(weight.n, DEQUANTIZE_N) * cdiv(weight.k, DEQUANTIZE_K)
     launch(
         kernels.dequantize_kernel,
         (blocks,),
@@ -191,7 +191,7 @@ def _tile(
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.codes_tile_kernel,
-        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
+        (cdiv(m, tile.m) * cdiv(n, tile.n),),
         a, *weight.arguments(), bias, p, q, out, value, call.seed, call.threshold, m, call.r,
         *a.stride(), *q.stride(),
         **weight.constants(),

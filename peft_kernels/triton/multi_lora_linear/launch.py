@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from peft_kernels import _cuda_kernels
 from peft_kernels.ops.multi_lora_linear import PAGE, sort_by_adapter
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import GROUP_M, chunks, launch, options, sum_partials
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.multi_lora_linear import kernels, plans
 from peft_kernels.triton.multi_lora_linear import tile_kernels as tiles
 
@@ -259,8 +259,8 @@ class _Call:
             return self._decode_shrink(x)
         backward = matrix == "b"
         tile = self.tile("shrink")
-        row_blocks = triton.cdiv(self.m, tile.m)
-        rank_blocks = sum(triton.cdiv(bank.s_width, self.block_r) for bank in self.banks)
+        row_blocks = cdiv(self.m, tile.m)
+        rank_blocks = sum(cdiv(bank.s_width, self.block_r) for bank in self.banks)
         depth = max((bank.n for bank in self.banks), default=0) if backward else self.k
         cores = chips.cores(x.device)
         chunk, splits = chunks(cores, depth, tile.k, row_blocks * rank_blocks)
@@ -269,7 +269,7 @@ class _Call:
         for group in self.groups():
             first = group[0]
             own_x = x[:, first.column :] if backward else x
-            rank_blocks = sum(triton.cdiv(bank.s_width, self.block_r) for bank in group)
+            rank_blocks = sum(cdiv(bank.s_width, self.block_r) for bank in group)
             launch(
                 kernels.multi_shrink_kernel,
                 (row_blocks * rank_blocks, splits),
@@ -358,10 +358,10 @@ class _Call:
         if self.plan == "decode":
             tile = self.tile("decode_tile" if base else "decode_delta")
             x, w = base or (s, s)  # any pointer where there is no base
-            blocks = sum(triton.cdiv(width, tile.n) for width in widths)
+            blocks = sum(cdiv(width, tile.n) for width in widths)
             launch(
                 tiles.decode_tile_kernel,
-                (triton.cdiv(self.m, tile.m) * blocks,),
+                (cdiv(self.m, tile.m) * blocks,),
                 x, w, bias, out, s, *fields, self.ids, self.m, x.shape[1], *sizes,
                 *x.stride(), *w.stride(), out.stride(0), widths, s_widths,
                 HAS_BASE=base is not None, HAS_BIAS=bias is not None, PRECISION=self.precision,
@@ -370,10 +370,10 @@ class _Call:
         elif base:
             tile = self.tile("tile_masked" if dropout else "tile")
             x, w = base
-            blocks = sum(triton.cdiv(width, tile.n) for width in widths)
+            blocks = sum(cdiv(width, tile.n) for width in widths)
             launch(
                 tiles.multi_tile_kernel,
-                (triton.cdiv(self.m, tile.m) * blocks,),
+                (cdiv(self.m, tile.m) * blocks,),
                 x, w, bias, out, s, *fields, *_dropouts(group), *self.routing(),
                 self.m, x.shape[1], *sizes, *x.stride(), *w.stride(), out.stride(0),
                 widths, s_widths, HAS_BIAS=bias is not None, **flags,
@@ -381,10 +381,10 @@ class _Call:
             )  # fmt: skip
         else:
             tile = self.tile("delta_masked" if dropout else "delta")
-            blocks = sum(triton.cdiv(width, tile.n) for width in widths)
+            blocks = sum(cdiv(width, tile.n) for width in widths)
             launch(
                 tiles.multi_delta_kernel,
-                (triton.cdiv(self.m, tile.m) * blocks,),
+                (cdiv(self.m, tile.m) * blocks,),
                 out, s, *fields, *_dropouts(group), *self.routing(), self.m, *sizes,
                 out.stride(0), widths, s_widths, ADDS=adds, **flags,
                 BLOCK_M=tile.m, BLOCK_N=tile.n, **options(tile),
@@ -397,10 +397,10 @@ class _Call:
         tile = self.tile("grad")
         size, cols = out.shape
         block_r = chips.rank_block(bank.s_width)
-        rank_blocks = triton.cdiv(bank.s_width, block_r)
-        most = triton.cdiv(self.m, GRAD_MAX_PARTS)
-        chunk = tile.m * triton.cdiv(max(GRAD_ROWS, most), tile.m)
-        parts = triton.cdiv(self.m, chunk)
+        rank_blocks = cdiv(bank.s_width, block_r)
+        most = cdiv(self.m, GRAD_MAX_PARTS)
+        chunk = tile.m * cdiv(max(GRAD_ROWS, most), tile.m)
+        parts = cdiv(self.m, chunk)
         sums = out if parts == 1 else out.new_empty(parts, size, cols, dtype=torch.float32)
         grad_rows = grad_rows.contiguous()
         order, starts = self.sorted
@@ -411,7 +411,7 @@ class _Call:
             listed, count = has_gradient.to(torch.int8).argsort(descending=True), size
         launch(
             kernels.multi_grad_kernel,
-            (count * rank_blocks, triton.cdiv(cols, tile.k), parts),
+            (count * rank_blocks, cdiv(cols, tile.k), parts),
             s[:, bank.s_column :], x, sums, bank.ranks, bank.scales, bank.p, bank.seeds,
             listed, grad_rows, order, starts,
             self.per_id, chunk, size, cols, s.stride(0), *x.stride(),
@@ -423,7 +423,7 @@ class _Call:
         if parts > 1:
             launch(
                 kernels.sum_parts_kernel,
-                (count, triton.cdiv(cols, SUM_BLOCK)),
+                (count, cdiv(cols, SUM_BLOCK)),
                 sums, out, bank.ranks, listed, grad_rows, starts, self.per_id, chunk, size, cols,
                 LISTED=count < self.slots, BLOCK=SUM_BLOCK,
             )  # fmt: skip

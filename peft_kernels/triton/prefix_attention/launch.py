@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from peft_kernels.ops.prefix_attention import prefix_attention_bwd_ref, prefix_attention_fwd_ref
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import MAX_SPLITS, launch, options, sum_partials
+from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 from peft_kernels.triton.prefix_attention import bwd_kernels as bwd_kernels
 from peft_kernels.triton.prefix_attention import kernels, tiles
 
@@ -131,7 +131,7 @@ class _Call:
         self.scale, self.factor = scale, scale * 1.4426950408889634
         self.arch_name = chips.arch_name(q.device)
         self.cores = chips.cores(q.device)
-        self.block_d = max(16, triton.next_power_of_2(self.size))
+        self.block_d = max(16, next_power_of_2(self.size))
         self.causal = is_causal
 
     def tile(self, kernel: str) -> Tile:
@@ -183,7 +183,7 @@ class _Call:
             lse_parts = self.by_row(self.batch, splits)
         launch(
             kernels.prefix_attention_fwd_kernel,
-            (triton.cdiv(self.rows, tile.m) * splits * self.heads * self.batch,),
+            (cdiv(self.rows, tile.m) * splits * self.heads * self.batch,),
             *self.sources(), out_parts, lse_parts,
             self.heads, self.queries, self.keys, self.length, self.size, splits, chunk,
             self.factor, *self.strides(),
@@ -194,7 +194,7 @@ class _Call:
                 kernels.prefix_attention_combine_kernel,
                 (self.batch * self.queries * self.query_heads,),
                 out_parts, lse_parts, out, lse, self.query_heads, self.queries, self.size, splits,
-                SPLITS=triton.next_power_of_2(splits), BLOCK_D=self.block_d,
+                SPLITS=next_power_of_2(splits), BLOCK_D=self.block_d,
                 num_warps=COMBINE_WARPS,
             )  # fmt: skip
         return out.transpose(1, 2), lse
@@ -207,8 +207,8 @@ class _Call:
         wanted = min(wanted, self.keys // (PART_KEYS_PER_ROW * tile.m), MAX_SPLITS)
         if wanted < 2:
             return 1, self.keys
-        chunk = tile.n * triton.cdiv(triton.cdiv(self.keys, tile.n), wanted)
-        return triton.cdiv(self.keys, chunk), chunk
+        chunk = tile.n * cdiv(cdiv(self.keys, tile.n), wanted)
+        return cdiv(self.keys, chunk), chunk
 
     # -- backward
 
@@ -218,7 +218,7 @@ class _Call:
         delta, rows = self.by_row(self.batch), self.batch * self.queries * self.query_heads
         launch(
             bwd_kernels.prefix_attention_delta_kernel,
-            (triton.cdiv(rows, DELTA_BLOCK_M),),
+            (cdiv(rows, DELTA_BLOCK_M),),
             dout, out, delta, rows, self.query_heads, self.queries, self.size, dout.stride()[:3],
             BLOCK_M=DELTA_BLOCK_M, BLOCK_D=self.block_d, num_warps=DELTA_WARPS,
         )  # fmt: skip
@@ -229,7 +229,7 @@ class _Call:
         dq = self.by_query(self.batch, dtype=self.q.dtype)
         launch(
             bwd_kernels.prefix_attention_query_grad_kernel,
-            (triton.cdiv(self.rows, tile.m) * self.heads * self.batch,),
+            (cdiv(self.rows, tile.m) * self.heads * self.batch,),
             dout, *self.sources(), lse, delta, dq,
             self.heads, self.queries, self.keys, self.length, self.size, self.scale, self.factor,
             dout.stride()[:3], *self.strides(),
@@ -243,7 +243,7 @@ class _Call:
         dk, dv = self.k.new_empty(shape), self.v.new_empty(shape)
         launch(
             bwd_kernels.prefix_attention_text_grad_kernel,
-            (triton.cdiv(self.keys, tile.n) * self.heads * self.batch,),
+            (cdiv(self.keys, tile.n) * self.heads * self.batch,),
             dout, self.q, self.k, self.v, self.mask, self.starts, self.ends, lse, delta, dk, dv,
             self.heads, self.queries, self.keys, self.size, self.scale, self.factor,
             dout.stride()[:3], *(tensor.stride()[:3] for tensor in (self.q, self.k, self.v)),
@@ -256,7 +256,7 @@ class _Call:
         tile = self.tile("prefix_grad")
         shape = (self.prefixes, self.heads, self.length, self.size)
         dk, dv = (self.q.new_empty(shape, dtype=torch.float32) for _ in "kv")
-        programs = triton.cdiv(self.length, tile.n) * self.heads * self.prefixes
+        programs = cdiv(self.length, tile.n) * self.heads * self.prefixes
         batch_parts, batch_chunk, row_parts, row_chunk = self.parts_of_rows(tile, programs)
         parts = batch_parts * row_parts
         dk_parts, dv_parts = dk, dv
@@ -280,8 +280,8 @@ class _Call:
         """Parts of the batch and its rows in each, parts of a row's tiles and rows in each."""
         wanted = 2 * self.cores // max(programs, 1)
         wanted = max(min(wanted, MAX_SPLITS), 1)
-        batch_chunk = max(triton.cdiv(self.batch, wanted), 1)
-        batch_parts = max(triton.cdiv(self.batch, batch_chunk), 1)
-        blocks = max(triton.cdiv(self.rows, tile.m), 1)
-        row_chunk = triton.cdiv(blocks, min(blocks, max(wanted // batch_parts, 1)))
-        return batch_parts, batch_chunk, triton.cdiv(blocks, row_chunk), row_chunk * tile.m
+        batch_chunk = max(cdiv(self.batch, wanted), 1)
+        batch_parts = max(cdiv(self.batch, batch_chunk), 1)
+        blocks = max(cdiv(self.rows, tile.m), 1)
+        row_chunk = cdiv(blocks, min(blocks, max(wanted // batch_parts, 1)))
+        return batch_parts, batch_chunk, cdiv(blocks, row_chunk), row_chunk * tile.m

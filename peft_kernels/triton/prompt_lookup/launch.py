@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 from peft_kernels.triton.common.launch import launch
+from peft_kernels.triton.common.sizes import next_power_of_2
 from peft_kernels.triton.prompt_lookup import kernels
 
 # All is memory traffic: the same on every chip. A row of 256 elements is a vector of 16 bytes for
@@ -90,7 +90,7 @@ def prompt_lookup_bwd(
 @functools.lru_cache(maxsize=256)
 def _tile(d: int) -> dict[str, int]:
     """Tokens x elements of a tile: few elements leave room for more tokens."""
-    columns = min(BLOCK_N, max(16, triton.next_power_of_2(d)))
+    columns = min(BLOCK_N, max(16, next_power_of_2(d)))
     return {"BLOCK_M": min(MAX_BLOCK_M, ELEMENTS // columns), "BLOCK_N": columns}
 
 
