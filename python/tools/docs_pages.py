@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _results
 import four_bit
 import headline
+import host_time
 import peft_models
 import peft_overhead
 import quantized_models
@@ -132,6 +133,11 @@ def _peft_overhead() -> str:
     return peft_overhead.table(json.loads(_results.PEFT_OVERHEAD.read_text()))
 
 
+def _host_time() -> str:
+    """What a call on a GPU takes of the host."""
+    return host_time.table(json.loads(_results.HOST_TIME.read_text()))
+
+
 def _traffic() -> str:
     """Whole passes over activations beyond the bare layer's: our plans, and the peers."""
     passes: dict[str, dict[str, float]] = {}
@@ -165,6 +171,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "machines": _machines,
     "cards": _cards,
     "traffic": _traffic,
+    "host_time": _host_time,
     "peft_models": _peft_models,
     "peft_overhead": _peft_overhead,
     "four_bit": _four_bit,

@@ -19,8 +19,6 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-os.environ["TRITON_INTERPRET"] = "1"  # launchers take tensors of a CPU
-
 import torch
 import torch.nn.functional as F
 from _record import main
@@ -28,7 +26,6 @@ from _record import main
 import peft_kernels
 from peft_kernels import ops
 from peft_kernels.tools.verify.cases import Case, cases_of, leaves_of
-from peft_kernels.triton.common import chips, launch
 
 BARE, CHIP, DTYPE = "F.linear", "sm_90", torch.bfloat16
 ROWS, SIZE, RANK = 8, 64, 16
@@ -115,7 +112,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def launches(call: Callable[[], object]) -> int:
-    with patch.object(launch, "run") as run:
+    with patch("peft_kernels.triton.common.launch.run") as run:
         call()
     return run.call_count
 
@@ -129,11 +126,14 @@ def row_of(case: Case) -> Row:
 
 
 def measure() -> list[dict[str, Any]]:
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before Triton is imported: launchers take a CPU's tensors
+    )
     torch.set_num_threads(1)
     layers = linear("lora_linear"), linear("dora_linear", "magnitude"), multi()
     others = bottleneck(), fusion(), attention(), lookup()
-    gpu = patch.object(chips, "arch_name", lambda device: CHIP)
-    nothing = patch.object(launch, "run", lambda *launched: None)
+    gpu = patch("peft_kernels.triton.common.chips.arch_name", lambda device: CHIP)
+    nothing = patch("peft_kernels.triton.common.launch.run", lambda *launched: None)
     with gpu, nothing, peft_kernels.backend("triton"):
         rows = [row_of(case) for case in (bare(), *layers, *others)]
     return [asdict(row) for row in rows]
