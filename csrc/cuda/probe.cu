@@ -4,10 +4,10 @@
 
 #include "launch.h"
 
+extern "C" __global__ void peft_kernels_probe() {}
+
 namespace peft_kernels {
 namespace {
-
-__global__ void probe() {}
 
 std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
@@ -23,7 +23,7 @@ std::string about_driver() {
 std::string cuda_kernels_error(int64_t device) {
   cudaFuncAttributes attributes;
   cudaError_t status = cudaSetDevice(static_cast<int>(device));
-  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, probe);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, peft_kernels_probe);
   if (status == cudaSuccess) return "";
   cudaGetLastError();  // else the next launch would report it
   return std::string(cudaGetErrorString(status)) + " (" + about_driver() + ")";
