@@ -63,3 +63,11 @@ def test_the_cores_at_hand_count():
     whole = tilings.tiling("sm_90", "tile", BF16, product)
     seventh = tilings.tiling("sm_90", "tile", BF16, product, 16)
     assert programs(product, seventh) < programs(product, whole)
+
+
+@pytest.mark.parametrize("name", tilings.TILES)
+def test_the_parts_of_a_sum_take_little_memory(name):
+    for m in (512, 2048, 16384):
+        product = cost.Product(m, 14336, 14336)
+        found = tilings.tiling(name, "tile", torch.bfloat16, product)
+        assert found.splits == 1 or 4 * found.splits * m * 14336 <= tilings.PARTS_BYTES

@@ -76,6 +76,8 @@ BIG_TILE = 128 * 128
 # Into how many parts a sum over k may be split. Each number is a variant of the kernel that adds
 # them up.
 SPLITS = (1, 2, 4, 8)
+# The most that the parts of a call may take of the GPU's memory while it lasts.
+PARTS_BYTES = 64 << 20
 # What adds them up waits for memory: a few elements a thread, and many programs.
 ADDED = Tile(16, 64, 0, 4, 1)
 
@@ -117,7 +119,13 @@ def tiling(
     if dtype is torch.float32 or name not in cost.CHIPS:
         return Tiling(tiles[0])
     chip = cost.chip(name, cores or cost.CHIPS[name].cores)
-    choices = [Tiling(tile, splits) for tile in tiles for splits in splits_of(kernel, tile)]
+    most = PARTS_BYTES // max(4 * product.m * product.n, 1)
+    choices = [
+        Tiling(tile, splits)
+        for tile in tiles
+        for splits in splits_of(kernel, tile)
+        if splits == 1 or splits <= most
+    ]
     return min(choices, key=lambda choice: cost.seconds(chip, product, choice.tile, choice.splits))
 
 
