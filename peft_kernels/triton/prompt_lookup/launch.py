@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.triton.common.launch import launch
-from peft_kernels.triton.common.sizes import next_power_of_2
+from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 from peft_kernels.triton.prompt_lookup import kernels
 
 # All is memory traffic: the same on every chip. A row of 256 elements is a vector of 16 bytes for
@@ -96,7 +96,7 @@ def _tile(d: int) -> dict[str, int]:
 
 def _tiles(rows: int, tokens: int, d: int, tile: dict[str, int]) -> int:
     """How many tiles cover [rows, tokens, d]."""
-    return rows * -(-tokens // tile["BLOCK_M"]) * -(-d // tile["BLOCK_N"])
+    return rows * cdiv(tokens, tile["BLOCK_M"]) * cdiv(d, tile["BLOCK_N"])
 
 
 def _strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
