@@ -289,6 +289,22 @@ def test_the_support_matrix_has_the_pinned_versions():
         assert {"torch", "triton", "transformers", "peft"} <= tested.keys() & pins.keys()
 
 
+def test_the_support_matrix_has_every_variable():
+    """Those that the package or its build reads; the options of CMake are told beside them."""
+    sources = [
+        ROOT / "setup.py",
+        *(ROOT / "peft_kernels").rglob("*.py"),
+        *(ROOT / "csrc").rglob("*.cpp"),
+    ]
+    read = {
+        name for file in sources for name in re.findall(r"PEFT_KERNELS_[A-Z]+", file.read_text())
+    }
+    options = set(re.findall(r"option\((PEFT_KERNELS_[A-Z]+)", CMAKE))
+    rows = {cells[0].strip("`") for cells in rows_of("Environment variables")}
+    assert rows == read - options
+    assert all(f"`{name}`" in (ROOT / "docs/support.md").read_text() for name in options)
+
+
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
 ISA = (ROOT / "csrc/cpu/matrix/isa.cpp").read_text()
 PAIRS = (ROOT / "csrc/cpu/matrix/pairs.h").read_text()
