@@ -205,7 +205,8 @@ def backend(name: str) -> Iterator[None]:
 
     ``"auto"`` dispatches by device, ``"reference"`` is pure PyTorch on any device, ``"triton"``
     runs the Triton kernels on any device (on a CPU only under ``TRITON_INTERPRET=1``); an op that
-    has none is dispatched by device then. A backward uses the backend of its forward.
+    has none is dispatched by device then, and a call that no kernel has room for is the
+    reference's. A backward uses the backend of its forward.
     ``PEFT_KERNELS_BACKEND`` sets the same for a whole process.
 
     Raises:
