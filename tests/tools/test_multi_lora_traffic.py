@@ -182,7 +182,7 @@ def test_no_atomics(counted):
 
 # ids, tables and the like: some integers a row, an adapter or a page.
 ROUTING = {
-    "ids", "order", "starts", "tables", "ranks", "scales", "drop_p", "seeds", "grad_rows",
+    "ids", "order", "starts", "tables", "ranks", "scales", "drop_p", "seeds", "grad_rows", "listed",
 }  # fmt: skip
 
 
