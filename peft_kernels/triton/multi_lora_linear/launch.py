@@ -141,8 +141,10 @@ def multi_lora_linear_bwd(
         for i, bank in enumerate(call.banks[: len(grad_sizes)]):
             if grad_sizes[i]:
                 own_dy = dy[:, column : column + bank.n]
-                call.gradient(da[i], bank, ds, x, grad_rows[i], dropped=True)
-                call.gradient(db[i], bank, s, own_dy, grad_rows[i], dropped=False)
+                rows = grad_rows[i].contiguous()
+                listed = call.listed(bank, rows, grad_sizes[i])
+                call.gradient(da[i], bank, ds, x, rows, listed, dropped=True)
+                call.gradient(db[i], bank, s, own_dy, rows, listed, dropped=False)
             column += bank.n
     return dx, da, db
 
@@ -390,8 +392,24 @@ class _Call:
                 BLOCK_M=tile.m, BLOCK_N=tile.n, **options(tile),
             )  # fmt: skip
 
+    def listed(self, bank: _Bank, grad_rows: Tensor, size: int) -> Tensor | None:
+        """The slots, those with a gradient first; None where they have as many rows as slots.
+
+        What has a gradient has a row of it at least, so that all are among the first ``size``.
+        """
+        if size >= self.slots:
+            return None
+        return ((grad_rows >= 0) & (bank.ranks > 0)).to(torch.int8).argsort(descending=True)
+
     def gradient(
-        self, out: Tensor, bank: _Bank, s: Tensor, x: Tensor, grad_rows: Tensor, dropped: bool
+        self,
+        out: Tensor,
+        bank: _Bank,
+        s: Tensor,
+        x: Tensor,
+        grad_rows: Tensor,
+        listed: Tensor | None,
+        dropped: bool,
     ) -> None:
         """dA = dS^T dropout(x), or dB^T = scale S^T dy, of a bank's trained adapters."""
         tile = self.tile("grad")
@@ -402,13 +420,8 @@ class _Call:
         chunk = tile.m * cdiv(max(GRAD_ROWS, most), tile.m)
         parts = cdiv(self.m, chunk)
         sums = out if parts == 1 else out.new_empty(parts, size, cols, dtype=torch.float32)
-        grad_rows = grad_rows.contiguous()
         order, starts = self.sorted
-        # What has a gradient has a row of it at least: with more slots than rows, those come first.
-        listed, count = grad_rows, self.slots
-        if size < self.slots:
-            has_gradient = (grad_rows >= 0) & (bank.ranks > 0)
-            listed, count = has_gradient.to(torch.int8).argsort(descending=True), size
+        listed, count = (grad_rows, self.slots) if listed is None else (listed, size)
         launch(
             kernels.multi_grad_kernel,
             (count * rank_blocks, cdiv(cols, tile.k), parts),
