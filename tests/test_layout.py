@@ -205,6 +205,12 @@ def test_tests_have_the_rooms_of_the_package():
     assert rooms == packages | {"cuda", "devices", "distributed", "peers", "support"}
 
 
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by their bare names, so that a second one can't be collected."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(n for n in set(names) if names.count(n) > 1) == []
+
+
 @pytest.mark.parametrize("old", _moved.MOVED)
 def test_old_import_paths_are_the_new_modules(old):
     sys.modules.pop(old, None)
