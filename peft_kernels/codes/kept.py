@@ -7,6 +7,7 @@ them. ``coded`` says what they stand for; a state dict has it as a tensor.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -97,7 +98,7 @@ def dtype_of(module: Any) -> torch.dtype:
 
 
 def requantised(module: Any, kind: type, values: Tensor) -> tuple[nn.Parameter, dict[str, Any]]:
-    """By :func:`peft_kernels.ops.quantize`, where that made the layer's codes."""
+    """By :func:`peft_kernels.ops.quantize`, or over a GGUF file's blocks by ``gguf``."""
     made = nn.Module()
     keep_weight(made, _quantised_like(kept_weight(module), values.to(dtype_of(module))))
     codes: Any = made._parameters["weight"]
@@ -106,7 +107,7 @@ def requantised(module: Any, kind: type, values: Tensor) -> tuple[nn.Parameter, 
 
 def _quantised_like(old: QuantizedWeight, values: Tensor) -> QuantizedWeight:
     if old.layout != "planes":
-        raise TypeError(f"requantize must be False over {old.layout}: its blocks are only read")
+        return _blocks_like(old, values)
     if old.codes.dtype is torch.int8:
         return quantize(values, "int8")
     if old.codes.dtype is torch.float8_e4m3fn:
@@ -118,6 +119,20 @@ def _quantised_like(old: QuantizedWeight, values: Tensor) -> QuantizedWeight:
         if old.book is not None and made.book is not None and torch.equal(made.book, old.book):
             return made
     raise TypeError("requantize must be False over codes with a book of their own")
+
+
+def _blocks_like(old: QuantizedWeight, values: Tensor) -> QuantizedWeight:
+    """By the ``gguf`` package, in blocks like a file's."""
+    gguf: Any = importlib.import_module("gguf")
+    kind = gguf.GGMLQuantizationType[old.layout.upper()]
+    try:
+        made = gguf.quantize(values.float().cpu().numpy(), kind)
+    except NotImplementedError:
+        raise TypeError(
+            f"requantize must be False over {old.layout}: gguf reads its blocks and writes none"
+        ) from None
+    codes = torch.from_numpy(made).to(old.codes.device).view_as(old.codes)
+    return old._replace(codes=codes)
 
 
 def take_scales(

@@ -9,10 +9,11 @@ mean; torchao makes them in the tensor's dtype, and rounds them there where that
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels.codes.reading import Reader
 from peft_kernels.ops import NestedScales, QuantizedWeight
@@ -99,3 +100,57 @@ def _signed(device: torch.device) -> Tensor:
 def dtype_of(module: Any) -> torch.dtype:
     """That of the tensor, as it says itself."""
     return module._parameters["weight"].dtype
+
+
+def requantised(module: Any, kind: type, values: Tensor) -> tuple[nn.Parameter, dict[str, Any]]:
+    """By torchao itself, in blocks and bits like the weight's; with zeros where that has any."""
+    weight = module._parameters["weight"]
+    made = _MAKE[type(weight).__name__](weight, values.to(weight.dtype))
+    return nn.Parameter(made, requires_grad=False), {}
+
+
+def _int8_like(old: Any, values: Tensor) -> Tensor:
+    return type(old).from_hp(
+        values, _shared_by(old), _mapping_of(old), reduce_range=bool(old.reduce_range)
+    )
+
+
+def _intx_like(old: Any, values: Tensor) -> Tensor:
+    return type(old).from_hp(
+        values, tuple(old.block_size), old.target_dtype, mapping_type=_mapping_of(old)
+    )
+
+
+def _float8_like(old: Any, values: Tensor) -> Tensor:
+    return type(old).from_hp(
+        values, old.qdata.dtype, _shared_by(old), kernel_preference=old.kernel_preference
+    )
+
+
+def _nf4_like(old: Any, values: Tensor) -> Tensor:
+    return type(old).from_tensor(values, old.block_size, old.scaler_block_size)
+
+
+_MAKE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "Int8Tensor": _int8_like,
+    "IntxUnpackedToInt8Tensor": _intx_like,
+    "Float8Tensor": _float8_like,
+    "NF4Tensor": _nf4_like,
+}
+
+
+def _shared_by(weight: Any) -> Any:
+    """The granularity that torchao makes blocks like the weight's of."""
+    shares: Any = sys.modules["torchao.quantization"].granularity
+    (n, k), (rows, block) = weight.shape, weight.block_size
+    if (rows, block) == (n, k):
+        return shares.PerTensor()
+    if rows > 1:
+        return shares.PerBlock([rows, block])
+    return shares.PerRow() if block == k else shares.PerGroup(block)
+
+
+def _mapping_of(weight: Any) -> Any:
+    kinds = sys.modules["torchao.quantization"].MappingType
+    zeros = weight.zero_point
+    return kinds.SYMMETRIC if zeros is None or not _has_any(zeros) else kinds.ASYMMETRIC

@@ -47,7 +47,7 @@ def merge(model: nn.Module, *, safe: bool = True, requantize: bool = False) -> d
     Raises:
         ValueError: there is no LoRALinear; ``safe``, and a merged weight isn't finite.
         RuntimeError: a weight is sharded, pruned, parametrized or the like.
-        TypeError: ``requantize``, and the codes are of a kind that is only read here.
+        TypeError: ``requantize``, and the codes are of a kind that can't be written.
 
     Nothing is changed when one is raised.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
 
     def _base_layer(self) -> nn.Module:
         layer = self._origin.stand_in(self, self.base_weight, self.bias)
-        vars(layer).update(self._before)
+        _set(layer, self._before)
         return layer
 
     def dequantized(self) -> Tensor:
@@ -110,7 +111,7 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
 
         Raises:
             RuntimeError: the layer is merged already, or A or B is pruned or the like.
-            TypeError: ``requantize``, and the library's codes are only read here.
+            TypeError: ``requantize``, and the library doesn't write such codes.
             ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
         """
         self._require(merged=False)
@@ -135,7 +136,7 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
             return nn.Parameter(values.to(dtype_of(layer)), requires_grad=False), {}, None
         weight, attributes = requantised(layer, self._origin.kind, values)
         layer._parameters["weight"] = weight
-        vars(layer).update(attributes)
+        _set(layer, attributes)
         error = torch.linalg.norm(dequantize(codes_of(layer)) - values)
         return weight, attributes, float(error / torch.linalg.norm(values).clamp(min=_SMALLEST))
 
@@ -143,8 +144,8 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         self, weight: nn.Parameter, attributes: dict[str, Any], error: float | None
     ) -> None:
         self.unmerged_weight = self.weight
-        self._put(weight, {name: vars(self)[name] for name in attributes}, error)
-        vars(self).update(attributes)
+        self._put(weight, {name: getattr(self, name) for name in attributes}, error)
+        _set(self, attributes)
 
     def _put(self, weight: nn.Parameter, before: dict[str, Any], error: float | None) -> None:
         nn.Module.__setattr__(self, "weight", weight)
@@ -160,7 +161,7 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         check_stored(self, own=["weight"])
         assert self.unmerged_weight is not None
         base, self.unmerged_weight = self.unmerged_weight, None
-        vars(self).update(self._before)
+        _set(self, self._before)
         self._put(base, {}, None)
 
     @torch.inference_mode(False)
@@ -216,6 +217,12 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
     def extra_repr(self) -> str:
         error = self.requantization_error
         return super().extra_repr() + ("" if error is None else f", in codes again: {error:.1e}")
+
+
+def _set(layer: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """As they are: Parameters too, whatever the layer's class would check of them."""
+    for name, value in attributes.items():
+        nn.Module.__setattr__(layer, name, value)
 
 
 _SMALLEST = 1e-38
