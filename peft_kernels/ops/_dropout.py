@@ -66,6 +66,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """So many of them, ``[count]``."""
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The seed as a tensor, drawn from torch's generator if None."""
     if seed is None:

@@ -285,7 +285,8 @@ def _check_chosen(former: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> None
     if not all(map(torch.equal, former, saved)):
         raise RuntimeError(
             "a forward is computed again (gradient checkpointing) with other ids or dropout seeds "
-            "than it had; call backward() inside the route that the forward had, in its with-block"
+            "than it had; keep preserve_rng_state=True, and call backward() inside the route that "
+            "the forward had, in its with-block"
         )
 
 

@@ -131,10 +131,74 @@ def several_adapters_of_peft():
 
 @CASES.add
 def what_no_kernel_serves_of_peft_is_peft_s():
+    model = parallelize_module(of_peft(second=True, lora_dropout=1.0), mesh(), PLAN)
+    report = peft_kernels.accelerate(model)
+    model(torch.randn(M, K))
+    assert report.counts() == {"dropout of everything": 2}
+
+
+@CASES.add
+def several_adapters_of_peft_of_which_one_has_dropout():
+    """Along columns processes drop what one process alone would, whose seed they have."""
+    x, dy = torch.randn(2, M, K).unbind()
+    found = []
+    for split in (False, True):
+        model = of_peft(second=True, lora_dropout=0.5)
+        model.up.lora_dropout["second"].p = 0.0
+        if split:
+            parallelize_module(model, mesh(), {"up": ColwiseParallel(output_layouts=Replicate())})
+        report = peft_kernels.accelerate(model)
+        torch.manual_seed(torch.distributed.get_rank() if split else 0)
+        given = x.clone().requires_grad_()
+        y = model.up(given)
+        y.backward(dy.new_ones(M, N))
+        grads = {n: whole(p.grad) for n, p in model.up.named_parameters() if p.requires_grad}
+        found.append((y.detach(), given.grad, grads))
+        assert report.counts() == {"lora_linear": 1}
+    torch.testing.assert_close(*found)
+
+
+@CASES.add
+def what_several_dropouts_of_peft_send():
+    bare = sent_by(parallelize_module(Block().requires_grad_(False), mesh(), TORCH_PLAN), M)
+    model = parallelize_module(of_peft(second=True, lora_dropout=0.5), mesh(), PLAN)
+    peft_kernels.accelerate(model)
+    forward, backward = sent_by(model, M)
+    assert forward == [("broadcast", 2), *bare[0]]  # the seeds, where processes have the same x
+    assert sorted(backward) == sorted([*bare[1], *[("all_reduce", R * K)] * 4])
+
+
+@CASES.add
+def several_dropouts_of_peft():
+    """Along rows each process drops of its own part: the mean of many draws is what none drops."""
+    plan = PLAN | {"down": RowwiseParallel(input_layouts=Replicate())}
+    model = parallelize_module(of_peft(second=True, lora_dropout=0.5), mesh(), plan)
+    report = peft_kernels.accelerate(model)
+    x = torch.randn(1, N).expand(20000, N)
+    drawn, still = model.down(x).mean(0), model.eval().down(x[:1])[0]
+    torch.testing.assert_close(drawn, still, rtol=0.02, atol=0.05)
+    assert report.counts() == {"lora_linear": 2}
     model = parallelize_module(of_peft(second=True, lora_dropout=0.5), mesh(), PLAN)
     report = peft_kernels.accelerate(model)
     trained(model)
-    assert report.counts() == {"several adapters' dropouts or dtypes with DTensors": 20}
+    assert report.counts() == {"lora_linear": 20}
+
+
+@CASES.add
+def several_adapters_of_peft_in_several_dtypes():
+    found = []
+    for split in (False, True):
+        model = of_peft(second=True).bfloat16()
+        for part in (model.up.lora_A, model.up.lora_B, model.down.lora_A, model.down.lora_B):
+            part["second"].float()
+        if split:
+            parallelize_module(model, mesh(), PLAN)
+        report = peft_kernels.accelerate(model)
+        torch.manual_seed(3)
+        y = model(torch.randn(M, K).bfloat16())
+        found.append(y.detach())
+        assert report.counts() == {"lora_linear": 2}
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.05)
 
 
 @CASES.add

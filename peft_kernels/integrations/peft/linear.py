@@ -10,10 +10,11 @@ from torch import Tensor
 from peft_kernels.integrations.peft.codes.bases import Base as BaseInCodes
 from peft_kernels.integrations.peft.dora import dora
 from peft_kernels.integrations.peft.rows import rows_linear
-from peft_kernels.integrations.peft.several import add, sum_of_biases, together
+from peft_kernels.integrations.peft.several import sum_of_biases, together
 from peft_kernels.integrations.peft.state import Adapter, Base
 from peft_kernels.integrations.served import count
-from peft_kernels.ops import lora_linear
+from peft_kernels.ops import LoRAFactors, lora_linear
+from peft_kernels.ops._lora_sum import lora_linear_sum
 
 KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
 
@@ -40,16 +41,20 @@ def linear(
         count(layer, DORA)
         return dora(layer, x, base, adapters[0])
     count(layer, KERNEL)
-    first, others = together(adapters)
-    y = lora_linear(
-        x,
-        base.weight,
-        first.a,
-        first.b,
-        bias=sum_of_biases(base.bias, adapters, x.dtype),
-        scale=first.scale,
-        dropout_p=first.dropout_p,
+    bias = sum_of_biases(base.bias, adapters, x.dtype)
+    first, *others = together(adapters)
+    if not others:
+        return lora_linear(
+            x,
+            base.weight,
+            first.a,
+            first.b,
+            bias=bias,
+            scale=first.scale,
+            dropout_p=first.dropout_p,
+        )
+    several = first, *others
+    factors = LoRAFactors(
+        [one.a for one in several], [one.b for one in several], [one.scale for one in several]
     )
-    for adapter in others:
-        add(y, x, adapter)
-    return y
+    return lora_linear_sum(x, base.weight, factors, [one.dropout_p for one in several], bias=bias)

@@ -38,8 +38,8 @@ LIBRARY = "PEFT"
 class Linear(peft_lora.Linear):
     """PEFT's ``lora.Linear`` on :func:`peft_kernels.ops.lora_linear`.
 
-    ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T B_j^T`` over the active adapters j, in one
-    pass. With ``adapter_names`` each row has its own, by
+    ``y = x W^T + b + sum_j scale_j dropout_j(x) A_j^T B_j^T`` over the active adapters j, with one
+    pass over W. With ``adapter_names`` each row has its own, by
     :func:`peft_kernels.ops.multi_lora_linear`. An adapter with DoRA takes
     :func:`peft_kernels.ops.dora_linear`.
     """

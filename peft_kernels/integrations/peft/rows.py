@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_kernels.integrations.peft.state import Adapter
 from peft_kernels.ops import BankDropout, LoRAFactors, QuantizedWeight, multi_lora_linear
-from peft_kernels.ops._dropout import draw_seed
+from peft_kernels.ops._dropout import draw_seeds
 from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops._sharded_banks import parts_beside
 
@@ -44,4 +44,4 @@ def _dropout(adapters: Sequence[Adapter], device: torch.device) -> BankDropout |
     if not any(adapter.dropout_p for adapter in adapters):
         return None
     p = torch.tensor([adapter.dropout_p for adapter in adapters], dtype=torch.float64)
-    return BankDropout(p.to(device), torch.stack([draw_seed(device) for _ in adapters]))
+    return BankDropout(p.to(device), draw_seeds(len(adapters), device))

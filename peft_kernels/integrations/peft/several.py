@@ -1,34 +1,35 @@
-"""Several of PEFT's adapters on all rows: as one where they can be, or one after the other."""
+"""Several of PEFT's adapters on all rows, as few as can be computed with."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.integrations.peft.state import Adapter, are_apart
+from peft_kernels.integrations.peft.state import Adapter
 
 
-def together(adapters: list[Adapter]) -> tuple[Adapter, list[Adapter]]:
-    """One adapter that adds what all of these do, or the first and the rest."""
-    first, *others = adapters
-    if not others or are_apart(adapters):
-        return first, others
+def together(adapters: list[Adapter]) -> list[Adapter]:
+    """Adapters that add what all of these do: one of all the ranks that share a dtype and drop
+    nothing, and those that do, each with its own dropout."""
+    if len(adapters) == 1:
+        return adapters
+    alike: dict[torch.dtype, list[Adapter]] = {}
+    for adapter in adapters:
+        if not adapter.dropout_p:
+            alike.setdefault(adapter.a.dtype, []).append(adapter)
+    return [*map(_as_one, alike.values()), *(one for one in adapters if one.dropout_p)]
+
+
+def _as_one(adapters: list[Adapter]) -> Adapter:
+    """One adapter of the ranks of all of these."""
+    first = adapters[0]
+    if len(adapters) == 1:
+        return first
     scales = [adapter.scale for adapter in adapters]
     alike = not any(isinstance(s, Tensor) for s in scales) and len(set(scales)) == 1
     b = [one.b if alike else one.b * one.scale for one in adapters]
     a = torch.cat([adapter.a for adapter in adapters])
-    return Adapter("", a, torch.cat(b, dim=1), None, first.scale if alike else 1.0, 0.0), []
-
-
-def add(y: Tensor, x: Tensor, adapter: Adapter) -> None:
-    """``y += scale dropout(x) A^T B^T``, in place, for y that a kernel computed.
-
-    Products of PyTorch's, which take less time than a kernel for rows of several adapters does on
-    the one that all of these rows have.
-    """
-    dropped = F.dropout(x.to(adapter.a.dtype), adapter.dropout_p)
-    y += F.linear(F.linear(dropped, adapter.a) * adapter.scale, adapter.b)
+    return Adapter("", a, torch.cat(b, dim=1), None, first.scale if alike else 1.0, 0.0)
 
 
 def sum_of_biases(

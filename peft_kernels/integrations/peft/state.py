@@ -66,7 +66,7 @@ def read(
         dtype = torch.get_autocast_dtype(device)
     elif base.weight.dtype is not dtype:
         return f"x in {dtype} on a base in {base.weight.dtype}"
-    fault = why_not_in(dtype, adapters) or _why_not_in_shards(x, base, adapters, names)
+    fault = why_not_in(dtype, adapters) or _why_not_in_shards(x, base, adapters)
     if fault is None and names is not None:
         fault = why_not_by_rows(adapters)
     return fault or (base, adapters)
@@ -147,9 +147,7 @@ def why_not_by_rows(adapters: Sequence[Adapter]) -> str | None:
     return None
 
 
-def _why_not_in_shards(
-    x: Tensor, base: Base, adapters: list[Adapter], names: Sequence[str] | None
-) -> str | None:
+def _why_not_in_shards(x: Tensor, base: Base, adapters: list[Adapter]) -> str | None:
     """Why DTensors can't be computed with, if any of these are."""
     if type(base.weight) in WHOLE and type(adapters[0].a) in WHOLE:
         return None
@@ -158,18 +156,7 @@ def _why_not_in_shards(
         return "DTensors beside whole tensors"
     if adapters[0].magnitude is not None and adapters[0].dropout_p:
         return "DoRA's dropout with DTensors"  # PEFT's module draws it, as each process would
-    if names is None and are_apart(adapters):
-        return "several adapters' dropouts or dtypes with DTensors"
     return None
-
-
-def are_apart(adapters: Sequence[Adapter]) -> bool:
-    """Whether these can't be one of all their ranks: each has its own dropout, or dtype."""
-    several = len(adapters) > 1
-    return several and (
-        len({adapter.a.dtype for adapter in adapters}) > 1
-        or any(adapter.dropout_p for adapter in adapters)
-    )
 
 
 def is_constant(scale: float | Tensor) -> bool:
