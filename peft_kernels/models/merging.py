@@ -16,6 +16,7 @@ from peft_kernels.models.quantisation import tell_dense
 from peft_kernels.models.resizing import choose_resizing
 from peft_kernels.models.swap import Model, lora_layers_in, named, replace_modules
 from peft_kernels.modules.checks import check_module
+from peft_kernels.modules.fully_sharded import is_gathered, reshard
 from peft_kernels.modules.hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.modules.names import plain_modules, unwrapped
 from peft_kernels.modules.replaced import check_stored, fault_of_replacement
@@ -29,7 +30,8 @@ _SOFT_PROMPTS = (PREFIX_HOOK, PROMPT_HOOK)
 def merge(model: nn.Module, *, safe: bool = True, requantize: bool = False) -> dict[str, float]:
     """Merges every LoRALinear of the model, so that each costs what its base costs.
 
-    Layers that are merged already stay so. :func:`unmerge` has every bit of the base back. The
+    Layers that are merged already stay so. :func:`unmerge` has every bit of the base back. In a
+    model of fully_shard's all processes call it, each for its shards. The
     model's state dict remains the base's with the adapters beside it, and whoever takes it is
     warned: :func:`unload` is what makes a plain model with the merged weights.
 
@@ -45,12 +47,16 @@ def merge(model: nn.Module, *, safe: bool = True, requantize: bool = False) -> d
         codes miss of the merged weight, over that weight's. Other layers have none.
 
     Raises:
-        ValueError: there is no LoRALinear; ``safe``, and a merged weight isn't finite.
-        RuntimeError: a weight is sharded, pruned, parametrized or the like.
+        ValueError: there is no LoRALinear; ``safe``, and a merged weight isn't finite; a weight
+            that fully_shard holds is tied to another module's.
+        RuntimeError: a weight is pruned, parametrized or the like, or in codes that fully_shard
+            holds.
         TypeError: ``requantize``, and the codes are of a kind that can't be written.
 
     Nothing is changed when one is raised.
     """
+    reshard(model)
+    _check_shards_untied(model)
     done: list[LoRALinear] = []
     try:
         for name, layer in lora_layers(model).items():
@@ -77,6 +83,7 @@ def unmerge(model: nn.Module) -> None:
         ValueError: there is no LoRALinear.
         RuntimeError: a weight was pruned or parametrized since. Nothing is changed then.
     """
+    reshard(model)
     merged = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
     for name, layer in merged.items():
         with named(name):
@@ -108,7 +115,8 @@ def unload(model: Model, merge: bool) -> Model:
             them would lose one.
         TypeError: a layer was given another forward, was compiled by itself, parametrized, pruned
             or the like.
-        RuntimeError: with ``merge``, a weight is sharded; a layer was replaced by something else.
+        RuntimeError: with ``merge``, a weight is in codes that fully_shard holds; a layer was
+            replaced by something else.
 
     Nothing is changed when one is raised.
     """
@@ -218,6 +226,28 @@ def _hint(model: nn.Module) -> str:
 
 
 def _check_untied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    for name, other in _tied(model, layers):
+        raise ValueError(
+            f"{name}.weight is tied to that of {other}; merged, the two differ, and a "
+            "model that ties them would lose one. Keep the adapter (merge(), save_adapter()) "
+            f"or untie them first: unmerge(model), {name}.weight = "
+            f"nn.Parameter({name}.weight.clone(), False), and in transformers "
+            "config.tie_word_embeddings = False"
+        )
+
+
+def _check_shards_untied(model: nn.Module) -> None:
+    sharded = {n: one for n, one in lora_layers(model).items() if is_gathered(one)}
+    for name, other in _tied(model, {n: one for n, one in sharded.items() if not one.merged}):
+        raise ValueError(
+            f"{name}.weight is tied to that of {other}, and fully_shard holds one for both, so "
+            "that both would be merged: untie them before you shard the model (in transformers "
+            "config.tie_word_embeddings = False), or merge before"
+        )
+
+
+def _tied(model: nn.Module, layers: dict[str, LoRALinear]) -> Iterator[tuple[str, str]]:
+    """The layers whose weight other modules have too, each with the first of those."""
     holders: dict[int, list[str]] = {}
     for name, module in plain_modules(model).items():
         for parameter in module._parameters.values():
@@ -226,10 +256,4 @@ def _check_untied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
     for name, layer in layers.items():
         others = [other for other in holders[id(layer.base_weight)] if other != name]
         if others:
-            raise ValueError(
-                f"{name}.weight is tied to that of {others[0]}; merged, the two differ, and a "
-                "model that ties them would lose one. Keep the adapter (merge(), save_adapter()) "
-                f"or untie them first: unmerge(model), {name}.weight = "
-                f"nn.Parameter({name}.weight.clone(), False), and in transformers "
-                "config.tie_word_embeddings = False"
-            )
+            yield name, others[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.replaced import fault_of_instance, fault_of_replacement
 from peft_kernels.modules.uncalled import uncalled_layers
 
@@ -281,12 +282,6 @@ def check_memory(tensor: Tensor, name: str) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, as fully_shard (FSDP2) and tensor parallelism leave behind."""
     return DTENSOR in names_of(type(tensor)) or hasattr(tensor, "full_tensor")
-
-
-def is_gathered(module: nn.Module) -> bool:
-    """Whether fully_shard gathers parameters that this very module has, for each call."""
-    hooks = module._load_state_dict_post_hooks.values()
-    return any("FSDPParam." in getattr(hook, "__qualname__", "") for hook in hooks)
 
 
 def is_placeholder(tensor: Any) -> bool:

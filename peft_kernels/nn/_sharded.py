@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.modules.bases import is_gathered, is_sharded
+from peft_kernels.modules.bases import is_sharded
 from peft_kernels.ops._sharded import adapter_placements
 
 
@@ -40,19 +40,12 @@ def draw_whole(draw: Callable[..., None], *parameters: Any) -> None:
         parameter.copy_(distribute_tensor(values, mesh, placements))
 
 
-def check_mergeable(layer: nn.Module) -> None:
-    """Raises a RuntimeError if the layer's weight can't be replaced by a merged one."""
-    if is_gathered(layer):
-        raise RuntimeError(
-            "weight is sharded by fully_shard, which wouldn't know a merged one; merge before "
-            "sharding the model"
-        )
-
-
 def all_finite(tensor: Any) -> bool:
     """Whether all values are, in every process where it is a DTensor."""
     finite: Any = tensor.isfinite().all()
-    return bool(finite.full_tensor() if is_sharded(finite) else finite)
+    if is_sharded(finite):  # offloaded shards are elsewhere than what processes send by
+        finite = finite.to(finite.device_mesh.device_type).full_tensor()
+    return bool(finite)
 
 
 def placed_as(parameter: Any, values: Tensor) -> Tensor:

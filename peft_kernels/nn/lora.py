@@ -13,13 +13,21 @@ from torch import Tensor, nn
 
 from peft_kernels.calls.off import is_off
 from peft_kernels.modules.bases import check_base, check_memory, is_conv1d, is_sharded
+from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.replaced import Origin, check_stored, take_over
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
+from peft_kernels.nn._gathered import (
+    HandsOn,
+    beside_rows,
+    check_in_shards,
+    in_call,
+    overwrite,
+    placed_like,
+)
 from peft_kernels.nn._lora_values import overwritten, warn_of_base_weights
 from peft_kernels.nn._sharded import (
     all_finite,
-    check_mergeable,
     draw_whole,
     lay_beside,
     placed_as,
@@ -47,7 +55,7 @@ def check_weight(value: Any, n: int, k: int, stored: Callable[[Tensor], Tensor])
         )
 
 
-class LoRALinear(KeptFactor, Drawn, nn.Linear):
+class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
     """A frozen linear layer with a trainable low-rank update.
 
     ``y = x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` (Hu et al. 2021, "LoRA:
@@ -70,6 +78,10 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
     restores every bit, other modules tied to it never change, and a merged layer costs one more
     weight in memory. ``state_dict`` always holds the base weight, and warns of it while merged:
     :func:`peft_kernels.unload` makes a plain layer with the merged one.
+
+    A shard of ``fully_shard``'s must stay the Parameter that it is, so it is written into, and
+    ``unmerged_weight`` has what it held. Modules tied to it would change too, which
+    :func:`peft_kernels.merge` refuses.
 
     Whoever reads ``weight`` rather than calling the layer gets the base weight, or while merged the
     merged one: another library's fused loss or MLP goes without the adapter. Merge first, or call
@@ -275,13 +287,18 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         """
         if merged and not self.merged:
             self.merge()
+        if self.merged and not merged and is_gathered(self):
+            self.unmerge()
         weight = self.weight if merged else self.base_weight
-        return self._origin.restore(self, weight, self.bias)
+        return self._hand_on_to(self._origin.restore(self, weight, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., k]`` in the dtype of the base, any rank, to ``[..., n]``."""
         if is_off(self):
-            return F.linear(x, self._matrix(self.base_weight), self.bias)
+            weight: Tensor = self.base_weight
+            if self.merged and is_gathered(self):
+                weight = in_call(weight, self.weight)
+            return F.linear(x, self._matrix(weight), self.bias)
         base = self.unmerged_weight
         if base is not None:
             if base.shape != self.weight.shape:
@@ -310,7 +327,8 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         if name == "weight" and "_origin" in self.__dict__:
             if self.merged and value is self.unmerged_weight:
                 return  # what was tied is tied again: the base stays the base
-            self._require(merged=False)
+            if not is_gathered(self):  # fully_shard puts the whole one here, and the shard again
+                self._require(merged=False)
             self._check_weight(value)
         super().__setattr__(name, value)
 
@@ -339,24 +357,29 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
 
         Stored as ``base``; summed wide and rounded once.
         """
-        check_mergeable(self)
+        check_in_shards(self)
         for name, tensor in (("weight", base), ("lora_a", lora_a), ("lora_b", lora_b)):
             check_memory(tensor, name)
         wide = torch.float64 if base.dtype is torch.float64 else torch.float32
-        a = placed_as(self.lora_a, lora_a).to(base.device, wide)
-        b = placed_as(self.lora_b, lora_b).to(base.device, wide)
+        weight = self._matrix(base)
+        a, b = placed_as(self.lora_a, lora_a), placed_as(self.lora_b, lora_b)
+        wanted = None if magnitude is None else placed_as(self.lora_magnitude, magnitude)
+        if is_gathered(self):
+            weight, a, b, wanted = beside_rows(weight, a, b, wanted)
+        a, b = a.to(base.device, wide), b.to(base.device, wide)
         with torch.autocast(base.device.type, enabled=False):
-            merged = torch.addmm(self._matrix(base).to(wide), b, a, alpha=float(scale))
-        if magnitude is not None:
+            merged = torch.addmm(weight.to(wide), b, a, alpha=float(scale))
+        if wanted is not None:
             length = torch.linalg.vector_norm(merged, dim=1)
-            wanted = placed_as(self.lora_magnitude, magnitude).to(base.device, wide)
+            wanted = wanted.to(base.device, wide)
             merged *= (wanted / length.masked_fill(length == 0, torch.inf))[:, None]
         merged = merged.to(base.dtype)
         if safe and not all_finite(merged):
             raise ValueError(
                 "the merged weight has values that are not finite; nothing was changed"
             )
-        return self._matrix(merged).contiguous()
+        stored: Any = self._matrix(merged)
+        return (placed_like(base, stored) if is_gathered(self) else stored).contiguous()
 
     @torch.inference_mode(False)
     def merge(self, safe: bool = True, *, requantize: bool = False) -> None:
@@ -372,14 +395,17 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             requantize: for layers over a weight in codes: :class:`QuantizedLoRALinear`.
 
         Raises:
-            RuntimeError: the layer is merged already, or its weight is sharded, pruned,
-                parametrized or the like.
+            RuntimeError: the layer is merged already, or its weight is pruned, parametrized or the
+                like, or gathered by fully_shard now.
             ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
         """
         self._require(merged=False)
         check_stored(self, own=["weight"], other=self.adapter_names)
         adapter = self.lora_a, self.lora_b, self.lora_magnitude if self.use_dora else None
         merged = self._merged_weight(self.weight, *adapter, self.scale, safe)
+        if is_gathered(self):
+            self.unmerged_weight = overwrite(self.weight, merged)
+            return
         base, self.weight = self.weight, nn.Parameter(merged, requires_grad=False)
         self.unmerged_weight = base
 
@@ -387,12 +413,17 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
         """Puts the base Parameter back: the very tensor, so every bit of weight and of logits.
 
         Raises:
-            RuntimeError: the layer is not merged, or its weight was pruned or parametrized since.
-                Nothing is changed.
+            RuntimeError: the layer is not merged, or its weight was pruned or parametrized since,
+                or is gathered by fully_shard now. Nothing is changed.
         """
         self._require(merged=True)
         check_stored(self, own=["weight"])
         assert self.unmerged_weight is not None
+        if is_gathered(self):
+            check_in_shards(self)
+            overwrite(self.weight, self.base_weight)
+            self.unmerged_weight = None
+            return
         base, self.unmerged_weight = self.unmerged_weight, None
         self.weight = base
 
@@ -421,9 +452,9 @@ class LoRALinear(KeptFactor, Drawn, nn.Linear):
             safe: when merged, first check that the new merged weight is finite.
 
         Raises:
-            RuntimeError: the weight is merged and sharded; the adapter is on the meta device, or is
-                sharded and of another rank; A, B or a merged weight is pruned, parametrized or the
-                like, so that what is written wouldn't stay.
+            RuntimeError: the weight is merged, and gathered by fully_shard now; the adapter is on
+                the meta device, or is sharded and of another rank; A, B or a merged weight is
+                pruned, parametrized or the like, so that what is written wouldn't stay.
             ValueError: shapes that don't fit, or a merged weight that isn't finite. Nothing is
                 changed.
         """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_kernels.calls.off import is_off
 from peft_kernels.codes.layers import codes_of, dtype_of, requantised
+from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.replaced import check_stored, hand_on_hooks
 from peft_kernels.nn._over_codes import OverCodes
 from peft_kernels.nn.lora import LoRALinear
@@ -130,6 +131,10 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         requantize: bool,
     ) -> tuple[nn.Parameter, dict[str, Any], float | None]:
         """The merged weight, the library's attributes that go with it, and its codes' error."""
+        if is_gathered(self):
+            raise RuntimeError(
+                "weight is in codes, which fully_shard holds in shards: merge before sharding"
+            )
         values = self._merged_weight(self.dequantized(), lora_a, lora_b, magnitude, scale, safe)
         layer = self._base_layer()
         if not requantize:

@@ -13,6 +13,7 @@ from peft_kernels.calls.router import Router, unrouted, unrouted_routing
 from peft_kernels.calls.rows import Place
 from peft_kernels.modules.bases import check_base, is_conv1d
 from peft_kernels.modules.replaced import Origin, take_over
+from peft_kernels.nn._gathered import HandsOn
 from peft_kernels.nn._sharded import Beside, let_view, part_of
 from peft_kernels.nn.lora import check_weight
 from peft_kernels.nn.lora_settings import adapter_dtype_for, init_adapter_
@@ -29,7 +30,7 @@ class Bound(NamedTuple):
     first: int  # row of the pages
 
 
-class MultiLoRALinear(nn.Linear):
+class MultiLoRALinear(HandsOn, nn.Linear):
     """A frozen linear layer that adds to each row the update of that row's adapter.
 
     ``y[i] = weight @ x[i] + bias + scale_g * B_g @ A_g @ dropout_g(x[i])`` for the adapter g of row
@@ -167,7 +168,7 @@ class MultiLoRALinear(nn.Linear):
 
     def plain(self) -> nn.Module:
         """The layer whose place this took, with the Parameters, hooks and mode of this one."""
-        return self._origin.restore(self, self.weight, self.bias)
+        return self._hand_on_to(self._origin.restore(self, self.weight, self.bias))
 
     @property
     def bank(self) -> LoRABank:

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 import peft_kernels
-from peft_kernels import AdapterPool, load_adapter, save_adapter
+from peft_kernels import AdapterPool, load_adapter, merge, save_adapter, unload, unmerge
 
 CASES = Cases(4)
 run = CASES.fixture()
@@ -57,6 +57,11 @@ def in_both(model: nn.Module) -> nn.Module:
 
 def in_shards(model: nn.Module) -> nn.Module:
     return sharded(model, init_device_mesh("cpu", (4,)))
+
+
+def in_copies(model: nn.Module) -> nn.Module:
+    """Two copies, each in two shards."""
+    return sharded(model, mesh())
 
 
 def check_equal(model: nn.Module, expected, group) -> None:
@@ -106,6 +111,26 @@ def a_pool_in_shards_of_shards_trains_as_in_one_process():
 @CASES.add
 def four_shards_train_as_one_process():
     check_equal(in_shards(lora()), trained(lora()), None)
+
+
+@CASES.add
+def four_shards_are_merged_and_unloaded():
+    for make in (lora, dora):
+        plain = make()
+        adapted = logits(plain)
+        merge(plain)
+        expected = logits(plain)
+        for wrap in (in_both, in_shards, in_copies):
+            model = wrap(make())
+            before = [whole(p).clone() for p in model.parameters()]
+            merge(model)
+            torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+            unmerge(model)
+            after = list(model.parameters())
+            assert all(torch.equal(whole(a), b) for a, b in zip(after, before, strict=True))
+            torch.testing.assert_close(logits(model), adapted, rtol=1e-6, atol=1e-6)
+            unload(model, merge=True)
+            torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add

@@ -149,6 +149,13 @@ def an_adapter_is_saved_and_read_in_one_process():
 
 
 @CASES.add
+def codes_are_merged_before_they_are_sharded():
+    model = sharded(swapped(llama()))
+    with pytest.raises(RuntimeError, match=r"q_proj: weight is in codes, which fully_shard holds"):
+        peft_kernels.merge(model)
+
+
+@CASES.add
 def eight_bits_are_refused_by_name():
     layers = nn.Sequential(*(quantised.layer_in_codes(nn.Linear(64, 64), "int8") for _ in "ab"))
     model = fully_shard(peft_kernels.swap_linear(layers, ["0", "1"], 4, alpha=8))

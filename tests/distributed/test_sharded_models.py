@@ -271,8 +271,6 @@ def what_comes_too_late_for_fully_shard():
         insert_adapters(model, "pfeiffer", reduction_factor=4)
     with pytest.raises(TypeError, match=message):
         load_adapter(model, CASES.folder / "plain")
-    with pytest.raises(RuntimeError, match=r"sharded by fully_shard.*merge before"):
-        merge(sharded(lora(), mesh()))
     both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
     of_both = sharded(parallel(llama(), both["tensor"]), both["data"])
     with pytest.raises(TypeError, match=message):
