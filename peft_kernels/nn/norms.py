@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peft_kernels.nn._kept import Kept
 from peft_kernels.ops import QuantizedWeight
+from peft_kernels.ops._dora_norm import NormsOnDevice
 from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops.dora_linear import dora_norm, dora_squares
 
@@ -17,10 +18,12 @@ class Norms:
     """The norms of the rows of ``weight + scale * lora_b @ lora_a``. A copy of it holds nothing.
 
     Of the weight, which is large and frozen, a write through ``.data`` is seen if it changes the
-    diagonal, or of codes one in many; of all else, as :class:`Kept` says.
+    diagonal, or of codes one in many; of all else, as :class:`Kept` says. On a GPU kernels look,
+    and the norms of a call are overwritten by the next that finds a change.
     """
 
     def __init__(self) -> None:
+        self._on_device = NormsOnDevice()
         self._squares: Kept[Tensor] = Kept(_some)
         self._norms: Kept[Tensor] = Kept()
 
@@ -40,6 +43,8 @@ class Norms:
             frozen = weight.codes, weight.scales
         elif are_sharded(weight, lora_a):
             return dora_norm(weight, lora_a, lora_b, scale)
+        elif (norm := self._on_device.of(weight, lora_a, lora_b, scale)) is not None:
+            return norm
         else:
             frozen = (weight,)
         squares = self._squares.get(lambda: dora_squares(weight), frozen)

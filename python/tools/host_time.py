@@ -25,6 +25,7 @@ from _record import main
 
 import peft_kernels
 from peft_kernels import ops
+from peft_kernels.nn.norms import Norms
 from peft_kernels.tools.verify.cases import Case, cases_of, leaves_of
 
 BARE, CHIP, DTYPE = "F.linear", "sm_90", torch.bfloat16
@@ -51,6 +52,17 @@ def example(op: str, *sizes: Any) -> dict[str, Any]:
 def linear(op: str, *trained: str) -> Case:
     inputs = example(op, ROWS, SIZE, SIZE, RANK)
     return Case(op, getattr(ops, op), inputs, ("x", "lora_a", "lora_b", *trained))
+
+
+def dora() -> Case:
+    """With the norms as a layer keeps them."""
+    case, norms = linear("dora_linear", "magnitude"), Norms()
+
+    def call(**inputs: Any) -> torch.Tensor:
+        parts = inputs["weight"], inputs["lora_a"], inputs["lora_b"]
+        return ops.dora_linear(**inputs, norm=norms.of(*parts, 1.0))
+
+    return replace(case, call=call)
 
 
 def bare() -> Case:
@@ -130,7 +142,7 @@ def measure() -> list[dict[str, Any]]:
         "1"  # before Triton is imported: launchers take a CPU's tensors
     )
     torch.set_num_threads(1)
-    layers = linear("lora_linear"), linear("dora_linear", "magnitude"), multi()
+    layers = linear("lora_linear"), dora(), multi()
     others = bottleneck(), fusion(), attention(), lookup()
     gpu = patch("peft_kernels.triton.common.chips.arch_name", lambda device: CHIP)
     nothing = patch("peft_kernels.triton.common.launch.run", lambda *launched: None)

@@ -12,7 +12,7 @@ from peft_kernels.tools.report import run
 
 KERNELS = {
     "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "sum_partials",
-    "gain_bwd", "gain_end", "codes_tile", "dequantize",
+    "gain_bwd", "gain_end", "dora_changed", "dora_norm", "dora_keep", "codes_tile", "dequantize",
     "multi_shrink", "multi_tile", "multi_delta", "multi_grad", "sum_parts",
     "decode_shrink", "decode_tile",
     "adapter_fold", "adapter_fwd", "adapter_norm_bwd", "adapter_bwd", "adapter_up", "adapter_down",

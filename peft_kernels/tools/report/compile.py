@@ -33,6 +33,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from peft_kernels.ops._gguf_blocks import BLOCKS
+from peft_kernels.tools.report.compile_norm import NORM_CASES, NormCase
 from peft_kernels.tools.report.compile_prefix import PREFIX_CASES, PrefixCase
 from peft_kernels.tools.report.compile_prompt import PROMPT_CASES, PromptCase
 from peft_kernels.triton.adapter import launch as adapter_launchers
@@ -84,12 +85,12 @@ TARGETS = {
 }
 # Kernels whose products have keys for rows.
 PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")
-# Kernels that multiply no tiles: sums, and few rows against an adapter each.
+# Kernels that multiply no 16-bit tiles: sums, few rows against an adapter each, float32 alone.
 ELEMENTWISE_KERNELS = (
     "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "dequantize",
     "adapter_fold", "adapter_down", "adapter_fusion_weights", "adapter_fusion_weights_bwd",
     "prefix_attention_combine", "prefix_attention_delta",
-    "prompt_lookup_fwd", "prompt_lookup_bwd",
+    "prompt_lookup_fwd", "prompt_lookup_bwd", "dora_changed", "dora_norm", "dora_keep",
 )  # fmt: skip
 
 
@@ -414,6 +415,7 @@ CODES_CASES = (
     CodesCase(16, 64, "bfloat16", "float32", True, ("fused",), "q6_K"),
 )
 CASES += ADAPTER_CASES + FUSION_CASES + PREFIX_CASES + PROMPT_CASES + DORA_CASES + CODES_CASES
+CASES += NORM_CASES
 N = K = 4096
 
 
@@ -466,7 +468,9 @@ class Launch:
         return str((self.target, self.kernel, specialised, self.options))
 
 
-AnyCase = Case | TilesCase | MultiCase | AdapterCase | FusionCase | PrefixCase | PromptCase
+AnyCase = (
+    Case | TilesCase | MultiCase | AdapterCase | FusionCase | PrefixCase | PromptCase | NormCase
+)
 
 
 # ---- recording the launches --------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""The norms of DoRA kept on a GPU, which looks itself whether they are still right.
+
+The host would have to wait for the answer, and a graph of kernels could not ask at all. So kernels
+compare A, ``scale B`` and W's diagonal with what they were, and make the norms only if any differs:
+
+    norm_i = |W_i + scale B_i A|         [n]; W is read where something changed, and else not
+
+Writes through ``.data`` are seen as all others are; of W, which is frozen, those that change the
+diagonal.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels import _library
+from peft_kernels.ops._dtypes import acc_dtype, scale_of
+from peft_kernels.ops._transforms import is_recorded, wants_composition
+
+# kept_a [r, k], kept_b [n, r] and diagonal [min(n, k)] are what the norms [n] are of, in float32.
+SCHEMA = (
+    "(Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? scale_t,"
+    " Tensor(a!) norm, Tensor(b!) kept_a, Tensor(c!) kept_b, Tensor(d!) diagonal) -> ()"
+)
+
+
+def dora_norm_kept_ref(
+    weight, lora_a, lora_b, scale, scale_t, norm, kept_a, kept_b, diagonal
+) -> None:  # fmt: skip
+    b = lora_b.float() * scale_of(scale, scale_t, weight)
+    now, kept = (lora_a.float(), b, weight.diagonal().float()), (kept_a, kept_b, diagonal)
+    if all(map(torch.equal, now, kept)):
+        return
+    torch.linalg.vector_norm(weight.float() + b @ now[0], dim=1, out=norm)
+    for one, other in zip(kept, now, strict=True):
+        one.copy_(other)
+
+
+def _fake(weight, lora_a, lora_b, scale, scale_t, norm, kept_a, kept_b, diagonal) -> None:
+    pass
+
+
+_library.define(
+    "dora_norm_kept",
+    SCHEMA,
+    reference=dora_norm_kept_ref,
+    fake=_fake,
+    triton="peft_kernels.triton.dora_linear.norm_launch:dora_norm_kept",
+)
+
+
+class _State(NamedTuple):
+    weight: Tensor  # an alias
+    version: int
+    norm: Tensor
+    kept: tuple[Tensor, Tensor, Tensor]
+
+
+class NormsOnDevice:
+    """The norms of one layer, in memory that stays where it is: graphs of kernels hold it too."""
+
+    def __init__(self) -> None:
+        self._state: _State | None = None
+
+    def of(
+        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor
+    ) -> Tensor | None:
+        """The norms ``[n]`` in float32, until the next call; None where they can't be kept."""
+        if not _can_keep(weight, lora_a, lora_b):
+            return None
+        state = self._state
+        if state is None or not _is_of(state, weight, lora_a):
+            if _is_captured(weight):  # memory of a graph's own would go with it
+                return None
+            state = self._state = _state_of(weight, lora_a, lora_b, state)
+        number = (1.0, scale.detach()) if isinstance(scale, Tensor) else (float(scale), None)
+        update = _library.get_op("dora_norm_kept", _library.variant(weight.dtype))
+        with torch.no_grad():
+            update(weight, lora_a, lora_b, *number, state.norm, *state.kept)
+        return state.norm
+
+
+def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether Triton serves these, and nothing records the call or transforms it."""
+    if weight.device.type == "cpu" and _library.variant(weight.dtype) != "_triton":
+        return False  # the common case, at once
+    if torch.compiler.is_compiling() or is_recorded() or wants_composition():
+        return False
+    if _library.backend_of("dora_linear", weight.device, weight.dtype) != "triton":
+        return False
+    if weight.is_inference() or not weight.numel():
+        return False
+    return acc_dtype(lora_a) is torch.float32 and lora_b.dtype is lora_a.dtype
+
+
+def _is_captured(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_of(state: _State, weight: Tensor, lora_a: Tensor) -> bool:
+    if weight._version != state.version or weight.dtype is not state.weight.dtype:
+        return False
+    same = weight.device == state.weight.device and weight.is_set_to(state.weight)
+    return same and lora_a.shape == state.kept[0].shape
+
+
+def _shapes_of(state: _State) -> tuple:
+    return state.norm.device, *(one.shape for one in state.kept)
+
+
+def _state_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, old: _State | None) -> _State:
+    """Of nothing yet: no value is as NaN is. In the old one's memory, if it has the shapes."""
+    (n, k), r = weight.shape, lora_a.shape[0]
+    shapes = (r, k), (n, r), (min(n, k),)
+    with torch.inference_mode(False), torch.no_grad():
+        alias, version = weight.detach(), weight._version
+        if old is not None and _shapes_of(old) == (weight.device, *shapes):
+            old.kept[0].fill_(torch.nan)
+            return old._replace(weight=alias, version=version)
+        kept = [weight.new_full(shape, torch.nan, dtype=torch.float32) for shape in shapes]
+        norm = weight.new_empty(n, dtype=torch.float32)
+        return _State(alias, version, norm, (kept[0], kept[1], kept[2]))
