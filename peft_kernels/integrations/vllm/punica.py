@@ -1,0 +1,282 @@
+"""The class that vLLM's LoRA layers call, on the kernels of many adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    LogitsProcessorWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from peft_kernels.integrations.vllm import pages as paged
+from peft_kernels.integrations.vllm.pages import Pages
+from peft_kernels.integrations.vllm.plugin import LOGGER
+
+_WITH_A = BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA
+
+
+class RowIds:
+    """The adapter of each row of a step, -1 for none."""
+
+    def __init__(self, most: int, what: str):
+        self.ids = torch.full((most,), -1, dtype=torch.int32)
+        self.count, self.what = 0, what
+        self.slots = self.ids[:0].long()  # those that rows have
+
+    def assign(self, given: Tensor) -> None:
+        self.count = len(given)
+        self.ids[: self.count] = given
+        self.ids[self.count :] = -1
+        self.slots = given[given >= 0].unique()
+
+    @property
+    def any(self) -> bool:
+        return len(self.slots) > 0
+
+    def of(self, x: Tensor) -> Tensor:
+        """Those of x's rows: rows beyond the step's own have none."""
+        if not self.count <= len(x) <= len(self.ids):
+            raise ValueError(
+                f"x must have a row for each of the step's {self.count} {self.what}, and at most "
+                f"{len(self.ids)} rows; it has {len(x)}, so that they can't be told which LoRA "
+                "is theirs"
+            )
+        return self.ids[: len(x)]
+
+
+class PunicaWrapperPEFTKernels(PunicaWrapperBase):
+    """What vLLM's ``PunicaWrapperBase`` asks for, in ``multi_lora_linear``'s kernels.
+
+    Semantics: those of the base class's methods, whose A and B are a layer's stacked tensors; they
+    must be of a layer that was given this object (``set_mapping``). Sums are in float32, at the
+    true rank of each adapter, and rounded once. A row without an adapter keeps its bits, and what
+    is added to a row doesn't depend on others.
+    """
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device, **kwargs: Any):
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self._tokens = RowIds(max_num_batched_tokens, "tokens")
+        self._prompts = RowIds(max_num_batched_tokens, "rows of logits")
+        self._pages: dict[int, Pages] = {}  # by the id() of the stacked tensor, which they hold
+        self._units: dict[tuple[int, int], Tensor] = {}
+        init_logger(LOGGER).info_once("peft_kernels serves LoRA requests on its CPU kernels.")
+
+    # ---- layers ------------------------------------------------------------------------------
+
+    def adopt(self, layer: BaseLayerWithLoRA) -> None:
+        """Puts the layer's stacked tensors over pages, and learns each adapter's rank from now on.
+
+        A layer of another kind is left as it is.
+        """
+        has_a = isinstance(layer, _WITH_A)
+        if not has_a and not isinstance(layer, VocabParallelEmbeddingWithLoRA):
+            return
+        all_b = _as_tuple(layer.lora_b_stacked)
+        if id(all_b[0]) in self._pages:
+            return
+        all_a = _as_tuple(layer.lora_a_stacked) if has_a else (None,)
+        pairs = [_pages_of_slice(a, b) for a, b in zip(all_a, all_b, strict=True)]
+        single = isinstance(layer.lora_b_stacked, Tensor)
+        if has_a:
+            layer.lora_a_stacked = _like(single, [a.stacked for a, _ in pairs if a])
+        layer.lora_b_stacked = _like(single, [b.stacked for _, b in pairs])
+        for pages in (pages for pair in pairs for pages in pair if pages):
+            self._pages[id(pages.stacked)] = pages
+        _follow(layer, pairs)
+
+    def _of(self, stacked: Tensor) -> Pages:
+        pages = self._pages.get(id(stacked))
+        if pages is None:
+            raise RuntimeError(
+                "peft_kernels serves vLLM's linear layers, embeddings and logits, and was called "
+                f"with adapters of shape {tuple(stacked.shape)} of another layer; start vLLM with "
+                "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
+            )
+        return pages
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def update_metadata(
+        self,
+        mapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
+        self._tokens.assign(self.token_lora_indices)
+        self._prompts.assign(self.sampler_indices)
+
+    # ---- products ----------------------------------------------------------------------------
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[Tensor, ...] | None = None,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not add_inputs:
+            y.zero_()
+        if self._tokens.any:
+            self._add(self._tokens, y, x, lora_a_stacked, lora_b_stacked, scale)
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        *,
+        buffer: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Prompts' log-probabilities come in other rows than the step's, which is no matter as long
+        # as no adapter of the step changes the logits.
+        if self._prompts.any and self._of(lora_b_stacked).ranks[self._prompts.slots].any():
+            self._add(self._prompts, y, x, (lora_a_stacked,), (lora_b_stacked,), scale)
+
+    def _add(self, rows: RowIds, y: Tensor, x: Tensor, all_a, all_b, scale: float) -> None:
+        y, x = _rows_of(y), _rows_of(x)
+        a = [self._of(stacked).rows for stacked in all_a]
+        b = [self._of(stacked) for stacked in all_b]
+        paged.add_(y, x, a, b, rows.of(x), scale=scale)
+
+    def add_shrink(
+        self,
+        y: tuple[Tensor, ...] | Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        if not self._tokens.any:
+            return
+        x = _rows_of(x)
+        for part, stacked in zip(y, lora_a_stacked, strict=True):
+            s = paged.shrunk(x, self._of(stacked), self._tokens.of(x))
+            part.add_(s.view_as(part), alpha=scale)
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: tuple[Tensor, ...] | Tensor,
+        lora_b_stacked: tuple[Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        y, column = _rows_of(y), offset_start
+        for s, stacked, width in zip(x, lora_b_stacked, output_slices, strict=True):
+            self._expand(y, s, stacked, column, width, add_inputs)
+            column += width
+
+    def add_lora_embedding(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_b_stacked: Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        y = _rows_of(y)
+        self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
+
+    def _expand(self, y, s, stacked, column: int, width: int, add_inputs: bool) -> None:
+        if not add_inputs:
+            y[:, column : column + width] = 0
+        if self._tokens.any:
+            b, s = self._of(stacked), _rows_of(s)
+            paged.add_(y, s, [self._units_of(b)], [b], self._tokens.of(s), column=column)
+
+    def _units_of(self, b: Pages) -> Tensor:
+        key = b.slots, b.rank
+        if key not in self._units:
+            self._units[key] = paged.units(b)
+        return self._units[key]
+
+    def apply_lora_full_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight_stacked: Tensor,
+        bias_stacked: Tensor,
+        module_enabled: Tensor,
+    ) -> None:
+        # A few requests by a few labels: gathering the weights costs nothing that matters.
+        weights = weight_stacked[self.sampler_indices.clamp_min(0), 0].float()
+        own = torch.bmm(weights, x.float().unsqueeze(2)).squeeze(2)
+        y.copy_(self._select_full_linear_output(y, own, bias_stacked, module_enabled))
+
+
+def _as_tuple(stacked: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (stacked,) if isinstance(stacked, Tensor) else tuple(stacked)
+
+
+def _like(single: bool, stacked: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return stacked[0] if single else tuple(stacked)
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
+
+
+Pair = tuple[Pages | None, Pages]
+
+
+def _pages_of_slice(a: Tensor | None, b: Tensor) -> Pair:
+    pages_a = None if a is None else paged.pages_of_a(a)
+    return pages_a, paged.pages_of_b(b, pages_a)
+
+
+def _follow(layer: BaseLayerWithLoRA, pairs: list[Pair]) -> None:
+    """Keeps the ranks of what vLLM writes into the layer's slots."""
+    set_lora, reset_lora = layer.set_lora, layer.reset_lora
+
+    @wraps(set_lora)
+    def set_and_measure(index: int, *args: Any, **kwargs: Any) -> None:
+        set_lora(index, *args, **kwargs)
+        for a, b in pairs:
+            used = max(pages.used(index) for pages in (a, b) if pages)
+            for pages in (a, b):
+                if pages:
+                    pages.ranks[index] = min(used, pages.rank)
+
+    @wraps(reset_lora)
+    def reset_and_forget(index: int) -> None:
+        reset_lora(index)
+        for pages in (pages for pair in pairs for pages in pair if pages):
+            pages.ranks[index] = 0
+
+    layer.set_lora, layer.reset_lora = set_and_measure, reset_and_forget
+
+
+def _adopting(set_mapping):
+    @wraps(set_mapping)
+    def run(layer: BaseLayerWithLoRA, punica_wrapper: PunicaWrapperBase) -> None:
+        set_mapping(layer, punica_wrapper)
+        if isinstance(punica_wrapper, PunicaWrapperPEFTKernels):
+            punica_wrapper.adopt(layer)
+
+    return run
+
+
+BaseLayerWithLoRA.set_mapping = _adopting(BaseLayerWithLoRA.set_mapping)
