@@ -277,7 +277,7 @@ def _left_out(measurements: list[Measurement]) -> Iterator[tuple[str, str, str]]
 def _table(measurements: list[Measurement], device: torch.device) -> Table:
     table = Table(title=f"milliseconds on {plan_cache.device_key(device)}")
     table.add_column("bucket")
-    shown = plans.PLANS + plans.CODES_PLANS
+    shown = plans.ALL_PLANS
     for plan in shown:
         table.add_column(plan, justify="right")
     table.add_column("best")

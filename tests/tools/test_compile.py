@@ -11,7 +11,7 @@ from peft_kernels import triton
 from peft_kernels.tools.report import run
 
 KERNELS = {
-    "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "sum_partials",
+    "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "terms", "sum_partials",
     "gain_bwd", "gain_end", "dora_changed", "dora_norm", "dora_keep", "codes_tile", "dequantize",
     "multi_shrink", "multi_tile", "multi_delta", "multi_grad", "sum_parts",
     "decode_shrink", "decode_tile",
@@ -85,6 +85,16 @@ def test_tensor_core_instructions(compiled, target, instruction):
     assert rows
     for row in rows:
         assert any(name.startswith(instruction) for name in row.tensor_core), row
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("target", "instruction"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
+def test_an_operand_in_terms_is_one_product(compiled, target, instruction):
+    """Where a float32 A makes three, one after the other."""
+    case = "m=8192 r=16 bf16/f32"
+    rows = [row for row in compiled(target) if row.kernel == "shrink" and row.case == case]
+    in_terms, without = sorted(row.tensor_core[instruction] for row in rows)
+    assert without == 3 * in_terms
 
 
 def test_budget_sees_each_excess(each_kernel):

@@ -77,8 +77,8 @@ def shrink(x, rows):
     k = x.shape[1]
     out = torch.empty(1, rows, 4)
     kernels.shrink_kernel[(1, 1)](
-        x, A, out, 0, 0, 1.0, rows, k, 4, k, *x.stride(), *A.stride(),
-        DROPOUT=False, SEED_ON_DEVICE=False, TERMS=3, PRECISION="ieee",
+        x, A, out, 0, 0, 1.0, rows, k, 4, k, *x.stride(), 0, *A.stride(),
+        DROPOUT=False, SEED_ON_DEVICE=False, TERMS=3, SLOTS=1, PRECISION="ieee",
         BLOCK_M=64, BLOCK_K=64, BLOCK_R=16,
     )  # fmt: skip
 

@@ -286,7 +286,7 @@ def test_a_plan_is_in_force_while_it_is_verified(monkeypatch):
             assert current.backend == "triton" and not current.skipped
             checks.check(current, wanted, Machine(CPU), 0)
     forced = {name: name.split()[-1] for name in seen if not name.endswith("auto")}
-    assert {name: seen[name] for name in forced} == forced and len(forced) == 7
+    assert {name: seen[name] for name in forced} == forced and len(forced) == 10
     assert {seen[name] for name in seen if name.endswith("auto")} == {None}
 
 

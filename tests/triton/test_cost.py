@@ -63,6 +63,23 @@ def test_a_second_product_takes_columns_and_bytes():
     assert beside.bytes_read() - alone.bytes_read() == 4 * 16 * 1000
 
 
+def test_stops_bind_and_programs_of_a_core_stop_beside_each_other():
+    """19 blocks of 16, three stops each; 4 of these programs share a core, or 2 by its memory."""
+    tile = Tile(64, 64, 16, 4, 3)
+    chip = replace(CHIP, flops=1e20, bandwidth=1e15, shared=1 << 20)
+    one = 19 * 3 * cost.STOP / chip.clock
+    product = Product(64, 64, 300, 16, 4, 3, stops=3)
+    for m, rounds in ((64, 1), (64 * 40, 1), (64 * 41, 2)):
+        found = seconds(chip, replace(product, m=m), tile) - LAUNCH
+        assert found == pytest.approx(rounds * one), m
+    held = (2 * (64 + 64) + 4 * 16) * 16 * 3
+    tight = replace(chip, shared=2 * held)
+    assert seconds(tight, replace(product, m=64 * 40), tile) - LAUNCH == pytest.approx(2 * one)
+    # what is loaded as it is multiplied doesn't stop, nor do other tensor cores
+    for other, has in ((chip, replace(product, stops=0)), (replace(chip, shared=0), product)):
+        assert seconds(other, has, tile) - LAUNCH < one / 2
+
+
 def test_nothing_takes_a_launch():
     for sizes in ((0, 64, 0), (64, 0, 0), (0, 0, 0)):
         assert seconds(CHIP, Product(*sizes), TILE) == LAUNCH

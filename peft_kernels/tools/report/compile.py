@@ -87,7 +87,7 @@ TARGETS = {
 PRODUCTS_OF_KEYS = ("prefix_attention_text_grad", "prefix_attention_prefix_grad")
 # Kernels that multiply no 16-bit tiles: sums, few rows against an adapter each, float32 alone.
 ELEMENTWISE_KERNELS = (
-    "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "dequantize",
+    "terms", "sum_partials", "sum_parts", "gain_bwd", "decode_shrink", "dequantize",
     "adapter_fold", "adapter_down", "adapter_fusion_weights", "adapter_fusion_weights_bwd",
     "prefix_attention_combine", "prefix_attention_delta",
     "prompt_lookup_fwd", "prompt_lookup_bwd", "dora_changed", "dora_norm", "dora_keep",
@@ -369,6 +369,12 @@ CASES: tuple[AnyCase, ...] = (
     TilesCase(Case(64, 64, "float16", "float32", True, ("i", "ii"))),
     TilesCase(DoraCase(64, 64, "bfloat16", "float32", True, ("i", "ii"))),
     TilesCase(Case(8192, 64, "bfloat16", "float32", True, ("i", "ii")), (1, 2)),
+    # A in terms: the widest rank block, the lightest beside what it is without, every tile
+    Case(8192, 32, "bfloat16", "float32", True, ("i_terms",)),
+    Case(8192, 16, "bfloat16", "float32", False, ("i", "i_terms")),
+    TilesCase(Case(64, 16, "bfloat16", "float32", True, ("ii_terms",)), tilings.SPLITS),
+    TilesCase(DoraCase(64, 16, "bfloat16", "float32", True, ("ii_terms",))),
+    TilesCase(Case(8192, 16, "bfloat16", "float32", True, ("ii_terms",)), (1, 2)),
     # float32 takes the library's GEMM unless `tune` says otherwise
     Case(8192, 64, "float32", "float32", True, ("library",)),
     # the same five for many adapters
@@ -399,6 +405,7 @@ FUSION_CASES = (
 DORA_CASES = (
     DoraCase(8192, 64, "bfloat16", "float32", True, plans.PLANS),
     DoraCase(16, 64, "bfloat16", "float32", True, plans.PLANS),
+    DoraCase(8192, 16, "bfloat16", "float32", True, ("ii_terms",)),
     DoraCase(8192, 64, "float16", "float32", True, ("i", "ii")),
     DoraCase(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
     DoraCase(8192, 64, "float32", "float32", True, ("library",)),

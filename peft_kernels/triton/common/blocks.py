@@ -122,6 +122,26 @@ def wide_dot(a, wide, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def slots_of(first, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
+    """The ranks of a block's columns and which term of theirs each is, slot after slot.
+
+    An operand in terms [TERMS, r, k] is multiplied at once, in SLOTS blocks of ranks: a power of
+    two, of which those beyond TERMS are empty.
+    """
+    columns = tl.arange(0, SLOTS * BLOCK_R)
+    return first + columns % BLOCK_R, columns // BLOCK_R
+
+
+@triton.jit
+def added_slots(acc, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
+    """The sum of a product's slots, [BLOCK_M, BLOCK_R]."""
+    if SLOTS == 1:
+        return acc
+    else:
+        return tl.sum(tl.reshape(acc, (BLOCK_M, SLOTS, BLOCK_R)), axis=1)
+
+
+@triton.jit
 def rank_dot(p, q, acc, dtype: tl.constexpr, PRECISION: tl.constexpr, BY_ROW: tl.constexpr = False):
     """acc + p q for a tile that ends in ``dtype``; p is float32, q float32 or ``dtype``.
 

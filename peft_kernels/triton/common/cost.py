@@ -7,7 +7,11 @@ through the core's port to L2, and its even share of DRAM's traffic at the most 
 Waves of programs follow each other, and all of them together wait for DRAM at the least. Where the
 sum over k is split, the parts [splits, m, n] are written in float32, and a launch adds them up.
 
-Everything here is modelled, from datasheets and four assumptions. None of it was measured.
+Where tensor cores take operands from shared memory alone, a product of a tile that was made in
+registers, as a float32 one is cut into bfloat16's, stops its program: the tile is stored, the
+threads meet, and wait for the product. Other programs of the core go on meanwhile.
+
+Everything here is modelled, from datasheets and six assumptions. None of it was measured.
 """
 
 from __future__ import annotations
@@ -27,19 +31,24 @@ SHARES = 2
 # Bytes a clock from L2 into one core. An A100's 108 SMs share 5,120 (its whitepaper), the 38 CUs of
 # an MI300X's die 2,048 (CDNA 3's): 47 and 54. Other chips are taken for the same.
 PORT = 48
+# Clocks of such a stop, and the warps that a core has registers for. Assumed.
+STOP = 200
+WARPS = 16
 
 
 @dataclass(frozen=True)
 class Chip:
     """Datasheet figures: SMs or CUs, dense bfloat16 FLOP/s with float32 sums, DRAM bytes/s, Hz.
 
-    The clock is the one that the FLOP/s are for.
+    The clock is the one that the FLOP/s are for. ``shared``: bytes of shared memory a core, where
+    tensor cores take their operands from nowhere else.
     """
 
     cores: int
     flops: float
     bandwidth: float
     clock: float
+    shared: int = 0
 
 
 # The chip of its architecture that most figures are known of.
@@ -48,8 +57,8 @@ CHIPS = {
     "sm_80": Chip(108, 312e12, 2.04e12, 1.41e9),  # A100 SXM 80 GB
     "sm_86": Chip(82, 71e12, 0.936e12, 1.70e9),  # RTX 3090
     "sm_89": Chip(128, 165e12, 1.01e12, 2.52e9),  # RTX 4090
-    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9),  # H100 SXM
-    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9),  # B200
+    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9, 228 << 10),  # H100 SXM
+    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9, 228 << 10),  # B200
     "sm_120": Chip(170, 210e12, 1.79e12, 2.41e9),  # RTX 5090
     "gfx90a": Chip(110, 192e12, 1.64e12, 1.7e9),  # one die of an MI250X
     "gfx942": Chip(304, 1307e12, 5.3e12, 2.1e9),  # MI300X
@@ -68,7 +77,7 @@ class Product:
     """out [m, n] = a [m, k] w [k, n] in numbers of 16 bits.
 
     ``ranks``: columns of a second product that every tile makes of its rows and the same k, from
-    numbers of ``rank_bytes`` multiplied ``terms`` times.
+    numbers of ``rank_bytes`` multiplied ``terms`` times, with ``stops`` of a block of k each.
     """
 
     m: int
@@ -77,6 +86,7 @@ class Product:
     ranks: int = 0
     rank_bytes: int = 2
     terms: int = 1
+    stops: int = 0
 
     def flops(self) -> int:
         """With the second product once."""
@@ -108,7 +118,23 @@ def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
     port = operands * depth / (PORT * chip.clock)
     share = moved / programs / (SHARES * chip.bandwidth / chip.cores)
     waves = cdiv(programs, chip.cores)
-    time = LAUNCH + max(waves * max(products, port, share), moved / chip.bandwidth)
+    stops = cdiv(depth, tile.k) * product.stops
+    held = 2 * (tile.m + tile.n) + product.rank_bytes * product.ranks
+    stopped = stopped_seconds(chip, tile, held, programs, stops)
+    time = LAUNCH + max(waves * max(products, port, share), stopped, moved / chip.bandwidth)
     if splits > 1:
         time += LAUNCH + (parts + product.bytes_written()) / chip.bandwidth
     return time
+
+
+def stopped_seconds(chip: Chip, tile: Tile, held: int, programs: int, stops: int) -> float:
+    """Seconds of ``stops`` a program, those beside each other on a core once.
+
+    Args:
+        held: bytes of operands that a program holds of each of a block's k, in one stage.
+    """
+    if not (chip.shared and stops):
+        return 0.0
+    beside = min(WARPS // tile.warps, chip.shared // (held * tile.k * tile.stages))
+    rounds = cdiv(cdiv(programs, chip.cores), max(beside, 1))
+    return rounds * stops * STOP / chip.clock

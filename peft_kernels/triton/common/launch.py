@@ -1,17 +1,20 @@
-"""What the launchers share: the launch itself, splitting long sums, and adding up the parts."""
+"""What launchers share: the launch itself, long sums in parts, float32 matrices in terms."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.common.sum_kernels import sum_partials_kernel
+from peft_kernels.triton.common.term_kernels import terms_kernel
 
 GROUP_M = 8  # rows of tiles that share their columns in L2
 SUM_PARTS, SUM_BLOCK = 16, 256
+TERMS_BLOCK = 512
 # More splits than this cost more in adding them up than they bring in parallelism.
 MAX_SPLITS = 64
 
@@ -58,5 +61,17 @@ def sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
         (cdiv(out.numel(), SUM_BLOCK),),
         parts, out, value, parts.shape[0], out.numel(),
         FACTOR_ON_DEVICE=is_pointer, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def in_terms(a: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+    """``[terms, rows, cols]`` in ``dtype``, whose sum is the float32 matrix ``a`` [rows, cols]."""
+    rows, cols = a.shape
+    out = a.new_empty(terms, rows, cols, dtype=dtype)
+    launch(
+        terms_kernel,
+        (rows * cdiv(cols, TERMS_BLOCK),),
+        a, out, rows, cols, *a.stride(), TERMS=terms, BLOCK=TERMS_BLOCK,
     )  # fmt: skip
     return out

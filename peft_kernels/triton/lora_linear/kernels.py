@@ -17,12 +17,17 @@ Rounding. Sums are float32. Products of two tensors in x's dtype are exact. S, d
 float32's precision (`wide_dot`); inside y and dx, whose elements are rounded to x's dtype anyway,
 the two small operands are rounded to x's dtype first (`rank_dot`). No kernel uses an atomic, and
 every sum has one order, so the same input gives the same bits.
+
+A is [r, k], or a float32 A in terms of x's dtype, [TERMS, r, k] (`terms_kernel`): then SLOTS blocks
+of ranks, those of all terms, are one product of operands that are loaded as the tensor cores take
+them, where `wide_dot` makes a product of each term that waits for the one before.
 """
 
 import triton
 import triton.language as tl
 
 from peft_kernels.triton.common.blocks import (
+    added_slots,
     dot,
     float_scalar,
     kept_mask,
@@ -30,6 +35,7 @@ from peft_kernels.triton.common.blocks import (
     rank_dot,
     rounded,
     scalar,
+    slots_of,
     step,
     tile_position,
     wide_dot,
@@ -81,9 +87,9 @@ def ended(acc, gain, bias, cols, n, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constex
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def shrink_kernel(
-    x, a, out, seed, threshold, inv_keep, m, k, r, chunk, sx_m, sx_k, sa_r, sa_k,
+    x, a, out, seed, threshold, inv_keep, m, k, r, chunk, sx_m, sx_k, sa_t, sa_r, sa_k,
     DROPOUT: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """S[split, i, c] = sum over split's chunk of k of dropout(x)[i, k] A[c, k].
@@ -93,7 +99,10 @@ def shrink_kernel(
     """
     rank_blocks = tl.cdiv(r, BLOCK_R)
     rows = tl.program_id(0) // rank_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(0) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_rank = tl.program_id(0) % rank_blocks * BLOCK_R
+    ranks = first_rank + tl.arange(0, BLOCK_R)
+    a_ranks, term = slots_of(first_rank, BLOCK_R, SLOTS)
+    a_there = (a_ranks < r) & (term < TERMS)
     split = tl.program_id(1)
     first = split * chunk
     last = min(first + chunk, k)
@@ -102,19 +111,20 @@ def shrink_kernel(
         key = scalar(seed, SEED_ON_DEVICE)
 
     # 1. S = dropout(x) A^T over this split's columns
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_M, SLOTS * BLOCK_R), tl.float32)
     x_ptrs = pointers(x, rows, first + inner, sx_m, sx_k)
-    a_ptrs = pointers(a, first + inner, ranks, sa_k, sa_r)
+    a_ptrs = pointers(a, first + inner, a_ranks, sa_k, sa_r) + term.to(tl.int64)[None, :] * sa_t
     for start in range(first, last, BLOCK_K):
         here = start + inner < last
         x_tile = tl.load(x_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
-        a_tile = tl.load(a_ptrs, mask=here[:, None] & (ranks < r)[None, :], other=0.0)
+        a_tile = tl.load(a_ptrs, mask=here[:, None] & a_there[None, :], other=0.0)
         if DROPOUT:
             kept = kept_mask(key, threshold, rows, start, BLOCK_M, BLOCK_K)
             x_tile = tl.where(kept, x_tile, 0.0)
         acc = wide_dot(x_tile, a_tile, acc, TERMS, PRECISION)
         x_ptrs += step(BLOCK_K, sx_k)
         a_ptrs += step(BLOCK_K, sa_k)
+    acc = added_slots(acc, BLOCK_M, BLOCK_R, SLOTS)
     if DROPOUT:
         acc = acc * inv_keep
 
@@ -188,10 +198,10 @@ def tile_kernel(
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def in_loop_kernel(
     x, w, bias, gain, a, b, y, s, scale, seed, threshold, inv_keep, m, n, k, r, chunk,
-    sx_m, sx_k, sw_k, sw_n, sa_r, sa_k, sb_n, sb_r,
+    sx_m, sx_k, sw_k, sw_n, sa_t, sa_r, sa_k, sb_n, sb_r,
     HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
+    SLOTS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y = gain (x W^T + scale S B^T) + bias, S = dropout(x) A^T, one loop over k; r <= BLOCK_R.
@@ -208,6 +218,8 @@ def in_loop_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
+    a_ranks, term = slots_of(0, BLOCK_R, SLOTS)
+    a_there = (a_ranks < r) & (term < TERMS)
     inner = tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     first = split * chunk
@@ -218,15 +230,15 @@ def in_loop_kernel(
 
     # 1. x W^T and S = dropout(x) A^T
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    s_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    s_acc = tl.zeros((BLOCK_M, SLOTS * BLOCK_R), tl.float32)
     x_ptrs = pointers(x, rows, first + inner, sx_m, sx_k)
     w_ptrs = pointers(w, first + inner, cols, sw_k, sw_n)
-    a_ptrs = pointers(a, first + inner, ranks, sa_k, sa_r)
+    a_ptrs = pointers(a, first + inner, a_ranks, sa_k, sa_r) + term.to(tl.int64)[None, :] * sa_t
     for start in range(first, last, BLOCK_K):
         here = start + inner < last
         x_tile = tl.load(x_ptrs, mask=(rows < m)[:, None] & here[None, :], other=0.0)
         w_tile = tl.load(w_ptrs, mask=here[:, None] & (cols < n)[None, :], other=0.0)
-        a_tile = tl.load(a_ptrs, mask=here[:, None] & (ranks < r)[None, :], other=0.0)
+        a_tile = tl.load(a_ptrs, mask=here[:, None] & a_there[None, :], other=0.0)
         acc = dot(x_tile, w_tile, acc, PRECISION)
         if DROPOUT:
             kept = kept_mask(key, threshold, rows, start, BLOCK_M, BLOCK_K)
@@ -235,6 +247,7 @@ def in_loop_kernel(
         x_ptrs += step(BLOCK_K, sx_k)
         w_ptrs += step(BLOCK_K, sw_k)
         a_ptrs += step(BLOCK_K, sa_k)
+    s_acc = added_slots(s_acc, BLOCK_M, BLOCK_R, SLOTS)
     if DROPOUT:
         s_acc = s_acc * inv_keep
 

@@ -23,11 +23,12 @@ from peft_kernels.triton.common.launch import (
     MAX_SPLITS,
     argument,
     chunks,
+    in_terms,
     launch,
     options,
     sum_partials,
 )
-from peft_kernels.triton.common.sizes import cdiv
+from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 from peft_kernels.triton.lora_linear import kernels, modelled, plans, tilings
 
 # ---- forward -----------------------------------------------------------------------------------
@@ -80,6 +81,9 @@ def _forward(
     factor: Tensor | float,
     plan: str,
 ) -> tuple[Tensor, Tensor]:
+    if plan in plans.TERM_PLANS:
+        plan = plan.removesuffix(plans.IN_TERMS)
+        lora_a = in_terms(lora_a, x.dtype, call.problem.terms())
     if plan == "ii":
         return _in_loop(call, x, weight, bias, gain, lora_a, lora_b, factor)
     s = shrink(call, x, lora_a)
@@ -203,9 +207,11 @@ class Call:
 
 
 def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
-    """S = dropout(x) A^T."""
+    """S = dropout(x) A^T; A is [r, k], or [terms, r, k]."""
     tile = call.tile("shrink")
-    programs = cdiv(call.m, tile.m) * call.rank_blocks
+    slots = _slots(lora_a)
+    block_r = call.block_r if slots == 1 else min(call.block_r, chips.MAX_TERMS_BLOCK_R)
+    programs = cdiv(call.m, tile.m) * cdiv(call.r, block_r)
     chunk, splits = call.chunks(call.k, tile.k, programs)
     splits = max(splits, 1)  # k = 0 still has an S, of zeros
     parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
@@ -213,14 +219,24 @@ def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
         kernels.shrink_kernel,
         (programs, splits),
         x, lora_a, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
-        *x.stride(), *lora_a.stride(),
+        *x.stride(), *_strides(lora_a),
         DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
-        PRECISION=call.precision,
-        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
+        SLOTS=slots, PRECISION=call.precision,
+        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=block_r, **options(tile),
     )  # fmt: skip
     if splits == 1:
         return parts[0]
     return sum_partials(parts, x.new_empty(call.m, call.r, dtype=torch.float32), 1.0)
+
+
+def _slots(lora_a: Tensor) -> int:
+    """Of how many blocks of ranks A's operand is, one of which is empty where A is in three."""
+    return next_power_of_2(lora_a.shape[0]) if lora_a.dim() == 3 else 1
+
+
+def _strides(lora_a: Tensor) -> tuple[int, ...]:
+    """Of a term, a rank and a column."""
+    return (*(0,) * (3 - lora_a.dim()), *lora_a.stride())
 
 
 def _in_loop(
@@ -234,7 +250,7 @@ def _in_loop(
     scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """y and S from one loop over k, or from as many as its sum is split in, and what adds them."""
-    tiling = call.tiling("in_loop", modelled.in_loop(call.problem))
+    tiling = call.tiling("in_loop", modelled.in_loop(call.problem, lora_a.dim() == 3))
     tile, split = tiling.tile, tiling.splits > 1
     y, s = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)
     y_parts = s.new_empty(tiling.splits, *y.shape) if split else y
@@ -246,11 +262,11 @@ def _in_loop(
         x, weight, bias, gain, lora_a, lora_b, y_parts, s_parts, factor,
         call.seed, call.threshold, call.inv_keep,
         call.m, call.n, call.k, call.r, _chunk(call.k, tiling),
-        *x.stride(), weight.stride(1), weight.stride(0), *lora_a.stride(), *lora_b.stride(),
+        *x.stride(), weight.stride(1), weight.stride(0), *_strides(lora_a), *lora_b.stride(),
         HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
         DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), PRECISION=call.precision,
-        SPLIT=split, GROUP_M=GROUP_M,
+        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), SLOTS=_slots(lora_a),
+        PRECISION=call.precision, SPLIT=split, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
     if split:

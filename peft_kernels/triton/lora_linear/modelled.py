@@ -11,10 +11,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peft_kernels.triton.common import chips, cost
+from peft_kernels.triton.common.launch import chunks
+from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 from peft_kernels.triton.lora_linear import tilings
 
 if TYPE_CHECKING:
     from peft_kernels.triton.lora_linear.plans import Problem
+
+# What the names of plans end with that write A in terms first.
+IN_TERMS = "_terms"
 
 
 def base(problem: Problem) -> cost.Product:
@@ -26,30 +31,57 @@ def base(problem: Problem) -> cost.Product:
 
 
 @functools.lru_cache(maxsize=4096)
-def in_loop(problem: Problem) -> cost.Product:
-    """The same with S from the same loop."""
-    narrow = problem.adapter_dtype is problem.dtype
+def in_loop(problem: Problem, in_terms: bool = False) -> cost.Product:
+    """The same with S from the same loop; ``in_terms``: of an A that was written in terms."""
+    terms = problem.terms()
+    if problem.adapter_dtype is problem.dtype:
+        rank_bytes, products, stops = problem.dtype.itemsize, 1, 0
+    elif in_terms:
+        rank_bytes, products, stops = terms * problem.dtype.itemsize, next_power_of_2(terms), 0
+    else:
+        rank_bytes, products, stops = problem.adapter_dtype.itemsize, terms, terms
     return cost.Product(
-        problem.m, problem.n, problem.k, ranks=chips.rank_block(problem.r),
-        rank_bytes=problem.adapter_dtype.itemsize, terms=1 if narrow else problem.terms(),
+        problem.m, problem.n, problem.k, chips.rank_block(problem.r), rank_bytes, products, stops
     )  # fmt: skip
 
 
 def seconds(name: str, problem: Problem, plan: str) -> float:
     """The modelled time of y and S, or of dx from dS."""
     chip, product = cost.CHIPS[name], base(problem)
+    time, in_terms = 0.0, plan.endswith(IN_TERMS)
+    if in_terms:
+        time, plan = _terms(chip, problem), plan.removesuffix(IN_TERMS)
     if plan == "ii":
-        return tilings.seconds(name, "in_loop", problem.dtype, in_loop(problem))
-    time = 0.0
+        found = in_loop(problem, in_terms)
+        return time + tilings.seconds(name, "in_loop", problem.dtype, found)
     if problem.direction == "fwd":
-        # S is split over k: its parts are added up in a second launch.
-        time = 2 * cost.LAUNCH + 2 * problem.m * problem.k / chip.bandwidth
+        time += _shrink(name, problem, in_terms)
     if plan == "library":
         added = 2 * product.bytes_written() / chip.bandwidth
         return time + 2 * cost.LAUNCH + product.roofline(chip) + added
     masked = problem.direction == "bwd" and problem.dropout
     kernel = "tile_masked" if masked else "tile"
     return time + tilings.seconds(name, kernel, problem.dtype, product)
+
+
+def _terms(chip: cost.Chip, problem: Problem) -> float:
+    """A in float32 read, its terms written."""
+    numbers = problem.r * problem.k
+    return cost.LAUNCH + (4 + 2 * problem.terms()) * numbers / chip.bandwidth
+
+
+def _shrink(name: str, problem: Problem, in_terms: bool) -> float:
+    """S, split over k, whose parts are added up in a second launch: x's bytes, or stops."""
+    chip, tile = cost.CHIPS[name], chips.tile(name, "shrink", problem.dtype, problem.m)
+    stopped = 0.0
+    if not in_terms and problem.adapter_dtype is not problem.dtype:
+        block_r = chips.rank_block(problem.r)
+        programs = cdiv(problem.m, tile.m) * cdiv(problem.r, block_r)
+        chunk, splits = chunks(chip.cores, problem.k, tile.k, programs)
+        stops = cdiv(chunk, tile.k) * problem.terms()
+        held = 2 * tile.m + problem.adapter_dtype.itemsize * block_r
+        stopped = cost.stopped_seconds(chip, tile, held, programs * splits, stops)
+    return 2 * cost.LAUNCH + max(stopped, 2 * problem.m * problem.k / chip.bandwidth)
 
 
 def roofline(name: str, problem: Problem) -> float:

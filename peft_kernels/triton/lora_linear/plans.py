@@ -6,6 +6,10 @@ A *plan* is one way to compute the op:
 ``"ii"``       S and y in one loop over k; forward only, and only up to `IN_LOOP_MAX_RANK`
 ``"library"``  the library's GEMM, then the low-rank part added in place
 
+Where x is bfloat16 and A float32, the forward of each may write A as three terms of bfloat16 first,
+in a launch of its own, for all programs that multiply by it: ``"i_terms"``, ``"ii_terms"`` (up to
+`IN_LOOP_MAX_TERMS_RANK`), ``"library_terms"``.
+
 Over a weight in codes there are two others:
 
 ``"fused"``    as "i", the weight widened in the tile
@@ -30,8 +34,11 @@ from peft_kernels.triton.common.sizes import next_power_of_2
 from peft_kernels.triton.lora_linear import modelled, plan_cache, tilings, tuning
 
 PLANS = ("i", "ii", "library")
+IN_TERMS = modelled.IN_TERMS
+TERM_PLANS = tuple(plan + IN_TERMS for plan in PLANS)
 CODES_PLANS = ("fused", "scratch")
-IN_LOOP_MAX_RANK = 64
+ALL_PLANS = PLANS + TERM_PLANS + CODES_PLANS
+IN_LOOP_MAX_RANK, IN_LOOP_MAX_TERMS_RANK = 64, 16
 # Up to so many rows the weight is widened in the tile, where nothing was measured. Borders of other
 # kernels: bitsandbytes 0.50 dispatches by 32 to 128 on an A100 for large weights, by at most 32 on
 # a B200, and in float32 by fewer than 8 (backends/cuda/ops.py).
@@ -66,13 +73,17 @@ class Problem:
         options = (" dropout" if self.dropout else "") + (f" {self.codes}" if self.codes else "")
         return f"{self.direction} {dtypes} {sizes}{options}"
 
+    def wide(self) -> bool:
+        """Whether A is made of several numbers of x's dtype, as they are."""
+        return self.dtype is torch.bfloat16 and self.adapter_dtype is torch.float32
+
     def plans(self) -> tuple[str, ...]:
         """Those that it has to choose from."""
-        return CODES_PLANS if self.codes else PLANS
+        return CODES_PLANS if self.codes else PLANS + TERM_PLANS
 
     def able(self) -> tuple[str, ...]:
         """Those of them that can serve it."""
-        return tuple(plan for plan in self.plans() if plan != "ii" or _can_in_loop(self))
+        return tuple(plan for plan in self.plans() if _can(self, plan))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -92,21 +103,26 @@ def default_plan(name: str, problem: Problem) -> str:
         return "fused" if problem.m <= rows else "scratch"
     if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
-    able = [plan for plan in PLANS if plan != "ii" or _takes_in_loop(name, problem)]
+    able = [plan for plan in problem.able() if _draws_once(name, problem, plan)]
     return min(able, key=lambda plan: modelled.seconds(name, problem, plan))
 
 
-def _takes_in_loop(name: str, problem: Problem) -> bool:
-    if not _can_in_loop(problem):
+def _draws_once(name: str, problem: Problem, plan: str) -> bool:
+    if not problem.dropout or not plan.startswith("ii"):
+        return True
+    product = modelled.in_loop(problem, plan in TERM_PLANS)
+    return problem.n <= tilings.tiling(name, "in_loop", problem.dtype, product).tile.n
+
+
+def _can(problem: Problem, plan: str) -> bool:
+    forward, in_terms = problem.direction == "fwd", plan in TERM_PLANS
+    if in_terms and not (forward and problem.wide()):
         return False
-    product = modelled.in_loop(problem)
-    tiling = tilings.tiling(name, "in_loop", problem.dtype, product)
-    return not problem.dropout or problem.n <= tiling.tile.n
-
-
-def _can_in_loop(problem: Problem) -> bool:
+    if plan.removesuffix(IN_TERMS) != "ii":
+        return True
     # Without columns of y no program of "ii" would store S.
-    return problem.direction == "fwd" and problem.r <= IN_LOOP_MAX_RANK and problem.n > 0
+    most = IN_LOOP_MAX_TERMS_RANK if in_terms else IN_LOOP_MAX_RANK
+    return forward and problem.r <= most and problem.n > 0
 
 
 _forced: str | None = None
@@ -116,8 +132,8 @@ _forced: str | None = None
 def force(plan: str) -> Iterator[None]:
     """Uses ``plan`` wherever it can serve inside a ``with`` block: for `tune` and the tests."""
     global _forced
-    if plan not in PLANS + CODES_PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS + CODES_PLANS)}; got {plan!r}")
+    if plan not in ALL_PLANS:
+        raise ValueError(f"plan must be one of {', '.join(ALL_PLANS)}; got {plan!r}")
     previous, _forced = _forced, plan
     try:
         yield
@@ -141,7 +157,8 @@ def choose(device: torch.device, problem: Problem, run: tuning.Run | None = None
         ValueError: ``PEFT_KERNELS_TUNE`` is none of its values.
     """
     if _forced in problem.plans():
-        return _forced if _forced in problem.able() else "i"
+        nearest = (_forced, _forced.removesuffix(IN_TERMS), "i")
+        return next(plan for plan in nearest if plan in problem.able())
     plan, until = _decided.get((device, problem), ("", 0.0))
     return plan if time.monotonic() < until else _decide(device, problem, run)
 

@@ -86,4 +86,6 @@ def rows(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
     found = [row for plan in plans.PLANS for row in count(plan, m, n, k, r)]
     found += [row for plan in ("i", "ii") for row in count(plan, m, n, k, r, splits=4)]
     # The backward of "ii" is that of "i".
-    return [row for row in found if row.direction == "fwd" or not row.plan.startswith("ii")]
+    found = [row for row in found if row.direction == "fwd" or not row.plan.startswith("ii")]
+    # In terms, the forward alone differs.
+    return found + [count(plan, m, n, k, r)[0] for plan in plans.TERM_PLANS]
