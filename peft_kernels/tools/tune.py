@@ -185,7 +185,8 @@ def _measure(
         problem = plans.Problem(direction, dtype, adapter_dtype, *shape, dropout_p > 0, kind)
         with torch.cuda.device_of(inputs["x"]):
             run = functools.partial(_run_by, call)
-            times = tuning.time_plans(problem.able(), run, timer, ROUNDS)
+            able = problem.able(chips.arch_name(device))
+            times = tuning.time_plans(able, run, timer, ROUNDS)
         if not times.milliseconds:
             raise UserError(f"no plan runs at {problem.bucket()}: {times.left_out}")
         found.append(Measurement(problem, times.milliseconds, times.best(), times.left_out))

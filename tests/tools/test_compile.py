@@ -11,8 +11,9 @@ from peft_kernels import triton
 from peft_kernels.tools.report import run
 
 KERNELS = {
-    "shrink", "tile", "in_loop", "from_dy", "grad_a", "add_low_rank", "terms", "sum_partials",
-    "gain_bwd", "gain_end", "dora_changed", "dora_norm", "dora_keep", "codes_tile", "dequantize",
+    "shrink", "tile", "persistent", "in_loop", "from_dy", "grad_a", "add_low_rank", "terms",
+    "sum_partials", "gain_bwd", "gain_end", "dora_changed", "dora_norm", "dora_keep",
+    "codes_tile", "dequantize",
     "multi_shrink", "multi_tile", "multi_delta", "multi_grad", "sum_parts",
     "decode_shrink", "decode_tile",
     "adapter_fold", "adapter_fwd", "adapter_norm_bwd", "adapter_bwd", "adapter_up", "adapter_down",
@@ -51,8 +52,13 @@ IN_EVERY_CASE = ("sm_80", "sm_90", "sm_100", "gfx942", "other (sm_80)")
 
 
 def shipped_for(target):
-    """Chips whose own GEMM wouldn't compete take the base product from the library."""
-    return KERNELS - {"multi_tile"} if target == "other (sm_80)" else KERNELS
+    """Chips whose own GEMM wouldn't compete take the base product from the library.
+
+    Those that copy by descriptors have programs that stay.
+    """
+    library = {"multi_tile"} if target == "other (sm_80)" else set()
+    stays = set() if target in ("sm_90", "sm_100") else {"persistent"}
+    return KERNELS - library - stays
 
 
 @pytest.mark.long

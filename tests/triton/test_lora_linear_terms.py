@@ -162,12 +162,12 @@ def test_able():
     """All that `tune` and the first call of a shape measure."""
     case = lora_plans.Problem("fwd", BF16, F32, 8, 64, 64, 16, False)
     dense, in_terms = lora_plans.PLANS, lora_plans.TERM_PLANS
-    assert case.able() == dense + in_terms
-    assert replace(case, r=17).able() == (*dense, "i_terms", "library_terms")
-    assert replace(case, adapter_dtype=BF16).able() == dense
-    assert replace(case, dtype=F16).able() == dense
-    assert replace(case, direction="bwd").able() == ("i", "library")
-    assert replace(case, codes="4-bit/64").able() == lora_plans.CODES_PLANS
+    assert case.able("sm_80") == dense + in_terms
+    assert replace(case, r=17).able("sm_80") == (*dense, "i_terms", "library_terms")
+    assert replace(case, adapter_dtype=BF16).able("sm_80") == dense
+    assert replace(case, dtype=F16).able("sm_80") == dense
+    assert replace(case, direction="bwd").able("sm_80") == ("i", "library")
+    assert replace(case, codes="4-bit/64").able("sm_80") == lora_plans.CODES_PLANS
 
 
 def test_a_plan_in_terms_that_cannot_serve_is_replaced():

@@ -364,6 +364,11 @@ CASES: tuple[AnyCase, ...] = (
     Case(8192, 64, "float16", "float32", True, ("i", "ii")),
     # the lightest
     Case(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
+    # both tiles of programs that stay, where the chip has descriptors, and float16's
+    Case(8192, 64, "bfloat16", "float32", True, (plans.PERSISTENT,)),
+    Case(8192, 64, "float16", "float32", True, (plans.PERSISTENT,)),
+    Case(8192, 16, "bfloat16", "bfloat16", False, (plans.PERSISTENT,)),
+    DoraCase(8192, 16, "bfloat16", "float32", False, (plans.PERSISTENT,)),
     # every tile of the products, whole and in parts
     TilesCase(Case(64, 64, "bfloat16", "float32", True, ("i", "ii")), tilings.SPLITS),
     TilesCase(Case(64, 64, "float16", "float32", True, ("i", "ii"))),

@@ -52,11 +52,11 @@ def subjects_of(op: str, device: torch.device) -> Iterator[Subject]:
     for dtype in DTYPES:
         backend = backend_of(op, device, dtype)
         yield Subject(op, backend, dtype)
-        for plan, force in _plans(op, dtype):
+        for plan, force in _plans(op, dtype, device):
             yield Subject(op, backend, dtype, plan, "", _why_not(backend), force)
         for kind in KINDS if op == "lora_linear" else ():
             yield Subject(op, backend, dtype, AUTO, kind)
-            for plan, force in _plans("lora_linear_codes", dtype):
+            for plan, force in _plans("lora_linear_codes", dtype, device):
                 yield Subject(op, backend, dtype, plan, kind, _why_not(backend), force)
 
 
@@ -66,19 +66,22 @@ def _why_not(backend: str) -> str:
     return f"plans are of Triton's kernels, and the backend is '{backend}'"
 
 
-def _plans(op: str, dtype: torch.dtype) -> Iterator[tuple[str, Forced]]:
+def _plans(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Forced]]:
     """The plans that an op can be made to take, each with what forces it.
 
-    Only bfloat16 has those of float32 adapters in terms.
+    Only bfloat16 has those of float32 adapters in terms, and some chips programs that stay.
     """
     if op == "multi_lora_linear":
         yield from ((plan, contextlib.nullcontext) for plan in MULTI_LORA_PLANS if plan != AUTO)
     names = {"lora_linear": "PLANS", "dora_linear": "PLANS", "lora_linear_codes": "CODES_PLANS"}
     if op in names and HAS_TRITON:
-        from peft_kernels.triton.lora_linear import plans
+        from peft_kernels.triton.common import chips
+        from peft_kernels.triton.lora_linear import persistent, plans
 
         found = getattr(plans, names[op])
         if found is plans.PLANS and dtype is torch.bfloat16:
             found += plans.TERM_PLANS
+        if found[0] == plans.PLANS[0] and persistent.is_for(chips.arch_name(device), dtype):
+            found += (plans.PERSISTENT,)
         for plan in found:
             yield plan, functools.partial(plans.force, plan)

@@ -51,6 +51,17 @@ def low_rank(
 ):  # fmt: skip
     """factor P Q of one tile; P is [m, r], contiguous, float32, or in PARTS to be added up."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return plus_low_rank(
+        acc, p, q, rows, cols, m, n, r, sq_r, sq_n, factor, dtype, PRECISION, BLOCK_R, PARTS
+    )
+
+
+@triton.jit
+def plus_low_rank(
+    acc, p, q, rows, cols, m, n, r, sq_r, sq_n, factor, dtype: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """acc + factor P Q."""
     # One stage: r is mostly one block, and stages would take shared memory from the base's loop.
     for first in tl.range(0, r, BLOCK_R, num_stages=1):
         ranks = first + tl.arange(0, BLOCK_R)

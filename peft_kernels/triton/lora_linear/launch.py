@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from peft_kernels.triton.common.launch import (
     sum_partials,
 )
 from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
-from peft_kernels.triton.lora_linear import kernels, modelled, plans, tilings
+from peft_kernels.triton.lora_linear import kernels, modelled, persistent, plans, tilings
 
 # ---- forward -----------------------------------------------------------------------------------
 
@@ -93,7 +94,8 @@ def _forward(
         low_rank = LowRank(s, lora_b.T, factor, masked=False)
         return _add_low_rank(call, y, low_rank, y, late, gain), s
     y = x.new_empty(call.m, call.n)
-    return _tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
+    tile = _tile_of(plan, call, x, weight.T)
+    return tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
 
 
 # ---- backward ----------------------------------------------------------------------------------
@@ -141,7 +143,8 @@ def _grad_x(
         dx = torch.mm(dy, weight)
         return _add_low_rank(call, dx, LowRank(ds, lora_a, factor, masked=True), dx)
     dx = dy.new_empty(call.m, call.k, dtype=call.problem.dtype)
-    return _tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
+    tile = _tile_of(plan, call, dy, weight)
+    return tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
 
 
 # ---- what the launches of one call share -------------------------------------------------------
@@ -273,6 +276,12 @@ def _in_loop(
         low_rank = LowRank(s_parts, lora_b.T, scale, masked=False, total=s)
         _add_low_rank(call, y_parts, low_rank, y, bias, gain)
     return y, s
+
+
+def _tile_of(plan: str, call: Call, a: Tensor, w: Tensor) -> Callable[..., Tensor]:
+    """What computes ``a w`` and the low-rank part in one tile."""
+    can = plan == plans.PERSISTENT and persistent.serves(call.arch_name, a, w)
+    return persistent.tile if can else _tile
 
 
 def _tile(

@@ -10,6 +10,9 @@ Where x is bfloat16 and A float32, the forward of each may write A as three term
 in a launch of its own, for all programs that multiply by it: ``"i_terms"``, ``"ii_terms"`` (up to
 `IN_LOOP_MAX_TERMS_RANK`), ``"library_terms"``.
 
+``"persistent"``  as "i", the tiles by programs that stay on their cores and read by descriptors
+                  (`persistent.py`); for chips that have those, and only where it was measured
+
 Over a weight in codes there are two others:
 
 ``"fused"``    as "i", the weight widened in the tile
@@ -31,13 +34,14 @@ import torch
 
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.sizes import next_power_of_2
-from peft_kernels.triton.lora_linear import modelled, plan_cache, tilings, tuning
+from peft_kernels.triton.lora_linear import modelled, persistent, plan_cache, tilings, tuning
 
 PLANS = ("i", "ii", "library")
 IN_TERMS = modelled.IN_TERMS
 TERM_PLANS = tuple(plan + IN_TERMS for plan in PLANS)
+PERSISTENT = "persistent"
 CODES_PLANS = ("fused", "scratch")
-ALL_PLANS = PLANS + TERM_PLANS + CODES_PLANS
+ALL_PLANS = (*PLANS, *TERM_PLANS, PERSISTENT, *CODES_PLANS)
 IN_LOOP_MAX_RANK, IN_LOOP_MAX_TERMS_RANK = 64, 16
 # Up to so many rows the weight is widened in the tile, where nothing was measured. Borders of other
 # kernels: bitsandbytes 0.50 dispatches by 32 to 128 on an A100 for large weights, by at most 32 on
@@ -79,11 +83,11 @@ class Problem:
 
     def plans(self) -> tuple[str, ...]:
         """Those that it has to choose from."""
-        return CODES_PLANS if self.codes else PLANS + TERM_PLANS
+        return CODES_PLANS if self.codes else (*PLANS, *TERM_PLANS, PERSISTENT)
 
-    def able(self) -> tuple[str, ...]:
-        """Those of them that can serve it."""
-        return tuple(plan for plan in self.plans() if _can(self, plan))
+    def able(self, name: str) -> tuple[str, ...]:
+        """Those of them that can serve it on a chip."""
+        return tuple(plan for plan in self.plans() if _can(name, self, plan))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -103,18 +107,20 @@ def default_plan(name: str, problem: Problem) -> str:
         return "fused" if problem.m <= rows else "scratch"
     if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
-    able = [plan for plan in problem.able() if _draws_once(name, problem, plan)]
+    able = [plan for plan in problem.able(name) if _is_modelled(name, problem, plan)]
     return min(able, key=lambda plan: modelled.seconds(name, problem, plan))
 
 
-def _draws_once(name: str, problem: Problem, plan: str) -> bool:
+def _is_modelled(name: str, problem: Problem, plan: str) -> bool:
     if not problem.dropout or not plan.startswith("ii"):
-        return True
+        return plan != PERSISTENT
     product = modelled.in_loop(problem, plan in TERM_PLANS)
     return problem.n <= tilings.tiling(name, "in_loop", problem.dtype, product).tile.n
 
 
-def _can(problem: Problem, plan: str) -> bool:
+def _can(name: str, problem: Problem, plan: str) -> bool:
+    if plan == PERSISTENT:
+        return persistent.is_for(name, problem.dtype)
     forward, in_terms = problem.direction == "fwd", plan in TERM_PLANS
     if in_terms and not (forward and problem.wide()):
         return False
@@ -158,7 +164,8 @@ def choose(device: torch.device, problem: Problem, run: tuning.Run | None = None
     """
     if _forced in problem.plans():
         nearest = (_forced, _forced.removesuffix(IN_TERMS), "i")
-        return next(plan for plan in nearest if plan in problem.able())
+        able = problem.able(chips.arch_name(device))
+        return next(plan for plan in nearest if plan in able)
     plan, until = _decided.get((device, problem), ("", 0.0))
     return plan if time.monotonic() < until else _decide(device, problem, run)
 
@@ -166,8 +173,9 @@ def choose(device: torch.device, problem: Problem, run: tuning.Run | None = None
 def _decide(device: torch.device, problem: Problem, run: tuning.Run | None) -> str:
     # Nothing is to be measured of a call without numbers.
     run = run if problem.m and problem.n and problem.k else None
-    found = tuning.find(device, problem.bucket(), problem.able(), run)
-    plan = found.plan or default_plan(chips.arch_name(device), problem)
+    name = chips.arch_name(device)
+    found = tuning.find(device, problem.bucket(), problem.able(name), run)
+    plan = found.plan or default_plan(name, problem)
     if run is not None:
         if len(_decided) >= _MOST_DECIDED:
             _decided.clear()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Operations that touch no element on the device; views are recognised by their schema.
 _UNTOUCHING = {
@@ -143,8 +144,10 @@ class Traffic(TorchDispatchMode):
         return Access(launch, argument, shape, itemsize, storage=storage.data_ptr())
 
     def _find(self, pointers: Any, mask: Any) -> tuple[_Watched, np.ndarray] | None:
-        # The interpreter leaves a mask with a scalar condition in it as an integer.
-        selected = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+        # The interpreter leaves a mask with a scalar condition in it as an integer, and that of a
+        # descriptor's block as a bare array.
+        values = mask if isinstance(mask, np.ndarray) else mask.data
+        selected = np.broadcast_to(values.astype(bool), pointers.data.shape)
         addresses = pointers.data[selected]
         if not addresses.size:
             return None
@@ -221,6 +224,8 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a kernel's argument; those of a tuple are named ``name[i]``."""
     if isinstance(value, Tensor):
         yield name, value
+    elif isinstance(value, TensorDescriptor):
+        yield name, value.base
     elif isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from _tensors(f"{name}[{i}]", item)

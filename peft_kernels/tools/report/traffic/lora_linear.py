@@ -83,7 +83,7 @@ def _of_parts(traffic: Traffic, *shapes: tuple[int, int]) -> float:
 
 
 def rows(m: int, n: int, k: int, r: int) -> list[TrafficRow]:
-    found = [row for plan in plans.PLANS for row in count(plan, m, n, k, r)]
+    found = [row for plan in (*plans.PLANS, plans.PERSISTENT) for row in count(plan, m, n, k, r)]
     found += [row for plan in ("i", "ii") for row in count(plan, m, n, k, r, splits=4)]
     # The backward of "ii" is that of "i".
     found = [row for row in found if row.direction == "fwd" or not row.plan.startswith("ii")]
