@@ -19,6 +19,7 @@ from peft_kernels.models.input_grads import let_gradients_through
 from peft_kernels.models.modules_to_save import batches_seen, check_task_type, remember, settings_of
 from peft_kernels.models.resizing import choose_resizing
 from peft_kernels.modules.bases import check_bases, is_conv1d
+from peft_kernels.modules.fully_sharded import reshard
 from peft_kernels.modules.names import (
     check_late_parameters,
     plain_modules,
@@ -352,6 +353,7 @@ def swap_targets(
         if not isinstance(patterns, Mapping):
             raise TypeError(f"{argument} must be a dict, of values by pattern; got {patterns!r}")
     in_codes = readable(targets)
+    reshard(model)
     check_bases(model, targets, may_be_sharded=True, in_codes=in_codes)
     check_settings(r, alpha, dropout, init)
     check_late_parameters(model, "swap")

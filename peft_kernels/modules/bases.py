@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.modules.fully_sharded import is_gathered
+from peft_kernels.modules.fully_sharded import fault_of_gathering, is_gathered
 from peft_kernels.modules.replaced import fault_of_instance, fault_of_replacement
 from peft_kernels.modules.uncalled import uncalled_layers
 
@@ -22,6 +22,7 @@ BASE_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 CONV1D = "transformers.pytorch_utils.Conv1D"
 FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # x @ weight.T + bias
 FAKE_TENSOR = "torch._subclasses.fake_tensor.FakeTensor"
+FSDP_MODULE = "torch.distributed.fsdp.FSDPModule"
 DTENSOR = "torch.distributed.tensor.DTensor"
 
 _OURS = {
@@ -108,8 +109,8 @@ def check_base(
         name: what the message calls it.
         takes_values: whether trained values are put into the new layer at once, which must then
             have memory: a layer on the meta device can't.
-        may_be_sharded: whether its weight may be a DTensor, as tensor parallelism leaves it; not
-            as fully_shard does, to which new parameters are unknown.
+        may_be_sharded: whether its weight may be a DTensor, as tensor parallelism and fully_shard
+            leave it.
         in_codes: whether it is another library's, over a weight in codes that can be read.
     """
     if in_codes:
@@ -189,9 +190,9 @@ def _fault_of_state(linear: Any, takes_values: bool, may_be_sharded: bool) -> st
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     if weight is None or nn.parameter.is_lazy(weight):
         return _fault_of_no_weight(linear)
-    of_tensor = _fault_of_tensor
-    if may_be_sharded and is_sharded(weight) and not is_gathered(linear):
-        of_tensor = _fault_of_shard
+    of_tensor = _fault_of_shard if may_be_sharded and is_sharded(weight) else _fault_of_tensor
+    if may_be_sharded and is_gathered(linear) and (reason := _fault_of_gathering(linear)):
+        return reason
     if reason := of_tensor(weight) or _fault_of_dtype(weight) or _fault_of_shape(weight, linear):
         return f"has a weight that {reason}"
     if bias is not None and (reason := of_tensor(bias)):
@@ -316,6 +317,17 @@ def _fault_of_tensor(tensor: Tensor) -> str | None:
     if _computes_in_its_own_way(tensor):
         return f"is a {full_name(tensor)}, quantised or wrapped: {_QUANTISED}"
     return None
+
+
+def _fault_of_gathering(linear: nn.Module) -> str | None:
+    """Why a layer whose weight fully_shard holds can't be replaced by one that it doesn't know."""
+    if FSDP_MODULE in names_of(type(linear)):
+        return (
+            "is what fully_shard was called on, and gathers at its own calls: call fully_shard on "
+            "what is around it, or do this before"
+        )
+    reason = fault_of_gathering(linear)
+    return f"has a weight that {reason}" if reason else None
 
 
 def _fault_of_shard(tensor: Any) -> str | None:

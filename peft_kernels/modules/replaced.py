@@ -170,6 +170,9 @@ class Origin:
         layer = None if self._layer is None else self._layer()
         if layer is None:
             layer = self._like()
+        if layer._parameters is new._parameters:  # nn._gathered.share_parameters
+            kept = {n: p for n, p in new._parameters.items() if n in _SHARED or n not in self.own}
+            layer._parameters = kept
         layer._parameters |= {"weight": weight, "bias": bias}
         _hand_on(new, layer, keep=self.own)
         return layer.train(new.training)

@@ -31,6 +31,53 @@ class HandsOn(nn.Module):
             successor._parameters[name] = value
 
 
+def share_parameters(old: nn.Module, new: nn.Module) -> None:
+    """Has ``new``, which took the place of ``old``, have whatever fully_shard gives to ``old``.
+
+    That puts a whole Parameter, and then its shard again, into the table of the module that it
+    knows, at each call. The table becomes that of both.
+    """
+    if is_gathered(old):
+        old._parameters |= new._parameters
+        new._parameters = old._parameters
+
+
+def shards_beside(weight: Any) -> tuple[list, list]:
+    """Where A and B lie beside a weight ``[n, k]`` of fully_shard's: as it would shard them.
+
+    Beside a weight that is split more than once, as tensor parallelism splits it.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    split = [p for p in weight.placements if p != Replicate()]
+    if len(split) == 1 and split[0].is_shard():
+        rows = [p if p == Replicate() else Shard(0) for p in weight.placements]
+        return rows, rows
+    return adapter_placements(weight)
+
+
+def check_whole_in_calls(linear: Any) -> None:
+    """Raises a TypeError if a weight that fully_shard gathers is a part of a layer's then.
+
+    It may be shards of copies: then the outer dimension of its mesh has the copies.
+    """
+    if not is_gathered(linear):
+        return
+    from torch.distributed.tensor import Replicate
+
+    outer = linear.weight.placements[:-1]
+    if any(p != Replicate() for p in outer):
+        raise TypeError(
+            "linear has a weight that fully_shard holds over tensor parallelism: attach the pool "
+            "before fully_shard()"
+        )
+
+
+def device_in_calls(weight: Any) -> torch.device:
+    """Where a weight is when its layer is called: its shards may be offloaded."""
+    return torch.device(weight.device_mesh.device_type) if is_sharded(weight) else weight.device
+
+
 def check_in_shards(layer: nn.Module) -> None:
     """Raises a RuntimeError if what is written to the layer's weight now would be lost."""
     if is_gathered(layer) and (fault := fault_of_gathering(layer)):

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.modules.bases import is_sharded
+from peft_kernels.nn._gathered import shards_beside
 from peft_kernels.ops._sharded import adapter_placements
 
 
-def lay_beside(weight: Any, parameter: nn.Parameter, which: int) -> nn.Parameter:
-    """A (``which`` 0), B or magnitudes (1), the first process's, as goes with ``weight [n, k]``."""
+def lay_beside(
+    weight: Any, parameter: nn.Parameter, which: int, gathered: bool = False
+) -> nn.Parameter:
+    """A (``which`` 0), B or magnitudes (1), the first process's, as goes with ``weight [n, k]``.
+
+    ``gathered`` says that fully_shard holds the weight.
+    """
     if not is_sharded(weight):
         return parameter
     from torch.distributed.tensor import distribute_tensor
 
-    placements = adapter_placements(weight)[which]
+    placements = (shards_beside if gathered else adapter_placements)(weight)[which]
     placed = distribute_tensor(parameter.detach(), weight.device_mesh, placements)
     return nn.Parameter(placed, parameter.requires_grad)
 

@@ -24,6 +24,7 @@ from peft_kernels.nn._gathered import (
     in_call,
     overwrite,
     placed_like,
+    share_parameters,
 )
 from peft_kernels.nn._lora_values import overwritten, warn_of_base_weights
 from peft_kernels.nn._sharded import (
@@ -125,6 +126,7 @@ class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
     lora_magnitude: Any  # a Parameter with use_dora, else None
     _norms: Norms
     unmerged_weight: nn.Parameter | None
+    _gathers = False  # whether its A and B are unknown to fully_shard, which holds its weight
     _origin: Origin
 
     @torch.inference_mode(False)
@@ -211,13 +213,14 @@ class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
             self.use_dora, self._norms = True, Norms()
             self.lora_magnitude = nn.Parameter(torch.empty(self.out_features, **factory))
         self.register_parameter("unmerged_weight", None)
-        self.lora_a = lay_beside(self._matrix(weight), self.lora_a, 0)
-        self.lora_b = lay_beside(self._matrix(weight), self.lora_b, 1)
-        if use_dora:
-            self.lora_magnitude = lay_beside(self._matrix(weight), self.lora_magnitude, 1)
+        self._gathers = is_gathered(linear)
+        for which, name in enumerate(self.adapter_names):
+            beside = self._matrix(weight), getattr(self, name), min(which, 1)
+            setattr(self, name, lay_beside(*beside, self._gathers))
         self.reset_adapter()
         self.train(linear.training)
         self._origin = take_over(linear, self)
+        share_parameters(linear, self)
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
@@ -251,8 +254,10 @@ class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
     def _reset_magnitude(self) -> None:
         """Makes the magnitudes the lengths of the adapted weight's rows."""
         if self.use_dora:
-            weight = self._matrix(self.base_weight)
-            self.lora_magnitude.copy_(dora_norm(weight, self.lora_a, self.lora_b, self.scale))
+            made_of = self._matrix(self.base_weight), self.lora_a, self.lora_b
+            if self._gathers:
+                made_of = beside_rows(*made_of)
+            self.lora_magnitude.copy_(dora_norm(*made_of, self.scale))
 
     _draw = reset_adapter
 
@@ -317,17 +322,24 @@ class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
             "scale": self.scale,
             "dropout_p": self.dropout if self.training else 0.0,
         }
+        lora_a: Tensor = self.lora_a
+        lora_b: Tensor = self.lora_b
+        if self._gathers:
+            lora_a, lora_b = in_call(lora_a, weight), in_call(lora_b, weight)
         if not self.use_dora:
-            return lora_linear(x, weight, self.lora_a, self.lora_b, **options)
-        adapter = self.lora_a, self.lora_b
-        norm = self._norms.of(weight, *adapter, self.scale)
-        return dora_linear(x, weight, *adapter, self.lora_magnitude, norm=norm, **options)
+            return lora_linear(x, weight, lora_a, lora_b, **options)
+        magnitude = self.lora_magnitude
+        if self._gathers:
+            magnitude = in_call(magnitude, weight)
+        norm = self._norms.of(weight, lora_a, lora_b, self.scale)
+        return dora_linear(x, weight, lora_a, lora_b, magnitude, norm=norm, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "_origin" in self.__dict__:
             if self.merged and value is self.unmerged_weight:
                 return  # what was tied is tied again: the base stays the base
-            if not is_gathered(self):  # fully_shard puts the whole one here, and the shard again
+            # fully_shard puts the whole one here, and the shard again.
+            if self.merged and not is_gathered(self):
                 self._require(merged=False)
             self._check_weight(value)
         super().__setattr__(name, value)

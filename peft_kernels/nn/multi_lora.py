@@ -12,8 +12,14 @@ from peft_kernels.calls.off import is_off
 from peft_kernels.calls.router import Router, unrouted, unrouted_routing
 from peft_kernels.calls.rows import Place
 from peft_kernels.modules.bases import check_base, is_conv1d
+from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.replaced import Origin, take_over
-from peft_kernels.nn._gathered import HandsOn
+from peft_kernels.nn._gathered import (
+    HandsOn,
+    check_whole_in_calls,
+    device_in_calls,
+    share_parameters,
+)
 from peft_kernels.nn._sharded import Beside, let_view, part_of
 from peft_kernels.nn.lora import check_weight
 from peft_kernels.nn.lora_settings import adapter_dtype_for, init_adapter_
@@ -122,9 +128,9 @@ class MultiLoRALinear(HandsOn, nn.Linear):
         self.weight, self.bias = linear._parameters["weight"], linear.bias
         weight = self._matrix(self.weight)
         self.out_features, self.in_features = self._size
-        self._beside = Beside.of(weight)
+        self._beside = None if is_gathered(linear) else Beside.of(weight)
         n, k = self._size if self._beside is None else part_of(weight).shape
-        device, rows = weight.device, pages * PAGE
+        device, rows = device_in_calls(weight), pages * PAGE
         for name, shape, buffer_dtype in (
             ("pages_a", (rows, k), dtype),
             ("pages_b", (rows, n), dtype),
@@ -137,6 +143,7 @@ class MultiLoRALinear(HandsOn, nn.Linear):
         self.register_buffer("unrouted", unrouted(slots, device), persistent=False)
         self.train(linear.training)
         self._origin = take_over(linear, self)
+        share_parameters(linear, self)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -144,6 +151,7 @@ class MultiLoRALinear(HandsOn, nn.Linear):
     def _read_base(self, linear: Any) -> tuple[tuple[int, int], torch.dtype]:
         """The size [n, k] and the dtype of a layer, once this one can take its place."""
         check_base(linear, takes_values=True, may_be_sharded=True)
+        check_whole_in_calls(linear)
         n, k = linear.weight.shape
         return (k, n) if is_conv1d(linear) else (n, k), linear.weight.dtype
 

@@ -32,6 +32,7 @@ from peft_kernels.models.modules_to_save import (
 from peft_kernels.models.resizing import choose_resizing
 from peft_kernels.models.swap import named, replace_modules, required_targets
 from peft_kernels.modules.bases import check_bases
+from peft_kernels.modules.fully_sharded import reshard
 from peft_kernels.modules.names import plain_parameters, unwrapped
 from peft_kernels.modules.replaced import fault_of_instance
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
@@ -135,6 +136,7 @@ class AdapterPool:
             task_type=task_type,
         )
         in_codes = readable(targets)
+        reshard(model)
         check_bases(model, targets, takes_values=True, may_be_sharded=True, in_codes=in_codes)
         pages = _pages_for("capacity", capacity)
         max_pages = min(_pages_for("max_rank", max_rank), pages)

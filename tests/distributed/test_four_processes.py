@@ -37,7 +37,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 import peft_kernels
-from peft_kernels import AdapterPool, load_adapter, merge, save_adapter, unload, unmerge
+from peft_kernels import (
+    AdapterPool,
+    load_adapter,
+    merge,
+    save_adapter,
+    swap_linear,
+    unload,
+    unmerge,
+)
 
 CASES = Cases(4)
 run = CASES.fixture()
@@ -131,6 +139,25 @@ def four_shards_are_merged_and_unloaded():
             torch.testing.assert_close(logits(model), adapted, rtol=1e-6, atol=1e-6)
             unload(model, merge=True)
             torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+
+
+@CASES.add
+def adapters_that_come_into_four_shards():
+    def swapped(model: nn.Module) -> nn.Module:
+        torch.manual_seed(5)
+        return swap_linear(model, "all-linear", 3, alpha=6, use_dora=True)
+
+    expected = trained(swapped(llama()))
+    for wrap, group in ((in_both, mesh()["data"].get_group()), (in_copies, None)):
+        model = swapped(wrap(llama()))
+        check_equal(model, expected, group)
+        adapted = logits(model)
+        merge(model)
+        torch.testing.assert_close(logits(model), adapted, rtol=1e-5, atol=1e-6)
+        unmerge(model)
+        save_adapter(model, CASES.folder / f"{wrap.__name__}.late")
+        again = load_adapter(wrap(llama()), CASES.folder / f"{wrap.__name__}.late")
+        torch.testing.assert_close(logits(again), adapted, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add

@@ -35,15 +35,21 @@ def run_the_page() -> None:
         "served_model": llama(),
         "split_model": llama(),
         "big_model": lora(),
+        "sharded_model": llama(),
+        "folder": str(CASES.folder / "lora"),
         "peft_model": of_peft(),
         "input_ids": text(),
         "processes": torch.distributed.get_world_size(),
     }
+    if torch.distributed.get_rank() == 0:
+        peft_kernels.save_adapter(lora(), CASES.folder / "lora")
+    torch.distributed.barrier()
     page = PAGE.read_text()
     for found in BLOCK.finditer(page):
         line = page.count("\n", 0, found.start(1))
         exec(compile("\n" * line + found[1], str(PAGE), "exec"), names)
     torch.testing.assert_close(logits(names["big_model"]), logits(lora()))
+    torch.testing.assert_close(logits(names["sharded_model"]), logits(lora()))
     split = logits(names["split_model"])
     torch.testing.assert_close(split, logits(llama()))  # B is zero still
     assert names["optimizer"].state

@@ -33,6 +33,7 @@ from peft_kernels.models.swap import (
     swap_targets,
 )
 from peft_kernels.modules.bases import check_bases, check_memory, is_conv1d
+from peft_kernels.modules.fully_sharded import reshard
 from peft_kernels.modules.names import check_late_parameters, gathered, unwrapped
 from peft_kernels.modules.replaced import check_stored
 from peft_kernels.nn.lora import LoRALinear
@@ -81,6 +82,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
 def _load(model: nn.Module, contents: Contents) -> None:
     config, adapters, modules = contents
     plain = unwrapped(model)
+    reshard(model)
     layers: dict[str, Any] = lora_layers_in(plain)
     swaps = not layers
     if swaps:

@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_kernels.codes.layers import dtype_of, is_in_codes
 from peft_kernels.modules.bases import BASE_DTYPES, fault_of_place
+from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.names import plain_modules, submodule
 from peft_kernels.nn.bottleneck import BottleneckAdapter
 
@@ -145,6 +146,12 @@ def adapter_for(
     for name, parameter in module.named_parameters():
         if reason := fault_of_place(parameter):
             raise TypeError(f"{path}.{name} {reason}")
+    for name, part in module.named_modules():
+        if is_gathered(part):
+            raise TypeError(
+                f"{path}.{name} is held by fully_shard, which wouldn't shard adapters that come "
+                "later, nor average their gradients: do this before fully_shard()"
+            )
     place = {"device": next(module.parameters()).device} | dict(overrides)
     if "dtype" not in place:
         # A weight in codes has another than the block computes in; a norm beside it has that.
