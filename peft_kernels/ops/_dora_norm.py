@@ -53,8 +53,7 @@ _library.define(
 
 
 class _State(NamedTuple):
-    weight: Tensor  # an alias
-    version: int
+    source: tuple  # which memory the weight was, and how often written
     norm: Tensor
     kept: tuple[Tensor, Tensor, Tensor]
 
@@ -71,11 +70,11 @@ class NormsOnDevice:
         """The norms ``[n]`` in float32, until the next call; None where they can't be kept."""
         if not _can_keep(weight, lora_a, lora_b):
             return None
-        state = self._state
-        if state is None or not _is_of(state, weight, lora_a):
+        state, source = self._state, _source_of(weight, lora_a)
+        if state is None or state.source != source:
             if _is_captured(weight):  # memory of a graph's own would go with it
                 return None
-            state = self._state = _state_of(weight, lora_a, lora_b, state)
+            state = self._state = _state_of(source, weight, lora_a, lora_b, state)
         number = (1.0, scale.detach()) if isinstance(scale, Tensor) else (float(scale), None)
         update = _library.get_op("dora_norm_kept", _library.variant(weight.dtype))
         with torch.no_grad():
@@ -91,7 +90,8 @@ def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
         return False
     if _library.backend_of("dora_linear", weight.device, weight.dtype) != "triton":
         return False
-    if weight.is_inference() or not weight.numel():
+    (n, k), r = weight.shape, lora_a.shape[0]
+    if weight.is_inference() or not n * k or lora_a.shape != (r, k) or lora_b.shape != (n, r):
         return False
     return acc_dtype(lora_a) is torch.float32 and lora_b.dtype is lora_a.dtype
 
@@ -100,26 +100,29 @@ def _is_captured(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _is_of(state: _State, weight: Tensor, lora_a: Tensor) -> bool:
-    if weight._version != state.version or weight.dtype is not state.weight.dtype:
-        return False
-    same = weight.device == state.weight.device and weight.is_set_to(state.weight)
-    return same and lora_a.shape == state.kept[0].shape
+def _source_of(weight: Tensor, lora_a: Tensor) -> tuple:
+    """What other weights differ in; nothing of it keeps the weight's memory.
+
+    Another one in the memory of one that is gone has another diagonal.
+    """
+    shapes = weight.shape, weight.stride(), lora_a.shape
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, *shapes
 
 
 def _shapes_of(state: _State) -> tuple:
     return state.norm.device, *(one.shape for one in state.kept)
 
 
-def _state_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, old: _State | None) -> _State:
+def _state_of(
+    source: tuple, weight: Tensor, lora_a: Tensor, lora_b: Tensor, old: _State | None
+) -> _State:
     """Of nothing yet: no value is as NaN is. In the old one's memory, if it has the shapes."""
     (n, k), r = weight.shape, lora_a.shape[0]
     shapes = (r, k), (n, r), (min(n, k),)
     with torch.inference_mode(False), torch.no_grad():
-        alias, version = weight.detach(), weight._version
         if old is not None and _shapes_of(old) == (weight.device, *shapes):
             old.kept[0].fill_(torch.nan)
-            return old._replace(weight=alias, version=version)
+            return old._replace(source=source)
         kept = [weight.new_full(shape, torch.nan, dtype=torch.float32) for shape in shapes]
         norm = weight.new_empty(n, dtype=torch.float32)
-        return _State(alias, version, norm, (kept[0], kept[1], kept[2]))
+        return _State(source, norm, (kept[0], kept[1], kept[2]))

@@ -1,11 +1,13 @@
 """DoRA's norms on a GPU, in the interpreter: right after every change, and W read only then."""
 
 import copy
+import gc
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import peft_kernels
 from peft_kernels.nn import LoRALinear
@@ -118,6 +120,22 @@ def test_new_weights_of_the_same_shape_keep_the_memory_that_a_graph_may_hold():
     other = weight.clone()
     assert norm(other, a, b, 1.0) is memory
     torch.testing.assert_close(memory.double(), exact(other, a, b), rtol=2e-6, atol=0)
+
+
+def test_a_weight_that_is_gone_keeps_no_memory():
+    weight, a, b = layer_of()
+    norm = Norm()
+    norm(weight, a, b, 1.0)
+    memory = StorageWeakRef(weight.untyped_storage())
+    del weight
+    gc.collect()
+    assert memory.expired()
+
+
+def test_shapes_that_do_not_fit_are_left_to_who_says_so():
+    weight, a, b = layer_of()
+    for of in ((weight, a[:, :-1], b), (weight, a, b[:-1]), (weight, a, b[:, :-1])):
+        assert Norm()(*of, 1.0) is None
 
 
 def test_the_reference_does_the_same():
