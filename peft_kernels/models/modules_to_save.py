@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.modules.bases import check_memory, is_sharded
+from peft_kernels.modules.bases import check_memory
 from peft_kernels.modules.names import plain_modules, plain_parameters, unwrapped
+from peft_kernels.nn._sharded import placed_as
 from peft_kernels.nn.lora import LoRALinear
 
 TASK_TYPES = (
@@ -305,8 +306,6 @@ def _check_one(key: str, tensor: Tensor, target: Tensor) -> None:
     if tensor.is_floating_point() != target.is_floating_point():
         raise TypeError(f"{key} must be of the kind of {target.dtype}; got {tensor.dtype}")
     check_memory(target, key)
-    if is_sharded(target):
-        raise ValueError(f"{key} is sharded (a DTensor): load the adapter before sharding")
 
 
 def _check_not_tied(
@@ -340,7 +339,7 @@ def fill(
 ) -> None:
     """Copies the tensors into ``targets``; the modules that the config names are left to train."""
     for key, target in targets.items():
-        target.copy_(tensors[key])
+        target.copy_(placed_as(target, tensors[key]))
     modules = plain_modules(model)
     for name in _ending(modules, endings):
         modules[name].requires_grad_(True)

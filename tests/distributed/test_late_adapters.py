@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from parallel_models import (
     average_,
     llama,
@@ -236,6 +237,39 @@ def folders_are_loaded_and_written():
     save_adapter(model, CASES.folder / "late")
     load_adapter(model, CASES.folder / "late")
     close(logits(load_adapter(llama(), CASES.folder / "late")), logits(plain))
+
+
+@CASES.add
+def a_trained_head_comes_with_the_folder():
+    def classifier() -> nn.Module:
+        torch.manual_seed(4)
+        config = llama().config
+        config.pad_token_id, config.num_labels = 0, 3
+        return transformers.LlamaForSequenceClassification(config).eval()
+
+    plain = classifier()
+    plain.score.requires_grad_(False)
+    swap_linear(plain, ["q_proj"], 4, alpha=8, task_type="SEQ_CLS")
+    plain.score.requires_grad_(True)
+    nn.init.ones_(plain.score.weight)
+    if dist.get_rank() == 0:
+        save_adapter(plain, CASES.folder / "head")
+    dist.barrier()
+    for warm in (False, True):
+        model = in_shards(classifier().requires_grad_(False))
+        if warm:
+            logits(model)
+        load_adapter(model, CASES.folder / "head")
+        close(logits(model), logits(plain))
+        found = []
+        for one, rows in ((plain, slice(None)), (model, mine())):
+            one(text(rows)).logits.square().mean().backward()
+            found.append(whole(one.score.weight.grad))
+        plain.zero_grad()
+        close(*found)
+        save_adapter(model, CASES.folder / "head.again")
+        again = load_adapter(classifier().requires_grad_(False), CASES.folder / "head.again")
+        close(logits(again), logits(plain))
 
 
 @CASES.add
