@@ -135,6 +135,13 @@ def test_a_wheel_holds_the_package_and_its_license(tracked, without_compiler):
     assert any(name.endswith("/LICENSE") for name in of_the_format)
 
 
+def test_a_wheel_tells_vllm_whom_to_call(without_compiler):
+    (points,) = without_compiler.glob("*.dist-info/entry_points.txt")
+    lines = points.read_text().splitlines()
+    at = lines.index("[vllm.general_plugins]")
+    assert lines[at + 1] == "peft_kernels = peft_kernels.integrations.vllm.plugin:register"
+
+
 # ---- with native kernels ---------------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ PAGES: dict[str, Callable[[], Names]] = {
 def test_every_page_with_python_is_run():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     found = {str(page.relative_to(ROOT)) for page in pages if BLOCK.search(page.read_text())}
-    # Those are in test_docs_op.py, distributed/test_guide.py and test_vllm_guide.py.
+    # Those are in test_docs_op.py, distributed/test_guide.py and test_vllm_processes.py.
     names = "add-an-op", "guides/more-than-one-machine", "guides/vllm"
     assert found - {f"docs/{name}.md" for name in names} == set(PAGES)
 

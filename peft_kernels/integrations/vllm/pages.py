@@ -49,13 +49,10 @@ def pages_of_a(stacked: Tensor) -> Pages:
     return _allocated(stacked)
 
 
-def pages_of_b(stacked: Tensor, beside: Pages | None = None) -> Pages:
-    """Of B ``[slots, 1, n, r]``, in new storage; with A's ranks where it is read beside that."""
+def pages_of_b(stacked: Tensor) -> Pages:
+    """Of B ``[slots, 1, n, r]``, in new storage."""
     pages = _allocated(stacked.transpose(2, 3))
-    pages = pages._replace(stacked=pages.stacked.transpose(2, 3))
-    if beside is not None and beside.rank == pages.rank:
-        pages = pages._replace(table=beside.table, ranks=beside.ranks)
-    return pages
+    return pages._replace(stacked=pages.stacked.transpose(2, 3))
 
 
 def _allocated(values: Tensor) -> Pages:

@@ -243,8 +243,7 @@ Pair = tuple[Pages | None, Pages]
 
 
 def _pages_of_slice(a: Tensor | None, b: Tensor) -> Pair:
-    pages_a = None if a is None else paged.pages_of_a(a)
-    return pages_a, paged.pages_of_b(b, pages_a)
+    return None if a is None else paged.pages_of_a(a), paged.pages_of_b(b)
 
 
 def _follow(layer: BaseLayerWithLoRA, pairs: list[Pair]) -> None:
