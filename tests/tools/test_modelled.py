@@ -11,15 +11,15 @@ from peft_kernels.triton.lora_linear import tilings
 LIMIT = 1.5
 # (chip, n, k): by m, what the model can't get to the limit. Two launches against one are too many
 # for a product of a few microseconds, small tiles want more from L2 than the cores' ports give, and
-# a float32 A stops a program of sm_90 or sm_100 three times a block of k.
+# a float32 A stops a program of sm_90 or sm_100 once a block of k.
 OVER = {
-    ("sm_80", 1024, 4096): {16: 1.54, 64: 1.95, 128: 1.97, 512: 1.55},
-    ("sm_86", 1024, 4096): {64: 1.55},
+    ("sm_80", 1024, 4096): {16: 1.54, 64: 1.97, 128: 1.97, 512: 1.55},
+    ("sm_86", 1024, 4096): {64: 1.6},
     ("sm_89", 1024, 4096): {128: 1.62},
-    ("sm_90", 1024, 4096): {1: 1.94, 16: 2.01, 64: 2.32, 128: 2.29, 512: 2.22, 2048: 1.67},
-    ("sm_100", 4096, 4096): {1: 1.69, 16: 1.72, 64: 2.01, 128: 2.01, 512: 1.78},
-    ("sm_100", 1024, 4096): {1: 2.56, 16: 2.99, 64: 3.0, 128: 2.96, 512: 2.72, 2048: 1.93},
-    ("sm_120", 1024, 4096): {1: 1.53, 16: 1.51, 64: 1.58, 128: 1.89},
+    ("sm_90", 1024, 4096): {1: 1.9, 16: 1.94, 64: 2.29, 128: 2.29, 512: 2.22, 2048: 1.67},
+    ("sm_100", 4096, 4096): {64: 2.0, 128: 2.0, 512: 1.78},
+    ("sm_100", 1024, 4096): {1: 2.53, 16: 2.88, 64: 2.97, 128: 2.93, 512: 2.72, 2048: 1.93},
+    ("sm_120", 1024, 4096): {1: 1.53, 16: 1.51, 64: 1.59, 128: 1.89},
     ("gfx90a", 1024, 4096): {64: 1.66, 128: 1.84},
     ("gfx942", 4096, 4096): {128: 1.75, 512: 1.55},
     ("gfx942", 1024, 4096): {1: 1.65, 16: 1.97, 64: 1.92, 128: 2.61, 512: 2.34, 2048: 1.69},
@@ -66,7 +66,7 @@ def test_a_roofline_by_hand(rows):
     (row,) = (r for r in rows if (r.chip, r.m, r.n, r.k) == ("sm_90", 16, 4096, 4096))
     moved = 2 * (16 * 4096 + 4096 * 4096 + 16 * 4096) + 4 * 16 * 4096
     assert row.roofline == pytest.approx(1e6 * (cost.LAUNCH + moved / 3.35e12))
-    assert row.plan == "ii_terms" and row.tile.startswith("64x")
+    assert row.plan == "ii" and row.tile.startswith("64x")
 
 
 def test_the_library_has_no_tile(rows):

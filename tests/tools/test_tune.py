@@ -5,6 +5,7 @@ import io
 import json
 import os
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tune_caches import own_cache
 
 from peft_kernels.tools import UserError
 from peft_kernels.tools import tune as tuning
-from peft_kernels.triton.lora_linear import plan_cache, plans
+from peft_kernels.triton.common import chips, cost
+from peft_kernels.triton.lora_linear import modelled, plan_cache, plans
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -61,12 +63,24 @@ def test_default_plan(case, plan):
     assert plans.default_plan("sm_90", case) == plan
 
 
-def test_the_model_writes_a_in_terms_where_stops_bind():
-    """16 rows of a Hopper's: 64 blocks of k stop three times each; one row, and an A100, don't."""
+def test_the_model_writes_a_in_terms_where_its_stops_bind():
+    """16 rows of a Hopper's: three in each of 64 blocks of k, but for the joined operand."""
     case = problem(m=16, adapter=F32)
-    assert plans.default_plan("sm_90", case) == "ii_terms"
-    assert plans.default_plan("sm_90", replace(case, adapter_dtype=BF16)) == "ii"
-    assert plans.default_plan("sm_80", case) == "ii"
+    assert plans.default_plan("sm_90", case) == "ii"
+    with patch.dict(chips.JOINED, in_loop=0, shrink=0):
+        modelled.in_loop.cache_clear()
+        assert plans.default_plan("sm_90", case) == "ii_terms"
+        assert plans.default_plan("sm_90", replace(case, adapter_dtype=BF16)) == "ii"
+        assert plans.default_plan("sm_80", case) == "ii"
+    modelled.in_loop.cache_clear()
+
+
+def test_the_model_of_a_in_terms_without_stops():
+    """A launch that reads A and writes 6 bytes of each of its numbers."""
+    case, chip = problem(adapter=F32), cost.CHIPS["sm_80"]
+    without, in_terms = (modelled.seconds("sm_80", case, plan) for plan in ("i", "i_terms"))
+    written = cost.LAUNCH + (4 + 6) * 16 * 4096 / chip.bandwidth
+    assert in_terms - without == pytest.approx(written)
 
 
 def test_default_plan_depends_on_the_chip():

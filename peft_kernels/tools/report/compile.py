@@ -374,12 +374,13 @@ CASES: tuple[AnyCase, ...] = (
     TilesCase(Case(64, 64, "float16", "float32", True, ("i", "ii"))),
     TilesCase(DoraCase(64, 64, "bfloat16", "float32", True, ("i", "ii"))),
     TilesCase(Case(8192, 64, "bfloat16", "float32", True, ("i", "ii")), (1, 2)),
-    # A in terms: the widest rank block, the lightest beside what it is without, every tile
-    Case(8192, 32, "bfloat16", "float32", True, ("i_terms",)),
+    # terms in one operand, and A in terms: the widest rank blocks, the lightest, every tile
+    Case(8192, 32, "bfloat16", "float32", True, ("i", "i_terms")),
+    Case(8192, 32, "bfloat16", "bfloat16", True, ("i",)),
     Case(8192, 16, "bfloat16", "float32", False, ("i", "i_terms")),
-    TilesCase(Case(64, 16, "bfloat16", "float32", True, ("ii_terms",)), tilings.SPLITS),
-    TilesCase(DoraCase(64, 16, "bfloat16", "float32", True, ("ii_terms",))),
-    TilesCase(Case(8192, 16, "bfloat16", "float32", True, ("ii_terms",)), (1, 2)),
+    TilesCase(Case(64, 16, "bfloat16", "float32", True, ("ii", "ii_terms")), tilings.SPLITS),
+    TilesCase(DoraCase(64, 16, "bfloat16", "float32", True, ("ii", "ii_terms"))),
+    TilesCase(Case(8192, 16, "bfloat16", "float32", True, ("ii", "ii_terms")), (1, 2)),
     # float32 takes the library's GEMM unless `tune` says otherwise
     Case(8192, 64, "float32", "float32", True, ("library",)),
     # the same five for many adapters
@@ -398,6 +399,7 @@ ADAPTER_CASES = (
     AdapterCase(8192, 64, "bfloat16", "bfloat16", True, "gelu"),
     AdapterCase(8192, 64, "float16", "float32", False, "silu"),
     AdapterCase(8192, 16, "bfloat16", "bfloat16", False, "relu"),
+    AdapterCase(8192, 16, "bfloat16", "float32", False, "relu"),
     AdapterCase(8192, 64, "float32", "float32", True, "gelu"),
 )
 # the same of `adapter_fusion`; the heaviest has a query of its own
@@ -410,7 +412,7 @@ FUSION_CASES = (
 DORA_CASES = (
     DoraCase(8192, 64, "bfloat16", "float32", True, plans.PLANS),
     DoraCase(16, 64, "bfloat16", "float32", True, plans.PLANS),
-    DoraCase(8192, 16, "bfloat16", "float32", True, ("ii_terms",)),
+    DoraCase(8192, 16, "bfloat16", "float32", True, ("ii", "ii_terms")),
     DoraCase(8192, 64, "float16", "float32", True, ("i", "ii")),
     DoraCase(8192, 16, "bfloat16", "bfloat16", False, ("i", "ii")),
     DoraCase(8192, 64, "float32", "float32", True, ("library",)),

@@ -56,11 +56,12 @@ def _row(name: str, m: int, n: int, k: int) -> ModelledRow:
 
 
 def _tile(name: str, problem: plans.Problem, plan: str) -> str:
-    if plan == "library":
+    if plan.startswith("library"):
         return ""
-    kernel, product = (
-        ("in_loop", modelled.in_loop(problem)) if plan == "ii" else ("tile", modelled.base(problem))
-    )
+    kernel, product = "tile", modelled.base(problem)
+    if plan.startswith("ii"):
+        in_terms = plan in plans.TERM_PLANS
+        kernel, product = "in_loop", modelled.in_loop(name, problem, in_terms)
     tiling = tilings.tiling(name, kernel, problem.dtype, product)
     tile, splits = tiling.tile, tiling.splits
     return f"{tile.m}x{tile.n}x{tile.k}" + (f" in {splits}" if splits > 1 else "")

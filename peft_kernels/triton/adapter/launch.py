@@ -200,11 +200,12 @@ def _down(
     programs = cdiv(call.k, tile.k) * cdiv(call.r, call.block_r)
     chunk, splits = call.chunks(call.m, tile.m, programs)
     parts = dz.new_empty(splits, call.r, call.k)
+    slots = chips.joined_slots(call.arch_name, "grad_a", call.x.dtype, call.terms, call.block_r)
     launch(
         lora_kernels.grad_a_kernel,
         (programs, splits),
         call.x, dz, parts, 0, 0, 1.0, call.m, call.k, call.r, chunk, *call.x.stride(),
-        DROPOUT=False, SEED_ON_DEVICE=False, TERMS=call.flags["TERMS"],
+        DROPOUT=False, SEED_ON_DEVICE=False, TERMS=call.terms, SLOTS=slots,
         PRECISION=chips.float32_precision(call.x.device),
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
@@ -262,6 +263,7 @@ class _Call:
         self.statistics = 2 * (self.norm + pre_norm)
         parameters = (down_weight, up_weight, *vectors)
         self.wide = any(p is not None and p.dtype is not x.dtype for p in parameters)
+        self.terms = chips.terms(x.dtype, torch.float32 if self.wide else x.dtype)
         self.arch_name = chips.arch_name(x.device)
         self.block_r = chips.rank_block(self.r)
         self.scale: Any
@@ -285,7 +287,7 @@ class _Call:
             "SEED_ON_DEVICE": seed_on_device,
             "ONE_BLOCK": self.r <= self.block_r,
             "WIDE": self.wide,
-            "TERMS": chips.terms(x.dtype, torch.float32 if self.wide else x.dtype),
+            "TERMS": self.terms,
             "PRECISION": self._precision(),
         }
 

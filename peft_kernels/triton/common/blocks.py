@@ -122,23 +122,41 @@ def wide_dot(a, wide, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def slots_of(first, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
-    """The ranks of a block's columns and which term of theirs each is, slot after slot.
+def joined(wide, dtype: tl.constexpr, SLOTS: tl.constexpr):
+    """SLOTS terms of ``dtype`` beside each other for each column of ``wide``, a float32 tile.
 
-    An operand in terms [TERMS, r, k] is multiplied at once, in SLOTS blocks of ranks: a power of
-    two, of which those beyond TERMS are empty.
+    bfloat16's, 2 or 4, the fourth of which is zero. They are one operand of one product where
+    `wide_dot` makes one of each; `added_slots` adds up its columns. A tile of ``dtype`` already, or
+    one slot, is left as it is.
     """
-    columns = tl.arange(0, SLOTS * BLOCK_R)
-    return first + columns % BLOCK_R, columns // BLOCK_R
+    if SLOTS == 1 or wide.dtype == dtype:
+        return wide
+    else:
+        high = rounded(wide, dtype)
+        rest = wide - high.to(tl.float32)
+        middle = rounded(rest, dtype)
+        if SLOTS == 2:
+            terms = tl.join(high, middle)
+        else:
+            low = rounded(rest - middle.to(tl.float32), dtype)
+            terms = tl.join(tl.join(high, low), tl.join(middle, tl.zeros_like(high)))
+        return tl.reshape(terms, (wide.shape[0], SLOTS * wide.shape[1]))
 
 
 @triton.jit
-def added_slots(acc, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
-    """The sum of a product's slots, [BLOCK_M, BLOCK_R]."""
+def slots_of(first, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
+    """For an operand that lies in terms: each column's rank, and which of its terms it is."""
+    columns = tl.arange(0, SLOTS * BLOCK_R)
+    return first + columns // SLOTS, columns % SLOTS
+
+
+@triton.jit
+def added_slots(acc, SLOTS: tl.constexpr):
+    """The sum of every SLOTS neighbouring columns of a product."""
     if SLOTS == 1:
         return acc
     else:
-        return tl.sum(tl.reshape(acc, (BLOCK_M, SLOTS, BLOCK_R)), axis=1)
+        return tl.sum(tl.reshape(acc, (acc.shape[0], acc.shape[1] // SLOTS, SLOTS)), axis=2)
 
 
 @triton.jit

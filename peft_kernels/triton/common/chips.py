@@ -22,6 +22,10 @@ MAX_BLOCK_R = 64
 MAX_TILE_BLOCK_R = 32
 # In terms they are four times as many columns.
 MAX_TERMS_BLOCK_R = 32
+# Tensor cores that take operands from shared memory alone: where a program makes one, it waits for
+# each product. The ranks up to which a kernel has registers for a float32 operand's terms in one.
+STAGED = ("sm_90", "sm_100")
+JOINED = {"shrink": 32, "in_loop": 16, "from_dy": 16, "grad_a": 32}
 MIN_BLOCK_R = 16  # the least depth of a tensor-core product
 
 
@@ -172,12 +176,12 @@ ARCHS: dict[str, Arch] = {
 }
 # RTX 4090: 165 TFLOP/s, 1.01 TB/s.
 ARCHS["sm_89"] = replace(ARCHS["sm_86"], cores=128, balance=164)
-# RTX 5090: 210 TFLOP/s, 1.79 TB/s. With 8 warps its compiler spills an A in terms.
+# RTX 5090: 210 TFLOP/s, 1.79 TB/s. In other tiles its compiler spills an A in terms.
 ARCHS["sm_120"] = replace(
     ARCHS["sm_86"],
     cores=170,
     balance=117,
-    tiles=ARCHS["sm_86"].tiles | {"shrink": Tile(64, 0, 32, 4, 3)},
+    tiles=ARCHS["sm_86"].tiles | {"shrink": Tile(64, 0, 32, 8, 3)},
 )
 # MI355X: 2517 TFLOP/s, 8 TB/s; 160 KB of LDS.
 ARCHS["gfx950"] = replace(ARCHS["gfx942"], cores=256, shared=160 * 1024, balance=314)
@@ -281,6 +285,20 @@ def gemm_is_competitive(name: str, dtype: torch.dtype, n: int, k: int) -> bool:
 def terms(dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
     """Numbers of ``dtype`` that together hold A, B, S or dS to the adapters' precision."""
     return 3 if dtype is torch.bfloat16 and adapter_dtype is torch.float32 else 2
+
+
+def slots(terms: int) -> int:
+    """How many terms an operand has room for beside each other: a power of two."""
+    return next_power_of_2(terms)
+
+
+def joined_slots(name: str, kernel: str, dtype: torch.dtype, terms: int, block_r: int) -> int:
+    """In how many slots ``kernel`` joins the ``terms`` of a float32 operand; 1: it doesn't.
+
+    float16's terms are scaled by tile, one after the other.
+    """
+    joins = name in STAGED and dtype is torch.bfloat16 and block_r <= JOINED[kernel]
+    return slots(terms) if joins else 1
 
 
 def float32_precision(device: torch.device) -> str:

@@ -113,18 +113,27 @@ def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
     moved = product.bytes_read() + (parts or product.bytes_written())
 
     columns = tile.n + product.terms * product.ranks
-    products = 2 * tile.m * columns * depth / (REACHED * chip.flops / chip.cores)
     operands = 2 * (min(tile.m, m) + min(tile.n, n)) + product.rank_bytes * product.ranks
-    port = operands * depth / (PORT * chip.clock)
+    busy = busy_seconds(chip, tile.m * columns, operands, depth)
     share = moved / programs / (SHARES * chip.bandwidth / chip.cores)
     waves = cdiv(programs, chip.cores)
     stops = cdiv(depth, tile.k) * product.stops
     held = 2 * (tile.m + tile.n) + product.rank_bytes * product.ranks
     stopped = stopped_seconds(chip, tile, held, programs, stops)
-    time = LAUNCH + max(waves * max(products, port, share), stopped, moved / chip.bandwidth)
+    time = LAUNCH + max(waves * max(busy, share), stopped, moved / chip.bandwidth)
     if splits > 1:
         time += LAUNCH + (parts + product.bytes_written()) / chip.bandwidth
     return time
+
+
+def busy_seconds(chip: Chip, numbers: int, operands: int, depth: int) -> float:
+    """Seconds of one program: ``numbers`` that it sums over ``depth``, and each step's operands.
+
+    Args:
+        operands: bytes.
+    """
+    products = 2 * numbers * depth / (REACHED * chip.flops / chip.cores)
+    return max(products, operands * depth / (PORT * chip.clock))
 
 
 def stopped_seconds(chip: Chip, tile: Tile, held: int, programs: int, stops: int) -> float:

@@ -18,9 +18,10 @@ float32's precision (`wide_dot`); inside y and dx, whose elements are rounded to
 the two small operands are rounded to x's dtype first (`rank_dot`). No kernel uses an atomic, and
 every sum has one order, so the same input gives the same bits.
 
-A is [r, k], or a float32 A in terms of x's dtype, [TERMS, r, k] (`terms_kernel`): then SLOTS blocks
-of ranks, those of all terms, are one product of operands that are loaded as the tensor cores take
-them, where `wide_dot` makes a product of each term that waits for the one before.
+Terms. A float32 operand beside x in bfloat16 is the sum of TERMS numbers of bfloat16. `wide_dot`
+multiplies by one after the other. With SLOTS, a power of two that isn't less, they are beside each
+other in one operand (`joined`), so that a program waits for one product. A may lie in terms
+already, [TERMS, r, k] (`terms_kernel`): then a program doesn't wait at all.
 """
 
 import triton
@@ -30,6 +31,7 @@ from peft_kernels.triton.common.blocks import (
     added_slots,
     dot,
     float_scalar,
+    joined,
     kept_mask,
     pointers,
     rank_dot,
@@ -112,7 +114,8 @@ def shrink_kernel(
     rows = tl.program_id(0) // rank_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     first_rank = tl.program_id(0) % rank_blocks * BLOCK_R
     ranks = first_rank + tl.arange(0, BLOCK_R)
-    a_ranks, term = slots_of(first_rank, BLOCK_R, SLOTS)
+    A_SLOTS: tl.constexpr = SLOTS if a.dtype.element_ty == x.dtype.element_ty else 1
+    a_ranks, term = slots_of(first_rank, BLOCK_R, A_SLOTS)
     a_there = (a_ranks < r) & (term < TERMS)
     split = tl.program_id(1)
     first = split * chunk
@@ -132,10 +135,10 @@ def shrink_kernel(
         if DROPOUT:
             kept = kept_mask(key, threshold, rows, start, BLOCK_M, BLOCK_K)
             x_tile = tl.where(kept, x_tile, 0.0)
-        acc = wide_dot(x_tile, a_tile, acc, TERMS, PRECISION)
+        acc = wide_dot(x_tile, joined(a_tile, x_tile.dtype, SLOTS), acc, TERMS, PRECISION)
         x_ptrs += step(BLOCK_K, sx_k)
         a_ptrs += step(BLOCK_K, sa_k)
-    acc = added_slots(acc, BLOCK_M, BLOCK_R, SLOTS)
+    acc = added_slots(acc, SLOTS)
     if DROPOUT:
         acc = acc * inv_keep
 
@@ -229,7 +232,8 @@ def in_loop_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    a_ranks, term = slots_of(0, BLOCK_R, SLOTS)
+    A_SLOTS: tl.constexpr = SLOTS if a.dtype.element_ty == x.dtype.element_ty else 1
+    a_ranks, term = slots_of(0, BLOCK_R, A_SLOTS)
     a_there = (a_ranks < r) & (term < TERMS)
     inner = tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
@@ -254,11 +258,11 @@ def in_loop_kernel(
         if DROPOUT:
             kept = kept_mask(key, threshold, rows, start, BLOCK_M, BLOCK_K)
             x_tile = tl.where(kept, x_tile, 0.0)
-        s_acc = wide_dot(x_tile, a_tile, s_acc, TERMS, PRECISION)
+        s_acc = wide_dot(x_tile, joined(a_tile, x_tile.dtype, SLOTS), s_acc, TERMS, PRECISION)
         x_ptrs += step(BLOCK_K, sx_k)
         w_ptrs += step(BLOCK_K, sw_k)
         a_ptrs += step(BLOCK_K, sa_k)
-    s_acc = added_slots(s_acc, BLOCK_M, BLOCK_R, SLOTS)
+    s_acc = added_slots(s_acc, SLOTS)
     if DROPOUT:
         s_acc = s_acc * inv_keep
 
@@ -286,7 +290,8 @@ def in_loop_kernel(
 @triton.jit
 def from_dy_kernel(
     dy, b, s, ds, db, m, n, r, group, chunk, sdy_m, sdy_n, sb_n, sb_r,
-    NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, TERMS: tl.constexpr, SLOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dS = dy B and dB = dy^T S from one read of dy, both without scale.
@@ -304,6 +309,7 @@ def from_dy_kernel(
     within = tl.arange(0, BLOCK_M)
     first_block = which * group
     last_block = min(first_block + group, tl.cdiv(n, BLOCK_N))
+    B_SLOTS: tl.constexpr = 1 if b.dtype.element_ty == dy.dtype.element_ty else SLOTS
     ds += which.to(tl.int64) * m * r
     db += split.to(tl.int64) * n * r
 
@@ -312,7 +318,8 @@ def from_dy_kernel(
         columns_mask = (cols < n)[:, None] & (ranks < r)[None, :]
         if NEEDS_DS:
             b_tile = tl.load(pointers(b, cols, ranks, sb_n, sb_r), mask=columns_mask, other=0.0)
-        acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+            b_tile = joined(b_tile, dy.dtype.element_ty, B_SLOTS)
+        acc = tl.zeros((BLOCK_N, SLOTS * BLOCK_R), tl.float32)
         dy_ptrs = pointers(dy, first + within, cols, sdy_m, sdy_n)
         for start in range(first, last, BLOCK_M):
             rows = start + within
@@ -323,16 +330,21 @@ def from_dy_kernel(
             if NEEDS_DS:
                 ds_ptrs = pointers(ds, rows, ranks, r, 1)
                 part = tl.load(ds_ptrs, mask=mask & (block > first_block), other=0.0)
-                part = wide_dot(dy_tile, b_tile, part, TERMS, PRECISION)
+                if B_SLOTS == 1:
+                    part = wide_dot(dy_tile, b_tile, part, TERMS, PRECISION)
+                else:
+                    new = tl.zeros((BLOCK_M, B_SLOTS * BLOCK_R), tl.float32)
+                    part += added_slots(dot(dy_tile, b_tile, new, PRECISION), B_SLOTS)
                 tl.store(ds_ptrs, part, mask=mask)
             # 2. dB += dy^T S
             if NEEDS_DB:
                 s_tile = tl.load(pointers(s, rows, ranks, r, 1), mask=mask, other=0.0)
+                s_tile = joined(s_tile, dy_tile.dtype, SLOTS)
                 acc = wide_dot(tl.trans(dy_tile), s_tile, acc, TERMS, PRECISION)
             dy_ptrs += step(BLOCK_M, sdy_m)
         # 3. this chunk of rows' part of dB
         if NEEDS_DB:
-            tl.store(pointers(db, cols, ranks, r, 1), acc, mask=columns_mask)
+            tl.store(pointers(db, cols, ranks, r, 1), added_slots(acc, SLOTS), mask=columns_mask)
         # the next block of columns loads what other threads stored to dS
         tl.debug_barrier()
 
@@ -341,7 +353,7 @@ def from_dy_kernel(
 def grad_a_kernel(
     x, ds, da, seed, threshold, inv_keep, m, k, r, chunk, sx_m, sx_k,
     DROPOUT: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dA[split, c, k] = sum over split's chunk of rows of dS[i, c] dropout(x)[i, k].
@@ -361,7 +373,7 @@ def grad_a_kernel(
         key = scalar(seed, SEED_ON_DEVICE)
 
     # 1. dA^T = dropout(x)^T dS; the mask is drawn again
-    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_K, SLOTS * BLOCK_R), tl.float32)
     x_ptrs = pointers(x, first + within, cols, sx_m, sx_k)
     ds_ptrs = pointers(ds, first + within, ranks, r, 1)
     for start in range(first, last, BLOCK_M):
@@ -372,9 +384,11 @@ def grad_a_kernel(
         if DROPOUT:
             kept = kept_mask(key, threshold, rows, first_col, BLOCK_M, BLOCK_K)
             x_tile = tl.where(kept, x_tile, 0.0)
+        ds_tile = joined(ds_tile, x_tile.dtype, SLOTS)
         acc = wide_dot(tl.trans(x_tile), ds_tile, acc, TERMS, PRECISION)
         x_ptrs += step(BLOCK_M, sx_m)
         ds_ptrs += step(BLOCK_M, r)
+    acc = added_slots(acc, SLOTS)
     if DROPOUT:
         acc = acc * inv_keep
 

@@ -29,7 +29,7 @@ from peft_kernels.triton.common.launch import (
     options,
     sum_partials,
 )
-from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import kernels, modelled, persistent, plans, tilings
 
 # ---- forward -----------------------------------------------------------------------------------
@@ -190,6 +190,17 @@ class Call:
     def tiling(self, kernel: str, product: cost.Product) -> tilings.Tiling:
         return tilings.tiling(self.arch_name, kernel, self.problem.dtype, product, self.cores)
 
+    def slots(self, kernel: str) -> int:
+        """In how many slots a kernel joins the terms of S or dS."""
+        terms, dtype = self.problem.terms(), self.problem.dtype
+        return chips.joined_slots(self.arch_name, kernel, dtype, terms, self.block_r)
+
+    def slots_of_a(self, kernel: str, lora_a: Tensor) -> int:
+        """Those of A: [terms, r, k], or joined by the kernel."""
+        if lora_a.dim() == 3:
+            return chips.slots(lora_a.shape[0])
+        return self.slots(kernel) if lora_a.dtype is torch.float32 else 1
+
     def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
         return chunks(self.cores, length, block, programs)
 
@@ -212,8 +223,7 @@ class Call:
 def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
     """S = dropout(x) A^T; A is [r, k], or [terms, r, k]."""
     tile = call.tile("shrink")
-    slots = _slots(lora_a)
-    block_r = call.block_r if slots == 1 else min(call.block_r, chips.MAX_TERMS_BLOCK_R)
+    block_r = min(call.block_r, chips.MAX_TERMS_BLOCK_R if lora_a.dim() == 3 else call.block_r)
     programs = cdiv(call.m, tile.m) * cdiv(call.r, block_r)
     chunk, splits = call.chunks(call.k, tile.k, programs)
     splits = max(splits, 1)  # k = 0 still has an S, of zeros
@@ -224,17 +234,12 @@ def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
         x, lora_a, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(), *_strides(lora_a),
         DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
-        SLOTS=slots, PRECISION=call.precision,
+        SLOTS=call.slots_of_a("shrink", lora_a), PRECISION=call.precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=block_r, **options(tile),
     )  # fmt: skip
     if splits == 1:
         return parts[0]
     return sum_partials(parts, x.new_empty(call.m, call.r, dtype=torch.float32), 1.0)
-
-
-def _slots(lora_a: Tensor) -> int:
-    """Of how many blocks of ranks A's operand is, one of which is empty where A is in three."""
-    return next_power_of_2(lora_a.shape[0]) if lora_a.dim() == 3 else 1
 
 
 def _strides(lora_a: Tensor) -> tuple[int, ...]:
@@ -253,7 +258,8 @@ def _in_loop(
     scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """y and S from one loop over k, or from as many as its sum is split in, and what adds them."""
-    tiling = call.tiling("in_loop", modelled.in_loop(call.problem, lora_a.dim() == 3))
+    product = modelled.in_loop(call.arch_name, call.problem, in_terms=lora_a.dim() == 3)
+    tiling = call.tiling("in_loop", product)
     tile, split = tiling.tile, tiling.splits > 1
     y, s = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)
     y_parts = s.new_empty(tiling.splits, *y.shape) if split else y
@@ -268,7 +274,8 @@ def _in_loop(
         *x.stride(), weight.stride(1), weight.stride(0), *_strides(lora_a), *lora_b.stride(),
         HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
         DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(), SLOTS=_slots(lora_a),
+        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
+        SLOTS=call.slots_of_a("in_loop", lora_a),
         PRECISION=call.precision, SPLIT=split, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
@@ -394,7 +401,7 @@ def from_dy(
             dy, lora_b, s, ds_parts, db_parts, call.m, call.n, call.r, group, chunk,
             *dy.stride(), *lora_b.stride(),
             NEEDS_DS=needs_ds, NEEDS_DB=needs_db, TERMS=call.problem.terms(),
-            PRECISION=call.precision,
+            SLOTS=call.slots("from_dy"), PRECISION=call.precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **options(tile),
         )  # fmt: skip
     return sum_partials(ds_parts, ds, scale), sum_partials(db_parts, db, scale)
@@ -412,7 +419,7 @@ def grad_a(call: Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
         x, ds, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(),
         DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
-        PRECISION=call.precision,
+        SLOTS=call.slots("grad_a"), PRECISION=call.precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
     return sum_partials(parts, lora_a.new_empty(lora_a.shape), 1.0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from peft_kernels.triton.common import chips, cost
 from peft_kernels.triton.common.launch import chunks
-from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
+from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import tilings
 
 if TYPE_CHECKING:
@@ -31,18 +31,25 @@ def base(problem: Problem) -> cost.Product:
 
 
 @functools.lru_cache(maxsize=4096)
-def in_loop(problem: Problem, in_terms: bool = False) -> cost.Product:
+def in_loop(name: str, problem: Problem, in_terms: bool = False) -> cost.Product:
     """The same with S from the same loop; ``in_terms``: of an A that was written in terms."""
+    return cost.Product(
+        problem.m, problem.n, problem.k, chips.rank_block(problem.r),
+        *_operand(name, "in_loop", problem, in_terms),
+    )  # fmt: skip
+
+
+def _operand(name: str, kernel: str, problem: Problem, in_terms: bool) -> tuple[int, int, int]:
+    """Of a kernel's A: bytes of a number, how often it is multiplied, and a block's stops."""
     terms = problem.terms()
     if problem.adapter_dtype is problem.dtype:
-        rank_bytes, products, stops = problem.dtype.itemsize, 1, 0
-    elif in_terms:
-        rank_bytes, products, stops = terms * problem.dtype.itemsize, next_power_of_2(terms), 0
-    else:
-        rank_bytes, products, stops = problem.adapter_dtype.itemsize, terms, terms
-    return cost.Product(
-        problem.m, problem.n, problem.k, chips.rank_block(problem.r), rank_bytes, products, stops
-    )  # fmt: skip
+        return problem.dtype.itemsize, 1, 0
+    if in_terms:
+        return terms * problem.dtype.itemsize, chips.slots(terms), 0
+    block_r = chips.rank_block(problem.r)
+    slots = chips.joined_slots(name, kernel, problem.dtype, terms, block_r)
+    products, stops = (terms, terms) if slots == 1 else (slots, 1)
+    return problem.adapter_dtype.itemsize, products, stops
 
 
 def seconds(name: str, problem: Problem, plan: str) -> float:
@@ -52,7 +59,7 @@ def seconds(name: str, problem: Problem, plan: str) -> float:
     if in_terms:
         time, plan = _terms(chip, problem), plan.removesuffix(IN_TERMS)
     if plan == "ii":
-        found = in_loop(problem, in_terms)
+        found = in_loop(name, problem, in_terms)
         return time + tilings.seconds(name, "in_loop", problem.dtype, found)
     if problem.direction == "fwd":
         time += _shrink(name, problem, in_terms)
@@ -71,17 +78,20 @@ def _terms(chip: cost.Chip, problem: Problem) -> float:
 
 
 def _shrink(name: str, problem: Problem, in_terms: bool) -> float:
-    """S, split over k, whose parts are added up in a second launch: x's bytes, or stops."""
+    """S, split over k, whose parts are added up in a second launch."""
     chip, tile = cost.CHIPS[name], chips.tile(name, "shrink", problem.dtype, problem.m)
-    stopped = 0.0
-    if not in_terms and problem.adapter_dtype is not problem.dtype:
-        block_r = chips.rank_block(problem.r)
-        programs = cdiv(problem.m, tile.m) * cdiv(problem.r, block_r)
-        chunk, splits = chunks(chip.cores, problem.k, tile.k, programs)
-        stops = cdiv(chunk, tile.k) * problem.terms()
-        held = 2 * tile.m + problem.adapter_dtype.itemsize * block_r
-        stopped = cost.stopped_seconds(chip, tile, held, programs * splits, stops)
-    return 2 * cost.LAUNCH + max(stopped, 2 * problem.m * problem.k / chip.bandwidth)
+    rank_bytes, products, stops = _operand(name, "shrink", problem, in_terms)
+    block_r = chips.rank_block(problem.r)
+    if in_terms:
+        block_r = min(block_r, chips.MAX_TERMS_BLOCK_R)
+    programs = cdiv(problem.m, tile.m) * cdiv(problem.r, block_r)
+    chunk, splits = chunks(chip.cores, problem.k, tile.k, programs)
+    programs *= splits
+    operands = 2 * tile.m + rank_bytes * block_r
+    busy = cost.busy_seconds(chip, tile.m * products * block_r, operands, chunk)
+    stopped = cost.stopped_seconds(chip, tile, operands, programs, cdiv(chunk, tile.k) * stops)
+    read = 2 * problem.m * problem.k / chip.bandwidth
+    return 2 * cost.LAUNCH + max(cdiv(programs, chip.cores) * busy, stopped, read)
 
 
 def roofline(name: str, problem: Problem) -> float:

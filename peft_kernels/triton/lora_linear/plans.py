@@ -114,7 +114,7 @@ def default_plan(name: str, problem: Problem) -> str:
 def _is_modelled(name: str, problem: Problem, plan: str) -> bool:
     if not problem.dropout or not plan.startswith("ii"):
         return plan != PERSISTENT
-    product = modelled.in_loop(problem, plan in TERM_PLANS)
+    product = modelled.in_loop(name, problem, plan in TERM_PLANS)
     return problem.n <= tilings.tiling(name, "in_loop", problem.dtype, product).tile.n
 
 
