@@ -6,7 +6,16 @@ pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
 from vllm.platforms.cpu import CpuPlatform
-from vllm_models import ADAPTERS, PROMPTS, SETTINGS, options, rotations, serve, write_folders
+from vllm_models import (
+    ADAPTERS,
+    PROMPTS,
+    SETTINGS,
+    options,
+    outputs,
+    rotations,
+    serve,
+    write_folders,
+)
 
 from peft_kernels.integrations.vllm.plugin import register
 from peft_kernels.integrations.vllm.punica import PunicaWrapperPEFTKernels
@@ -72,3 +81,19 @@ def test_base_rows_beside_full_slots(llm, folder, expected):
     names = [*full, *[None] * (len(PROMPTS) - SLOTS)]
     found = serve(llm, folder, names)
     assert found == [expected[name][i] for i, name in enumerate(names)]
+
+
+def test_base_rows_have_the_bits_that_they_have_without_lora(llm, folder):
+    def bits(names):
+        outs = outputs(llm, folder, names, logprobs=5)
+        return [
+            [{token: p.logprob for token, p in step.items()} for step in out.logprobs]
+            for out in outs
+        ]
+
+    without = bits([None] * len(PROMPTS))
+    for name in ADAPTERS:
+        names = [name, *[None] * (len(PROMPTS) - 1)]
+        beside = bits(names)
+        assert beside[0] != without[0]
+        assert beside[1:] == without[1:], name

@@ -86,16 +86,23 @@ def rotations() -> list[list[str | None]]:
     ]
 
 
-def serve(llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPTS) -> Tokens:
-    """The tokens of a vLLM engine: of each prompt with its adapter."""
+def outputs(llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPTS, **sampling):
+    """What a vLLM engine gives: of each prompt with its adapter."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     requests = [LoRARequest(n, IDS[n], str(folder / "adapters" / n)) if n else None for n in names]
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, **sampling
+    )
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outs = llm.generate(given, sampling, lora_request=requests, use_tqdm=False)
-    return [list(out.outputs[0].token_ids) for out in outs]
+    outs = llm.generate(given, greedy, lora_request=requests, use_tqdm=False)
+    return [out.outputs[0] for out in outs]
+
+
+def serve(llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPTS) -> Tokens:
+    """The tokens of it."""
+    return [list(out.token_ids) for out in outputs(llm, folder, names, prompts)]
 
 
 def options(slots: int) -> dict[str, object]:
