@@ -20,6 +20,7 @@ from peft_kernels.modules.fully_sharded import is_gathered, reshard
 from peft_kernels.modules.hooks import PREFIX_HOOK, PROMPT_HOOK
 from peft_kernels.modules.names import plain_modules, unwrapped
 from peft_kernels.modules.replaced import check_stored, fault_of_replacement
+from peft_kernels.nn._gathered import check_can_leave
 from peft_kernels.nn.lora import LoRALinear
 from peft_kernels.nn.lora_codes import QuantizedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
@@ -115,8 +116,8 @@ def unload(model: Model, merge: bool) -> Model:
             them would lose one.
         TypeError: a layer was given another forward, was compiled by itself, parametrized, pruned
             or the like.
-        RuntimeError: with ``merge``, a weight is in codes that fully_shard holds; a layer was
-            replaced by something else.
+        RuntimeError: a weight is in codes that fully_shard holds; a layer was replaced by something
+            else.
 
     Nothing is changed when one is raised.
     """
@@ -126,6 +127,7 @@ def unload(model: Model, merge: bool) -> Model:
         kind = QuantizedLoRALinear if isinstance(layer, QuantizedLoRALinear) else LoRALinear
         if fault := fault_of_replacement(layer, kind):
             raise TypeError(f"{name or 'model'} {fault}")
+        check_can_leave(name or "model", layer)
     if merge:
         _check_untied(model, layers)
         _merge(model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_kernels.modules.bases import is_sharded
 from peft_kernels.modules.fully_sharded import fault_of_gathering, is_gathered
+from peft_kernels.nn._over_codes import OverCodes
 from peft_kernels.ops._sharded import adapter_placements
 
 
@@ -70,6 +71,18 @@ def check_whole_in_calls(linear: Any) -> None:
         raise TypeError(
             "linear has a weight that fully_shard holds over tensor parallelism: attach the pool "
             "before fully_shard()"
+        )
+
+
+def check_can_leave(name: str, layer: nn.Module) -> None:
+    """Raises a RuntimeError if the layer of another library, in its place again, would go wrong.
+
+    bitsandbytes' keeps beside its codes what it knows of them, and may pack them when it is called.
+    """
+    if isinstance(layer, OverCodes) and is_gathered(layer):
+        raise RuntimeError(
+            f"{name} has a weight in codes, which fully_shard holds in shards: take it out of the "
+            "model before sharding"
         )
 
 

@@ -35,6 +35,7 @@ from peft_kernels.modules.bases import check_bases
 from peft_kernels.modules.fully_sharded import reshard
 from peft_kernels.modules.names import plain_parameters, unwrapped
 from peft_kernels.modules.replaced import fault_of_instance
+from peft_kernels.nn._gathered import check_can_leave
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.nn.multi_lora_codes import QuantizedMultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
@@ -207,7 +208,8 @@ class AdapterPool:
         adapters keep their values, in memory of their own. The pool has no layers any more.
 
         Raises:
-            RuntimeError: a route is open, in this thread or another.
+            RuntimeError: a route is open, in this thread or another; a weight is in codes that
+                fully_shard holds.
             TypeError: a layer was given another forward, was compiled by itself, parametrized,
                 pruned or the like.
 
@@ -216,6 +218,7 @@ class AdapterPool:
         for name, layer in self._store.layers.items():
             if fault := fault_of_instance(layer):
                 raise TypeError(f"{name} {fault}")
+            check_can_leave(name, layer)
         layers = self._store.close()
         for method, around in self._arounds():
             unwrap(self._model, method, around)

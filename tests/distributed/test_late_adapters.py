@@ -148,11 +148,17 @@ def gradients_are_those_of_one_process():
 @CASES.add
 def what_is_sent_is_the_adapters():
     model = swapped(in_shards(llama()))
-    loss = model(input_ids=text(), labels=text()).loss
-    with Wire() as wire:
+    ours = [p.numel() for p in model.parameters() if p.requires_grad]
+    with Wire() as forward:
+        loss = model(input_ids=text(), labels=text()).loss
+    with Wire() as backward:
         loss.backward()
-    sent = sum(count for name, count in wire.sent if name.startswith("reduce_scatter"))
-    assert sent == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    gathered = [count for name, count in forward.sent if name == "all_gather_into_tensor"]
+    assert sorted(gathered) == sorted(count // CASES.processes for count in ours)
+    assert len(gathered) == 2 * 14
+    summed = [count for name, count in backward.sent if name.startswith("reduce_scatter")]
+    assert sorted(summed) == sorted(ours)
+    assert not any(name == "all_gather_into_tensor" for name, _ in backward.sent)
 
 
 @CASES.add

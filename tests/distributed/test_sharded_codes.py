@@ -156,6 +156,21 @@ def codes_are_merged_before_they_are_sharded():
 
 
 @CASES.add
+def layers_over_codes_leave_before_they_are_sharded():
+    message = r"q_proj has a weight in codes, which fully_shard holds.*before sharding"
+    model = llama()
+    pool = peft_kernels.AdapterPool.attach(model, TARGETS, capacity=8)
+    in_a_pool, with_lora = sharded(model), sharded(swapped(llama()))
+    expected = [model(IDS).logits for model in (in_a_pool, with_lora)]
+    with pytest.raises(RuntimeError, match=message):
+        pool.detach()
+    with pytest.raises(RuntimeError, match=message):
+        peft_kernels.unload(with_lora, merge=False)
+    for model, logits in zip((in_a_pool, with_lora), expected, strict=True):
+        torch.testing.assert_close(model(IDS).logits, logits)
+
+
+@CASES.add
 def eight_bits_are_refused_by_name():
     layers = nn.Sequential(*(quantised.layer_in_codes(nn.Linear(64, 64), "int8") for _ in "ab"))
     model = fully_shard(peft_kernels.swap_linear(layers, ["0", "1"], 4, alpha=8))
