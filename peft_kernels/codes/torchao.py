@@ -63,8 +63,8 @@ def _affine_of(module: Any) -> QuantizedWeight | str:
 
 
 def _has_any(zeros: Tensor) -> bool:
-    """Whether any isn't 0; in a graph, which can't be of its values, they may be."""
-    if torch.compiler.is_compiling():
+    """Whether any isn't 0; in a graph or on meta, where nobody knows, they may be."""
+    if torch.compiler.is_compiling() or zeros.is_meta:
         return True
     low, high = zeros.aminmax()  # much faster than any()
     return bool(low) or bool(high)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,14 +106,15 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         """Puts ``W + scale * lora_b @ lora_a`` in place of ``weight``, dense; see the class.
 
         Args:
-            safe: first check that the merged weight is finite.
+            safe: first check that the merged weight is finite, as it is stored.
             requantize: put it into codes of the kind that the weight is in, by the library, and
                 set ``requantization_error``.
 
         Raises:
             RuntimeError: the layer is merged already, or A or B is pruned or the like.
             TypeError: ``requantize``, and the library doesn't write such codes.
-            ValueError: ``safe``, and the merged weight isn't finite. Nothing is changed.
+            ValueError: ``safe``, and the merged weight isn't finite, or isn't in the dtype or codes
+                that it is put into. Nothing is changed.
         """
         self._require(merged=False)
         check_stored(self, own=["weight"], other=self.adapter_names)
@@ -138,11 +139,15 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         values = self._merged_weight(self.dequantized(), lora_a, lora_b, magnitude, scale, safe)
         layer = self._base_layer()
         if not requantize:
-            return nn.Parameter(values.to(dtype_of(layer)), requires_grad=False), {}, None
+            dense = values.to(dtype_of(layer))
+            _check_finite(dense, safe, f"in {dense.dtype}")
+            return nn.Parameter(dense, requires_grad=False), {}, None
         weight, attributes = requantised(layer, self._origin.kind, values)
         layer._parameters["weight"] = weight
         _set(layer, attributes)
-        error = torch.linalg.norm(dequantize(codes_of(layer)) - values)
+        found = dequantize(codes_of(layer))
+        _check_finite(found, safe, "in codes again")
+        error = torch.linalg.norm(found - values)
         return weight, attributes, float(error / torch.linalg.norm(values).clamp(min=_SMALLEST))
 
     def _put_merged(
@@ -205,6 +210,15 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         hand_on_hooks(self, layer)
         return layer.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
+        """Takes what goes with the codes before a merge along, as to another device."""
+        super()._apply(fn, recurse)
+        kept = nn.Module()
+        _set(kept, self._before)
+        kept._apply(fn)
+        self._before = {name: getattr(kept, name) for name in self._before}
+        return self
+
     # ---- state dicts ---------------------------------------------------------------------------
 
     def _load_from_state_dict(self, *args) -> None:
@@ -222,6 +236,13 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
     def extra_repr(self) -> str:
         error = self.requantization_error
         return super().extra_repr() + ("" if error is None else f", in codes again: {error:.1e}")
+
+
+def _check_finite(values: Tensor, safe: bool, how: str) -> None:
+    if safe and not values.isfinite().all():
+        raise ValueError(
+            f"the merged weight has values that are not finite {how}; nothing was changed"
+        )
 
 
 def _set(layer: nn.Module, attributes: Mapping[str, Any]) -> None:

@@ -148,3 +148,52 @@ def test_blocks_of_another_size_are_refused():
     with pytest.raises(TypeError, match=r"requantize must be False over blocks of \[64, 64\]"):
         peft_kernels.merge(net, requantize=True)
     assert not net[0].merged
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_goes_with_the_codes_is_moved_while_merged(name):
+    make, kind = WRITERS[name]
+    net = nn.Sequential(make(kind)(values_of()))
+    peft_kernels.swap_linear(net, ["0"], 4, alpha=8)
+    peft_kernels.merge(net, requantize=True)
+    net.to("meta")
+    peft_kernels.unmerge(net)
+    tensors = *net.parameters(), *net.buffers()
+    assert all(one.is_meta for one in tensors)
+    assert net(torch.randn(3, K, device="meta")).shape == (3, N)
+
+
+def test_a_dtype_that_is_taken_on_while_merged_stays():
+    net = nn.Sequential(ggufs("q8_0")(values_of()))
+    peft_kernels.swap_linear(net, ["0"], 4, alpha=8)
+    peft_kernels.merge(net, requantize=True)
+    net.half()
+    peft_kernels.unmerge(net)
+    assert peft_kernels.unload(net, merge=False)[0].weight.dtype is torch.float16
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_what_cannot_hold_the_merged_values_is_refused(requantize):
+    net = nn.Sequential(ggufs("q8_0")(values_of())).half()
+    peft_kernels.swap_linear(net, ["0"], 4, alpha=8)
+    x = torch.randn(3, K)
+    before = net(x)
+    nn.init.constant_(net[0].lora_a, 1.0)
+    nn.init.constant_(net[0].lora_b, 1e7)  # blocks have a factor in float16
+    how = "in codes again" if requantize else "in torch.float16"
+    with pytest.raises(ValueError, match=f"0: .*not finite {how}; nothing was changed"):
+        peft_kernels.merge(net, requantize=requantize)
+    nn.init.zeros_(net[0].lora_b)
+    assert not net[0].merged and torch.equal(net(x), before)
+    peft_kernels.merge(net, requantize=requantize)
+
+
+def test_a_row_of_zeros_that_torchao_makes_nan_of_is_refused():
+    net = nn.Sequential(torchaos("float8")(values_of()))
+    peft_kernels.swap_linear(net, ["0"], N, alpha=N)
+    net[0].lora_a.data[5] = -net[0].dequantized()[5]
+    net[0].lora_b.data[5, 5] = 1.0
+    with pytest.raises(ValueError, match=r"0: .*not finite in codes again"):
+        peft_kernels.merge(net, requantize=True)
+    peft_kernels.merge(net)
+    assert not net[0].weight[5].any()
