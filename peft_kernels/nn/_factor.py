@@ -22,7 +22,8 @@ class KeptFactor(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         present = getattr(self, self._factor)
-        if isinstance(present, nn.Parameter):
+        # set_model_state_dict has an object of torch's in place of one that the state dict lacks.
+        if isinstance(present, nn.Parameter) or type(state).__name__ == "_EXTRA_STATE":
             return
         tensor = isinstance(present, Tensor)
         setattr(self, self._factor, state.clone().to(present) if tensor else float(state))

@@ -22,7 +22,11 @@ from parallel_models import (
 from processes import Cases, Wire, everywhere
 from tiny_models import make_gpt2
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -243,6 +247,33 @@ def folders_are_loaded_and_written():
     save_adapter(model, CASES.folder / "late")
     load_adapter(model, CASES.folder / "late")
     close(logits(load_adapter(llama(), CASES.folder / "late")), logits(plain))
+
+
+@CASES.add
+def a_model_that_starts_on_the_meta_device():
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+    torch.manual_seed(1)
+    whole_model = plain()
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    for swaps_first in (True, False):
+        with torch.device("meta"):
+            model = plain()
+        fully_shard(model, mesh=mesh())
+        if swaps_first:
+            swap_linear(model, ["0", "2"], 3, alpha=6)
+        model.to_empty(device="cpu")
+        set_model_state_dict(model, whole_model.state_dict(), options=options)
+        if swaps_first:
+            for layer in (model[0], model[2]):
+                layer.reset_adapter()
+        else:
+            swap_linear(model, ["0", "2"], 3, alpha=6)
+        x = torch.ones(2, 6)
+        close(model(x), whole_model(x))
+        model(x).sum().backward()
+        assert whole(model[0].lora_b.grad).any() and model[0].scale == 2.0
 
 
 @CASES.add
