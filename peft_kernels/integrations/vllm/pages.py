@@ -76,10 +76,33 @@ def _no_ranks(slots: int) -> Tensor:
 # ---- products --------------------------------------------------------------------------------
 
 
+class Slices(NamedTuple):
+    """A and B of a layer's slices, one after the other, as the op takes them."""
+
+    a: list[Tensor]
+    b: list[Tensor]
+    tables: list[Tensor]
+    ranks: list[Tensor]
+    scales: list[Tensor]
+    widths: list[int]
+
+
+def slices_of(a: Sequence[Tensor], b: Sequence[Pages]) -> Slices:
+    """Of rows of A, each by the table and the ranks of its B."""
+    ones = torch.ones(b[0].slots)
+    return Slices(
+        list(a),
+        [pages.rows for pages in b],
+        [pages.table for pages in b],
+        [pages.ranks for pages in b],
+        [ones] * len(b),
+        [pages.width for pages in b],
+    )
+
+
 def add_(
-    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Pages], ids: Tensor, *,
-    scale: float = 1.0, column: int = 0,
-) -> None:  # fmt: skip
+    y: Tensor, x: Tensor, slices: Slices, ids: Tensor, *, scale: float = 1.0, column: int = 0
+) -> None:
     """Adds each row's low-rank update, slice after slice of y's columns from ``column`` on.
 
     Semantics: ``y[i, columns of s] += scale * B_sg A_sg x[i]`` for every slice s, with
@@ -88,36 +111,34 @@ def add_(
     Args:
         y: ``[m, n]`` in any strides, where n may be more than the slices have.
         x: ``[m, k]``; its dtype, y's, A's and B's are each float32, float16 or bfloat16.
-        a: the rows of A, by the tables and ranks of ``b``.
-        b: of each slice.
         ids: ``[m]`` int32, -1 for none.
 
     Raises:
         ValueError: the slices are wider than y.
     """
-    widths = [pages.width for pages in b]
-    rest = y.shape[1] - column - sum(widths)
+    rest = y.shape[1] - column - sum(slices.widths)
     if rest < 0:
         raise ValueError(
-            f"y must have room for slices of {widths} columns from column {column} on; "
+            f"y must have room for slices of {slices.widths} columns from column {column} on; "
             f"it has {y.shape[1]}"
         )
-    before, after = _nothing(x, b[0].slots, column), _nothing(x, b[0].slots, rest)
-    banks = [
-        *before,
-        *((rows, p.rows, p.table, p.ranks) for rows, p in zip(a, b, strict=True)),
-        *after,
-    ]
-    scales = torch.full((b[0].slots,), scale)
-    _run(y, x, banks, scales, ids)
+    if scale != 1:
+        slices = slices._replace(scales=[scales * scale for scales in slices.scales])
+    before, after = (_nothing(x, slices, columns) for columns in (column, rest))
+    a, b, tables, ranks, scales = (
+        [*first, *own, *last] for first, own, last in zip(before, slices[:5], after, strict=True)
+    )
+    whole = y.contiguous()
+    _run(whole, x, a, b, tables, ranks, scales, ids)
+    if whole is not y:
+        y.copy_(whole)
 
 
 def shrunk(x: Tensor, a: Pages, ids: Tensor) -> Tensor:
     """``S[i] = A_g x[i]``, ``[m, r]`` in float32; zero where a row has no adapter."""
-    no_columns = a.rows.new_empty(len(a.rows), 0)
-    bank = a.rows, no_columns, a.table, a.ranks
-    s = _run(x.new_empty(len(x), 0), x, [bank], torch.ones(a.slots), ids)
-    return s[:, : a.rank]
+    no_y, no_b = x.new_empty(len(x), 0), a.rows.new_empty(len(a.rows), 0)
+    ones = torch.ones(a.slots)
+    return _run(no_y, x, [a.rows], [no_b], [a.table], [a.ranks], [ones], ids)[:, : a.rank]
 
 
 def units(pages: Pages) -> Tensor:
@@ -126,21 +147,17 @@ def units(pages: Pages) -> Tensor:
     return torch.eye(padded, pages.rank).repeat(pages.slots, 1)
 
 
-def _nothing(x: Tensor, slots: int, columns: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _nothing(x: Tensor, slices: Slices, columns: int) -> Sequence[list[Tensor]]:
     """A bank of rank 0 for columns that no slice has."""
     if not columns:
-        return []
-    no_pages = torch.empty(slots, 0, dtype=torch.int32)
-    rows = x.new_empty(0, x.shape[1]), x.new_empty(0, columns)
-    return [(*rows, no_pages, _no_ranks(slots))]
+        return [[]] * 5
+    ranks = torch.zeros_like(slices.ranks[0])
+    table = ranks.new_empty(len(ranks), 0)
+    bank = x.new_empty(0, x.shape[1]), x.new_empty(0, columns), table, ranks, slices.scales[0]
+    return [[tensor] for tensor in bank]
 
 
-def _run(y: Tensor, x: Tensor, banks, scales: Tensor, ids: Tensor) -> Tensor:
+def _run(y: Tensor, x: Tensor, a, b, tables, ranks, scales, ids: Tensor) -> Tensor:
     """The op, with its S. Its kernels take each matrix in a dtype of its own."""
-    a, b, tables, ranks = (list(column) for column in zip(*banks, strict=True))
     op = _library.get_op("multi_lora_linear_add", _library.variant(x.dtype))
-    whole = y.contiguous()
-    s = op(whole, x, a, b, tables, ranks, [scales] * len(a), ids, None, None, [], [], "auto")
-    if whole is not y:
-        y.copy_(whole)
-    return s
+    return op(y, x, a, b, tables, ranks, scales, ids, None, None, [], [], "auto")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from peft_kernels.integrations.vllm import pages as paged
-from peft_kernels.integrations.vllm.pages import Pages
+from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
 
 _WITH_A = BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA
@@ -30,11 +30,13 @@ class RowIds:
     def __init__(self, most: int, what: str):
         self.ids = torch.full((most,), -1, dtype=torch.int32)
         self.count, self.what = 0, what
+        self.own = self.ids[:0]
         self.slots = self.ids[:0].long()  # those that rows have
 
     def assign(self, given: Tensor) -> None:
         self.count = len(given)
-        self.ids[: self.count] = given
+        self.own = self.ids[: self.count]
+        self.own.copy_(given)
         self.ids[self.count :] = -1
         self.slots = given[given >= 0].unique()
 
@@ -44,6 +46,8 @@ class RowIds:
 
     def of(self, x: Tensor) -> Tensor:
         """Those of x's rows: rows beyond the step's own have none."""
+        if len(x) == self.count:
+            return self.own
         if not self.count <= len(x) <= len(self.ids):
             raise ValueError(
                 f"x must have a row for each of the step's {self.count} {self.what}, and at most "
@@ -67,6 +71,8 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         self._tokens = RowIds(max_num_batched_tokens, "tokens")
         self._prompts = RowIds(max_num_batched_tokens, "rows of logits")
         self._pages: dict[int, Pages] = {}  # by the id() of the stacked tensor, which they hold
+        self._slices: dict[int, Slices] = {}  # by that of the first B: with A
+        self._expands: dict[int, Slices] = {}  # by that of B: without
         self._units: dict[tuple[int, int], Tensor] = {}
         init_logger(LOGGER).info_once("peft_kernels serves LoRA requests on its CPU kernels.")
 
@@ -91,17 +97,26 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         layer.lora_b_stacked = _like(single, [b.stacked for _, b in pairs])
         for pages in (pages for pair in pairs for pages in pair if pages):
             self._pages[id(pages.stacked)] = pages
+        a = [pages.rows for pages, b in pairs if pages and pages.rank == b.rank]
+        if len(a) == len(pairs):  # else an adapter's A is shared out, and B comes in another call
+            b = [pages for _, pages in pairs]
+            self._slices[id(b[0].stacked)] = paged.slices_of(a, b)
         _follow(layer, pairs)
 
     def _of(self, stacked: Tensor) -> Pages:
-        pages = self._pages.get(id(stacked))
-        if pages is None:
-            raise RuntimeError(
-                "peft_kernels serves vLLM's linear layers, embeddings and logits, and was called "
-                f"with adapters of shape {tuple(stacked.shape)} of another layer; start vLLM with "
-                "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
-            )
-        return pages
+        return _known(self._pages, stacked)
+
+    def _slices_of(self, stacked: Tensor) -> Slices:
+        return _known(self._slices, stacked)
+
+    def _expand_of(self, stacked: Tensor) -> Slices:
+        if id(stacked) not in self._expands:
+            b = self._of(stacked)
+            key = b.slots, b.rank
+            if key not in self._units:
+                self._units[key] = paged.units(b)
+            self._expands[id(stacked)] = paged.slices_of([self._units[key]], [b])
+        return self._expands[id(stacked)]
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -135,7 +150,9 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         if not add_inputs:
             y.zero_()
         if self._tokens.any:
-            self._add(self._tokens, y, x, lora_a_stacked, lora_b_stacked, scale)
+            y, x = _rows_of(y), _rows_of(x)
+            slices = self._slices_of(lora_b_stacked[0])
+            paged.add_(y, x, slices, self._tokens.of(x), scale=scale)
 
     def add_lora_logits(
         self,
@@ -151,13 +168,8 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         # Prompts' log-probabilities come in other rows than the step's, which is no matter as long
         # as no adapter of the step changes the logits.
         if self._prompts.any and self._of(lora_b_stacked).ranks[self._prompts.slots].any():
-            self._add(self._prompts, y, x, (lora_a_stacked,), (lora_b_stacked,), scale)
-
-    def _add(self, rows: RowIds, y: Tensor, x: Tensor, all_a, all_b, scale: float) -> None:
-        y, x = _rows_of(y), _rows_of(x)
-        a = [self._of(stacked).rows for stacked in all_a]
-        b = [self._of(stacked) for stacked in all_b]
-        paged.add_(y, x, a, b, rows.of(x), scale=scale)
+            y, x = _rows_of(y), _rows_of(x)
+            paged.add_(y, x, self._slices_of(lora_b_stacked), self._prompts.of(x), scale=scale)
 
     def add_shrink(
         self,
@@ -204,14 +216,8 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         if not add_inputs:
             y[:, column : column + width] = 0
         if self._tokens.any:
-            b, s = self._of(stacked), _rows_of(s)
-            paged.add_(y, s, [self._units_of(b)], [b], self._tokens.of(s), column=column)
-
-    def _units_of(self, b: Pages) -> Tensor:
-        key = b.slots, b.rank
-        if key not in self._units:
-            self._units[key] = paged.units(b)
-        return self._units[key]
+            s = _rows_of(s)
+            paged.add_(y, s, self._expand_of(stacked), self._tokens.of(s), column=column)
 
     def apply_lora_full_linear(
         self,
@@ -225,6 +231,20 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         weights = weight_stacked[self.sampler_indices.clamp_min(0), 0].float()
         own = torch.bmm(weights, x.float().unsqueeze(2)).squeeze(2)
         y.copy_(self._select_full_linear_output(y, own, bias_stacked, module_enabled))
+
+
+Found = TypeVar("Found")
+
+
+def _known(by_id: dict[int, Found], stacked: Tensor) -> Found:
+    found = by_id.get(id(stacked))
+    if found is None:
+        raise RuntimeError(
+            "peft_kernels serves vLLM's linear layers, embeddings and logits, and was called "
+            f"with adapters of shape {tuple(stacked.shape)} of another layer; start vLLM with "
+            "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
+        )
+    return found
 
 
 def _as_tuple(stacked: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
