@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -511,17 +511,28 @@ class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
             destination[prefix + "weight"] = destination.pop(prefix + "unmerged_weight")
             warn_of_base_weights(destination)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """Loads the base weight and the adapter; a merged layer is merged anew from them."""
         merged = self.merged
         if merged:
+            state_dict = self._of_unmerged(state_dict, prefix)
             self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-        state_dict, prefix = args[:2]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "weight" in state_dict and prefix + "lora_a" not in state_dict:
             self._reset_magnitude()
         if merged:
             self.merge(safe=False)
+
+    def _of_unmerged(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """What a merged layer loads, where its own Parameters are among it.
+
+        torch's ``set_model_state_dict`` puts them there, those that the state dict lacks too, and
+        writes values for a shard into it, which unmerging writes into as well.
+        """
+        found = {n: v for n, v in state_dict.items() if n != f"{prefix}unmerged_weight"}
+        if found.get(f"{prefix}weight") is self.weight:
+            found[f"{prefix}weight"] = self.weight.detach().clone()
+        return found
 
     def extra_repr(self) -> str:
         state = ", merged" if self.merged else ""

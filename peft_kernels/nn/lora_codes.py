@@ -221,13 +221,13 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
 
     # ---- state dicts ---------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """Loads the codes and the adapter; a merged layer is merged anew from them."""
         again, merged = self.requantization_error is not None, self.merged
         if merged:
+            state_dict = self._of_unmerged(state_dict, prefix)
             self.unmerge()
-        super()._load_from_state_dict(*args)
-        state_dict, prefix = args[:2]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
             self._reset_magnitude()  # of the scales that came after the codes
         if merged:

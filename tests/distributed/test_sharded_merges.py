@@ -8,7 +8,11 @@ from parallel_models import dora, llama, logits, lora, sharded, whole
 from processes import Cases
 from tiny_models import make_gpt2
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -148,6 +152,26 @@ def the_state_dict_of_a_merged_model_is_the_base():
     close(whole(layer.weight), 2 * before[f"{up}.weight"] + layer.scale * b @ a)
     unmerge(model)
     assert torch.equal(whole(layer.weight), 2 * before[f"{up}.weight"])
+
+
+@CASES.add
+def a_merged_model_takes_over_a_whole_state_dict():
+    options = StateDictOptions(full_state_dict=True)
+    of_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    trained = lora()
+    for parameter in trained.parameters():
+        parameter.data.mul_(1.5)
+    expected = logits(trained)
+    for how in (options, of_first):
+        model = in_shards(lora())
+        merge(model)
+        rank = torch.distributed.get_rank()
+        state = trained.state_dict() if how is options or rank == 0 else {}
+        set_model_state_dict(model, state, options=how)
+        assert model.model.layers[0].mlp.up_proj.merged
+        close(logits(model), expected)
+        unmerge(model)
+        close(logits(model), expected)
 
 
 @CASES.add
