@@ -74,7 +74,7 @@ ARCHS: dict[str, Arch] = {
             "codes_many": Tile(64, 64, 64, 4, 3),
             "shrink": Tile(128, 0, 32, 8, 3),
             "from_dy": Tile(32, 128, 0, 8, 2),
-            "grad_a": Tile(32, 0, 128, 8, 2),
+            "grad_a": Tile(32, 0, 128, 8, 3),
             "add_low_rank": Tile(64, 128, 0, 4, 1),
         },
     ),
