@@ -513,15 +513,24 @@ class LoRALinear(KeptFactor, Drawn, HandsOn, nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """Loads the base weight and the adapter; a merged layer is merged anew from them."""
-        merged = self.merged
+        merged, is_plain = self.merged, self._is_plain(state_dict, prefix)
         if merged:
             state_dict = self._of_unmerged(state_dict, prefix)
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "weight" in state_dict and prefix + "lora_a" not in state_dict:
+        if is_plain:
             self._reset_magnitude()
         if merged:
             self.merge(safe=False)
+
+    def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a state dict brings a weight and no adapter.
+
+        What it lacks, torch's ``set_model_state_dict`` fills up with the layer's own Parameters.
+        """
+        weight, lora_a = (state_dict.get(f"{prefix}{name}") for name in ("weight", "lora_a"))
+        brings_weight = weight is not None and weight is not self.weight
+        return brings_weight and (lora_a is None or lora_a is self.lora_a)
 
     def _of_unmerged(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """What a merged layer loads, where its own Parameters are among it.

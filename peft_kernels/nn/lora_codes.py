@@ -224,11 +224,12 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """Loads the codes and the adapter; a merged layer is merged anew from them."""
         again, merged = self.requantization_error is not None, self.merged
+        is_plain = self._is_plain(state_dict, prefix)
         if merged:
             state_dict = self._of_unmerged(state_dict, prefix)
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if f"{prefix}weight" in state_dict and f"{prefix}lora_a" not in state_dict:
+        if is_plain:
             self._reset_magnitude()  # of the scales that came after the codes
         if merged:
             self.merge(safe=False, requantize=again)

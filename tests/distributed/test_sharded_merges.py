@@ -175,6 +175,30 @@ def a_merged_model_takes_over_a_whole_state_dict():
 
 
 @CASES.add
+def a_plain_models_whole_state_dict_makes_doras_magnitudes_its_own():
+    plain, whole_model = llama(), dora()
+    for parameter in plain.parameters():
+        parameter.data.mul_(1.2)
+    state = plain.state_dict()
+    whole_model.load_state_dict(state, strict=False)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    for model in (in_shards(dora()), dora()):
+        for is_merged in (False, True):
+            if is_merged:
+                merge(model)
+            set_model_state_dict(model, dict(state), options=options)
+            close(logits(model), logits(whole_model))
+        unmerge(model)
+        layer = model.model.layers[0].mlp.up_proj
+        trained = whole(layer.lora_magnitude).detach().clone().mul_(1.5)
+        layer.lora_magnitude.data.mul_(1.5)
+        head = {"lm_head.weight": state["lm_head.weight"]}
+        set_model_state_dict(model, head, options=options)
+        model.load_state_dict(model.state_dict(keep_vars=True))
+        close(whole(layer.lora_magnitude), trained)
+
+
+@CASES.add
 def another_adapter_comes_while_merged():
     other, model = lora(), in_shards(lora())
     merge(model)
