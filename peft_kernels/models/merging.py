@@ -56,11 +56,12 @@ def merge(model: nn.Module, *, safe: bool = True, requantize: bool = False) -> d
 
     Nothing is changed when one is raised.
     """
+    layers = lora_layers(model)
     reshard(model)
     _check_shards_untied(model)
     done: list[LoRALinear] = []
     try:
-        for name, layer in lora_layers(model).items():
+        for name, layer in layers.items():
             if not layer.merged:
                 with named(name):
                     layer.merge(safe, requantize=requantize)
@@ -71,7 +72,7 @@ def merge(model: nn.Module, *, safe: bool = True, requantize: bool = False) -> d
         raise
     found = {
         name: layer.requantization_error
-        for name, layer in lora_layers(model).items()
+        for name, layer in layers.items()
         if isinstance(layer, QuantizedLoRALinear)
     }
     return {name: error for name, error in found.items() if error is not None}
@@ -84,8 +85,9 @@ def unmerge(model: nn.Module) -> None:
         ValueError: there is no LoRALinear.
         RuntimeError: a weight was pruned or parametrized since. Nothing is changed then.
     """
+    layers = lora_layers(model)
     reshard(model)
-    merged = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
     for name, layer in merged.items():
         with named(name):
             check_stored(layer, own=["weight"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed.fsdp  # models are looked at once it is there
 from tiny_models import make_bert, make_llama
 from torch import nn
 
