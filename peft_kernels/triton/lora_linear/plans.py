@@ -41,7 +41,8 @@ IN_TERMS = modelled.IN_TERMS
 TERM_PLANS = tuple(plan + IN_TERMS for plan in PLANS)
 PERSISTENT = "persistent"
 CODES_PLANS = ("fused", "scratch")
-ALL_PLANS = (*PLANS, *TERM_PLANS, PERSISTENT, *CODES_PLANS)
+DENSE_PLANS = (*PLANS, *TERM_PLANS, PERSISTENT)
+ALL_PLANS = DENSE_PLANS + CODES_PLANS
 IN_LOOP_MAX_RANK, IN_LOOP_MAX_TERMS_RANK = 64, 16
 # Up to so many rows the weight is widened in the tile, where nothing was measured. Borders of other
 # kernels: bitsandbytes 0.50 dispatches by 32 to 128 on an A100 for large weights, by at most 32 on
@@ -83,7 +84,7 @@ class Problem:
 
     def plans(self) -> tuple[str, ...]:
         """Those that it has to choose from."""
-        return CODES_PLANS if self.codes else (*PLANS, *TERM_PLANS, PERSISTENT)
+        return CODES_PLANS if self.codes else DENSE_PLANS
 
     def able(self, name: str) -> tuple[str, ...]:
         """Those of them that can serve it on a chip."""
@@ -162,7 +163,7 @@ def choose(device: torch.device, problem: Problem, run: tuning.Run | None = None
     Raises:
         ValueError: ``PEFT_KERNELS_TUNE`` is none of its values.
     """
-    if _forced in problem.plans():
+    if _forced is not None and _forced in problem.plans():
         nearest = (_forced, _forced.removesuffix(IN_TERMS), "i")
         able = problem.able(chips.arch_name(device))
         return next(plan for plan in nearest if plan in able)
