@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tune_caches import own_cache
 
+from peft_kernels import triton
 from peft_kernels.tools.tune import SHAPES
 from peft_kernels.triton.lora_linear import plan_cache, plans
 
@@ -58,6 +60,28 @@ def test_a_broken_file_warns_once_and_is_set_aside(cache, content):
         measured(problem())
     assert json.loads(cache.read_text()) == {KEY: {problem().bucket(): "ii"}}
     assert cache.with_name("plans.json.broken").read_text() == content
+
+
+def test_the_key_is_another_where_a_kernel_is(tmp_path):
+    """So after an update nothing that the kernels before it took is believed."""
+    assert KEY.endswith(f"kernels {plan_cache.sources_hash(Path(triton.__file__).parent)}")
+    (tmp_path / "lora_linear").mkdir()
+    file, hashes = tmp_path / "lora_linear" / "kernels.py", set()
+    for content in ("", "BLOCK = 1", "BLOCK = 2"):
+        file.write_text(content)
+        hashes.add(plan_cache.sources_hash(tmp_path))
+        assert plan_cache.sources_hash(tmp_path) in hashes
+    file.rename(tmp_path / "tiles.py")
+    assert plan_cache.sources_hash(tmp_path) not in hashes and len(hashes) == 3
+
+
+def test_dora_has_buckets_of_its_own():
+    """Its forward has a gain in every tile; its backward is LoRA's."""
+    plain, gain = problem(), replace(problem(), gain=True)
+    measured(plain)
+    assert plans.choose(CPU, plain) == "ii" and plans.choose(CPU, gain) == "library"
+    measured(gain, plan="i")
+    assert plans.choose(CPU, plain) == "ii" and plans.choose(CPU, gain) == "i"
 
 
 def test_a_plan_of_another_version_is_not_used_and_stays(cache):

@@ -64,7 +64,7 @@ def with_gain(
 ) -> tuple[Tensor, Tensor]:
     """The same with ``y = gain (x W^T + scale S B^T) + bias``; gain ``[n]`` in float32."""
     factor = scale if scale_t is None else scale_t
-    call = Call("fwd", x, weight.shape[0], lora_a, dropout_p, seed)
+    call = Call("fwd", x, weight.shape[0], lora_a, dropout_p, seed, gain=gain is not None)
     bias = None if bias is None else bias.contiguous()
     run = functools.partial(_forward, call, x, weight, bias, gain, lora_a, lora_b, factor)
     with torch.cuda.device_of(x):
@@ -162,12 +162,13 @@ class Call:
         dropout_p: float,
         seed: Tensor | None,
         codes: str = "",
+        gain: bool = False,
     ) -> None:
         self.m, self.k = x.shape
         self.n, self.r = n, lora_a.shape[0]
         self.dropout = seed is not None
         self.problem = plans.Problem(
-            direction, x.dtype, lora_a.dtype, self.m, n, self.k, self.r, self.dropout, codes
+            direction, x.dtype, lora_a.dtype, self.m, n, self.k, self.r, self.dropout, codes, gain
         )
         self.arch_name = chips.arch_name(x.device)
         self.cores = chips.cores(x.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ Plans = dict[str, dict[str, str]]
 # A measured bucket is near when its rows are within a factor of two, for the choice is mostly about
 # rows, and the other sizes together within a factor of sixteen.
 NEAR_ROWS, NEAR_SIZES = 1, 4
+_KERNELS = Path(__file__).parents[1]
 
 
 # ---- the file ----------------------------------------------------------------------------------
@@ -51,9 +53,18 @@ def _default_folder() -> Path:
 
 @functools.cache
 def device_key(device: torch.device) -> str:
-    """A measurement holds for one kind of device and one version of torch and Triton."""
+    """A measurement holds for a kind of device, a version of torch and Triton, and our kernels."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name} | torch {torch.__version__} | triton {triton.__version__}"
+    versions = f"torch {torch.__version__} | triton {triton.__version__}"
+    return f"{name} | {versions} | kernels {sources_hash(_KERNELS)}"
+
+
+def sources_hash(folder: Path) -> str:
+    """Of the kernels, tiles and launchers there: what a measured plan runs."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:8]
 
 
 # What this process knows, and by which file.
@@ -171,8 +182,8 @@ class Near(NamedTuple):
 def nearest(device: torch.device, bucket: str, plans: Collection[str]) -> Near | None:
     """The one of ``plans`` that was measured for the nearest bucket; None where none is near.
 
-    Both buckets have the same direction, dtypes, dropout and codes. Their distance is the sum of
-    ``|log2|`` of the ratios of n, k and r and twice that of m.
+    Both buckets have the same direction, dtypes, dropout, codes and gain. Their distance is the
+    sum of ``|log2|`` of the ratios of n, k and r and twice that of m.
     """
     measured = load().get(device_key(device), {})
     if measured.get(bucket) in plans:

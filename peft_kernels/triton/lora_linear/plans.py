@@ -64,6 +64,7 @@ class Problem:
     r: int
     dropout: bool
     codes: str = ""  # what the weight is in, "" where it is dense
+    gain: bool = False  # y is multiplied by one: `dora_linear`'s forward
 
     def terms(self) -> int:
         return chips.terms(self.dtype, self.adapter_dtype)
@@ -75,8 +76,8 @@ class Problem:
             for name, size in (("m", self.m), ("n", self.n), ("k", self.k), ("r", self.r))
         )
         dtypes = f"{_short(self.dtype)}/{_short(self.adapter_dtype)}"
-        options = (" dropout" if self.dropout else "") + (f" {self.codes}" if self.codes else "")
-        return f"{self.direction} {dtypes} {sizes}{options}"
+        options = "dropout" * self.dropout, self.codes, "gain" * self.gain
+        return " ".join((self.direction, dtypes, sizes, *filter(None, options)))
 
     def wide(self) -> bool:
         """Whether A is made of several numbers of x's dtype, as they are."""
