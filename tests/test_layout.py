@@ -64,6 +64,7 @@ INSIDE = {
         "blocks": "",
         "forwards": "",
         "row_ids": "",
+        "continuous": "",
         "attention": "supported",
         "host": "forwards",
         "places": "attention host",

@@ -407,7 +407,8 @@ class Router:
         if self.routes.get() is not None:
             raise ValueError(
                 "continuous batching packs several requests into one row, and runs in a thread "
-                "that has no route: use generate, one name for each row"
+                "that has no route: use pool.continuous_batching(), outside of any route, whose "
+                "requests name their adapters"
             )
         return proceed(*args, **kwargs)
 

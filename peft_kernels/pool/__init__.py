@@ -5,7 +5,8 @@ layer itself in :mod:`peft_kernels.nn`; folders in :mod:`peft_kernels.formats`.
 """
 
 from peft_kernels.pool.adapter_pool import AdapterPool
+from peft_kernels.pool.continuous import ContinuousBatching
 from peft_kernels.pool.pages import PoolFullError
 from peft_kernels.pool.store import PoolMemory
 
-__all__ = ["AdapterPool", "PoolFullError", "PoolMemory"]
+__all__ = ["AdapterPool", "ContinuousBatching", "PoolFullError", "PoolMemory"]

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ from peft_kernels.nn._gathered import check_can_leave
 from peft_kernels.nn.multi_lora import MultiLoRALinear, holders, zero_grads
 from peft_kernels.nn.multi_lora_codes import QuantizedMultiLoRALinear
 from peft_kernels.ops.multi_lora_linear import PAGE
+from peft_kernels.pool.continuous import ContinuousBatching
 from peft_kernels.pool.pages import PoolFullError
 from peft_kernels.pool.store import PoolMemory, Store
 from peft_kernels.pool.versions import Source, Version, new_version, read_version
@@ -521,6 +522,38 @@ class AdapterPool:
             keep(bound)
         return bound
 
+    def continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None
+    ) -> ContinuousBatching:
+        """transformers' continuous batching, in which each request names its adapter.
+
+            with pool.continuous_batching(generation_config) as engine:
+                engine.add_request(input_ids, "legal", max_new_tokens=64)
+                output = engine.get_result()
+
+        The engine runs in a thread of its own and packs the tokens of all requests into one row,
+        which is routed by token. It shares no blocks of keys and values between requests, whose
+        weights differ, and has no CUDA graphs and no batches made ahead. With transformers 5.
+
+        Args:
+            generation_config: transformers' GenerationConfig, the model's by default.
+            continuous_batching_config: transformers' ContinuousBatchingConfig.
+
+        Raises:
+            RuntimeError: an older transformers; the model has a manager that generate_batch kept;
+                the pool is detached.
+            TypeError: a model without continuous batching, or a config of another class.
+            ValueError: within a route; a config that asks for graphs, compiled code or batches made
+                ahead; a pool with an expert of a mixture, which is given tokens in any order.
+        """
+        return ContinuousBatching(
+            self._model,
+            self._store,
+            lambda slots, entries, versions: self._routed(slots, entries, versions, _kept),
+            generation_config,
+            continuous_batching_config,
+        )
+
     def _bound(
         self, function: Callable[..., Any], routed: Callable[[], AbstractContextManager[None]]
     ) -> Callable[..., Any]:
@@ -538,9 +571,9 @@ class AdapterPool:
 
     def _routed(
         self,
-        names: Sequence[str | None],
+        names: Sequence[Hashable],
         entries: Entries,
-        versions: Mapping[str, Version],
+        versions: Mapping[Any, Version],
         keep: Callable[[object], None],
     ) -> AbstractContextManager[None]:
         """A route to versions that are held."""
@@ -555,6 +588,10 @@ class AdapterPool:
         )
         keep(selection)  # a thread that inherited the route may be in a layer when it ends
         return self._router.use(selection, self._store.devices())
+
+
+def _kept(holder: object) -> None:
+    """Of versions that somebody holds as long as anything may read them."""
 
 
 def _distinct(names: Iterable[str | None]) -> dict[str, None]:

@@ -63,6 +63,17 @@ def folders_of_adapters() -> Names:
     return {"model": bert(), "batch": BATCH}
 
 
+def continuous_batching() -> Names:
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("continuous batching of transformers 5")
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=64)
+    models = [transformers.LlamaForCausalLM(config).eval() for _ in range(2)]
+    adapted = peft_kernels.swap_linear(models[0], ["q_proj", "v_proj"], r=4, alpha=8)
+    peft_kernels.save_adapter(adapted, "adapters/legal")
+    options = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 8}
+    return {"model": models[1], "generation_config": transformers.GenerationConfig(**options)}
+
+
 def bottleneck() -> Names:
     any_model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     fused = {name: with_adapters() for name in "abc"}
@@ -132,6 +143,7 @@ PAGES: dict[str, Callable[[], Names]] = {
     "docs/guides/gguf-models.md": gguf_file,
     "docs/guides/adapters-models.md": for_adapters,
     "docs/guides/many-adapters.md": folders_of_adapters,
+    "docs/guides/continuous-batching.md": continuous_batching,
     "docs/guides/bottleneck-adapters.md": bottleneck,
     "docs/guides/soft-prompts.md": soft_prompts,
     "docs/guides/merging-and-saving.md": merging,

@@ -1,0 +1,222 @@
+"""Requests that name their adapters, under transformers' continuous batching."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from torch import nn
+
+from peft_kernels.calls.carried import unwrap, wrap
+from peft_kernels.calls.rows import Entries
+from peft_kernels.integrations.transformers import continuous
+from peft_kernels.pool.store import Store
+from peft_kernels.pool.versions import Version
+
+CHILD = "__child#"  # between a request's id and the number of one of its further sequences
+Routed = Callable[[Sequence[int | None], Entries, dict[int, Version]], AbstractContextManager[None]]
+
+
+class Request:
+    """A request that isn't over yet; as long as it lives, its adapter's version stays in place."""
+
+    def __init__(self, version: Version | None, sequences: int) -> None:
+        self.version = version
+        self.left = sequences
+
+
+class ContinuousBatching:
+    """transformers' engine of continuous batching, whose requests name adapters of a pool.
+
+    :meth:`peft_kernels.AdapterPool.continuous_batching` makes one; a ``with`` block runs its
+    engine. At its end the engine answers what it has and stops; after an error it stops at once.
+
+    A request has its adapter's version of when it came until it is over, whatever is loaded,
+    replaced or unloaded meanwhile. Methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: Store,
+        routed: Routed,
+        generation_config: Any,
+        continuous_batching_config: Any,
+    ) -> None:
+        self._model, self._store, self._routed = model, store, routed
+        self._requests: dict[str, Request] = {}
+        self._cancelled: set[str] = set()
+        self._lock = threading.Lock()  # guards both
+        self._numbers = itertools.count()
+        for name, layer in store.layers.items():
+            if layer.place.apart is not None:
+                raise ValueError(
+                    f"{name} {layer.place.apart}, and one row has several requests: leave the "
+                    "layer out of target_modules"
+                )
+        last = getattr(model, "get_output_embeddings", lambda: None)()
+        self._adapts_last = any(layer is last for layer in store.layers.values())
+        self._configs = generation_config, continuous_batching_config
+        self._manager: Any = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> ContinuousBatching:
+        with ExitStack() as opened:
+            opened.enter_context(self._store.hold([]))  # the pool can't be detached meanwhile
+            opened.callback(self._requests.clear)
+            self._manager = continuous.new_manager(self._model, *self._configs)
+            opened.callback(self._manager.destroy)
+            continuous.tell_of_ended(self._manager, self._ended)
+            wrap(self._model, "_call_impl", self._around_call)
+            opened.callback(unwrap, self._model, "_call_impl", self._around_call)
+            self._manager.start()
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._open:
+            self._manager.stop(block=True, hard_stop=kind is not None)
+
+    def add_request(
+        self,
+        input_ids: Sequence[int],
+        adapter: str | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Hands the engine a request, and returns its id.
+
+        Args:
+            input_ids: the prompt's tokens.
+            adapter: the name of its adapter in the pool; None is the base model.
+            request_id: by default one that no other has.
+            options: those of transformers' ``ContinuousBatchingManager.add_request``, such as
+                ``max_new_tokens``, ``streaming`` and ``eos_token_id``.
+
+        Raises:
+            ValueError: the pool has no adapter of this name, or a request of this id isn't over.
+            RuntimeError: the engine has stopped.
+        """
+        names = [] if adapter is None else [adapter]
+        with self._store.hold(names) as (versions, keep):
+            request = Request(versions.get(adapter or ""), self._manager.num_return_sequences)
+            keep(request)
+        given = self._added(request, request_id)
+        try:
+            taken = self._manager.add_request(list(input_ids), request_id=given, **options)
+        except BaseException:
+            self._ended_all(given)
+            raise
+        if taken is None or not self.is_running():
+            self._ended_all(given)
+            error = self._manager.background_thread_status.fatal_error
+            raise RuntimeError(
+                f"the engine has stopped and takes no request{f': {error}' if error else ''}"
+            )
+        return given
+
+    def add_requests(
+        self,
+        inputs: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        **options: Any,
+    ) -> list[str]:
+        """:meth:`add_request` for each of ``inputs``, ``adapters[i]`` for ``inputs[i]``; their ids.
+
+        Raises:
+            ValueError: not as many adapters as inputs, or as :meth:`add_request`; those before the
+                one that it names are with the engine then.
+        """
+        if isinstance(adapters, str) or len(adapters) != len(inputs):
+            raise ValueError(
+                f"adapters must have a name or None for each of {len(inputs)} inputs; "
+                f"got {adapters!r}"
+            )
+        pairs = zip(inputs, adapters, strict=True)
+        return [self.add_request(ids, adapter, **options) for ids, adapter in pairs]
+
+    def cancel_request(self, request_id: str) -> None:
+        """Has the engine drop a request; its adapter is let go with the engine's next step."""
+        with self._lock:
+            self._cancelled.add(request_id)
+        self._manager.cancel_request(request_id)
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> Any:
+        """transformers' GenerationOutput that comes next, or None after ``timeout`` seconds."""
+        return self._manager.get_result(request_id, timeout)
+
+    def request_id_iter(self, request_id: str) -> Iterator[Any]:
+        """The results of one request; several where it has ``streaming=True``."""
+        return self._manager.request_id_iter(request_id)
+
+    def register_result_handler(self, request_id: str, callback: Callable[[Any], Any]) -> None:
+        """Has the running event loop call ``callback`` with each result of one request."""
+        self._manager.register_result_handler(request_id, callback)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._manager)
+
+    def is_running(self) -> bool:
+        """Whether the engine's thread is alive."""
+        return self._manager.is_running()
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def _added(self, request: Request, request_id: str | None) -> str:
+        with self._lock:
+            given = f"request_{next(self._numbers)}" if request_id is None else request_id
+            if given in self._requests:
+                raise ValueError(f"request_id must be new; a request {given!r} isn't over")
+            self._requests[given] = request
+            return given
+
+    def _ended(self, request_id: str) -> None:
+        """One sequence of a request is over."""
+        first = request_id.partition(CHILD)[0]
+        with self._lock:
+            if (request := self._requests.get(first)) is None:
+                return
+            request.left -= 1
+            if not request.left:
+                del self._requests[first]
+
+    def _ended_all(self, request_id: str) -> None:
+        with self._lock:
+            self._requests.pop(request_id, None)
+
+    def _forget_cancelled(self) -> None:
+        """Of the requests that were cancelled, those that the engine has dropped are over."""
+        with self._lock:
+            for request_id in list(self._cancelled):
+                if not continuous.is_waiting_or_running(self._manager, request_id):
+                    self._cancelled.discard(request_id)
+                    self._requests.pop(request_id, None)
+
+    # ---- steps, in the engine's thread -----------------------------------------------------------
+
+    def _around_call(
+        self, module: nn.Module, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around the model's calls: the engine's have a route, a request's adapter by token."""
+        step = continuous.step_of(self._manager, kwargs)
+        if step is None:
+            return proceed(*args, **kwargs)
+        with self._lock:  # and the requests stay where they are until the step is over
+            held = [self._requests.get(name.partition(CHILD)[0]) for name, _ in step.requests]
+        versions = [None if request is None else request.version for request in held]
+        slots: list[int | None] = []
+        for version, (_, count) in zip(versions, step.requests, strict=True):
+            slots += [None if version is None else version.slot] * count
+        slots += [None] * (step.tokens - len(slots))
+        used = {version.slot: version for version in versions if version is not None}
+        with self._store.hold([]), self._routed(slots, Entries(1, step.tokens), used):
+            if self._adapts_last:
+                output = continuous.with_all_logits(module, proceed, kwargs)
+            else:
+                output = proceed(*args, **kwargs)
+        self._forget_cancelled()
+        return output
