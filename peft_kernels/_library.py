@@ -101,17 +101,21 @@ def _on_a_gpu_or_interpreted(launcher: Callable) -> Callable:
     """Refuses tensors on a CPU where Triton compiles, of which its message wouldn't say a word."""
 
     def run(*args):
-        if args[0].device.type == "cpu":
-            blocks = importlib.import_module("peft_kernels.triton.common.blocks")
-            if not blocks.INTERPRET.value:
-                raise RuntimeError(
-                    "backend 'triton' runs tensors on a CPU only under Triton's interpreter, and"
-                    " these are on a CPU. Move them to a GPU, start Python with TRITON_INTERPRET=1,"
-                    " or use backend 'auto'"
-                )
+        if args[0].device.type == "cpu" and not _interprets():
+            raise RuntimeError(
+                "backend 'triton' runs tensors on a CPU only under Triton's interpreter, and"
+                " these are on a CPU. Move them to a GPU, start Python with TRITON_INTERPRET=1,"
+                " or use backend 'auto'"
+            )
         return launcher(*args)
 
     return run
+
+
+@functools.cache
+def _interprets() -> bool:
+    """Whether Triton's kernels were imported under its interpreter, and so can't be compiled."""
+    return importlib.import_module("peft_kernels.triton.common.blocks").INTERPRET.value
 
 
 def outside_autocast(kernel: Callable) -> Callable:
@@ -119,6 +123,8 @@ def outside_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def run(*args):
+        if not torch._C._is_any_autocast_enabled():  # of no device: the cheapest to ask
+            return kernel(*args)
         device = args[0].device.type
         if args[0].is_meta or not torch.is_autocast_enabled(device):
             return kernel(*args)

@@ -19,6 +19,7 @@ from peft_kernels.ops.multi_lora_linear import (
     sort_by_adapter,
 )
 from peft_kernels.triton.common import chips, launch
+from peft_kernels.triton.multi_lora_linear import calls
 from peft_kernels.triton.multi_lora_linear import launch as launchers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -269,7 +270,7 @@ def test_a_gradient_has_programs_for_the_slots_that_want_one(slots):
 def test_the_parts_of_a_gradient_are_summed_for_listed_slots():
     inputs = example_inputs(70, [24], 21, [3, 1, 0, 2] * 10)
     inputs["ids"] = torch.full((70,), 7, dtype=torch.int32)
-    with patch.object(launchers, "GRAD_ROWS", 32), noted_launches() as noted:
+    with patch.object(calls, "GRAD_ROWS", 32), noted_launches() as noted:
         check(inputs, "grouped", slots=[7])
     assert "sum_parts_kernel" in {name for name, *_ in noted}
 
@@ -280,7 +281,7 @@ def test_the_parts_of_a_gradient_are_summed_for_listed_slots():
 def test_the_native_kernel_has_few_rows_and_a_weight_that_it_needn_t_copy(m, transposed, expected):
     inputs = example_inputs(m, [24], 24, RANKS)
     fields = [list(field) for field in zip(*inputs["banks"], strict=True)]
-    call = launchers._Call(inputs["x"], *fields, inputs["ids"], None, None, [], [], "auto")
+    call = calls.Call(inputs["x"], *fields, inputs["ids"], None, None, [], [], "auto")
     weight = inputs["weight"].T.contiguous().T if transposed else inputs["weight"]
     with patch.object(call, "has_native_decode", lambda device: True):
         assert call.is_one_launch(weight) is expected
