@@ -73,7 +73,12 @@ INSIDE = {
         "prefix": "attention host places runs supported",
         "soft_prompts": "attention host places prefix row_ids runs supported",
     },
-    "integrations/vllm": {"pages": "", "plugin": "", "punica": "pages plugin"},
+    "integrations/vllm": {
+        "pages": "",
+        "plugin": "",
+        "layers": "pages",
+        "punica": "layers pages plugin",
+    },
     "formats": {
         "folder": "",
         "gguf": "",

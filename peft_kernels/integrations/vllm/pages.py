@@ -24,6 +24,8 @@ class Pages(NamedTuple):
     rows: Tensor  # [slots * padded, columns], padded up to whole pages
     table: Tensor  # [slots, pages] int32
     ranks: Tensor  # [slots] int32: how many of a slot's rows are read
+    scales: Tensor  # [slots] float32: one
+    known: list[int]  # the ranks, on the host
     rank: int  # the largest
 
     @property
@@ -34,18 +36,23 @@ class Pages(NamedTuple):
     def width(self) -> int:
         return self.rows.shape[1]
 
-    def used(self, slot: int) -> int:
-        """How many rows a slot's adapter has: to the last that isn't zero."""
-        own = self.rows.view(self.slots, -1, self.width)[slot]
-        found = own.any(1).nonzero()
-        return int(found[-1]) + 1 if len(found) else 0
+    def assign(self, slot: int, rank: int) -> None:
+        """Has a slot's rows read up to ``rank``, or to the largest.
+
+        Everything that is read of the slot is written: vLLM's deepest sleep forgets what was.
+        """
+        first, count = slot * self.table.shape[1], self.table.shape[1]
+        torch.arange(first, first + count, out=self.table[slot])
+        self.known[slot] = min(rank, self.rank)
+        self.ranks[slot] = self.known[slot]
+        self.scales[slot] = 1
 
 
 def pages_of_a(stacked: Tensor) -> Pages:
     """Of A ``[slots, 1, r, k]``, where it lies if its ranks are whole pages."""
     slots, _, rank, k = stacked.shape
     if stacked.is_contiguous() and rank % PAGE == 0:
-        return Pages(stacked, stacked.view(-1, k), _table(slots, rank), _no_ranks(slots), rank)
+        return _pages(stacked, stacked.view(-1, k), slots, rank)
     return _allocated(stacked)
 
 
@@ -61,16 +68,15 @@ def _allocated(values: Tensor) -> Pages:
     rows = values.new_zeros(slots * padded, columns)
     stacked = rows.view(slots, 1, padded, columns)[:, :, :rank]
     stacked.copy_(values)
-    return Pages(stacked, rows, _table(slots, rank), _no_ranks(slots), rank)
+    return _pages(stacked, rows, slots, rank)
 
 
-def _table(slots: int, rank: int) -> Tensor:
-    pages = -(-rank // PAGE)
-    return torch.arange(slots * pages, dtype=torch.int32).view(slots, pages)
-
-
-def _no_ranks(slots: int) -> Tensor:
-    return torch.zeros(slots, dtype=torch.int32)
+def _pages(stacked: Tensor, rows: Tensor, slots: int, rank: int) -> Pages:
+    count, device = -(-rank // PAGE), rows.device
+    table = torch.arange(slots * count, dtype=torch.int32, device=device).view(slots, count)
+    ranks = torch.zeros(slots, dtype=torch.int32, device=device)
+    scales = torch.ones(slots, device=device)
+    return Pages(stacked, rows, table, ranks, scales, [0] * slots, rank)
 
 
 # ---- products --------------------------------------------------------------------------------
@@ -89,13 +95,12 @@ class Slices(NamedTuple):
 
 def slices_of(a: Sequence[Tensor], b: Sequence[Pages]) -> Slices:
     """Of rows of A, each by the table and the ranks of its B."""
-    ones = torch.ones(b[0].slots)
     return Slices(
         list(a),
         [pages.rows for pages in b],
         [pages.table for pages in b],
         [pages.ranks for pages in b],
-        [ones] * len(b),
+        [pages.scales for pages in b],
         [pages.width for pages in b],
     )
 
@@ -137,14 +142,14 @@ def add_(
 def shrunk(x: Tensor, a: Pages, ids: Tensor) -> Tensor:
     """``S[i] = A_g x[i]``, ``[m, r]`` in float32; zero where a row has no adapter."""
     no_y, no_b = x.new_empty(len(x), 0), a.rows.new_empty(len(a.rows), 0)
-    ones = torch.ones(a.slots)
-    return _run(no_y, x, [a.rows], [no_b], [a.table], [a.ranks], [ones], ids)[:, : a.rank]
+    s = _run(no_y, x, [a.rows], [no_b], [a.table], [a.ranks], [a.scales], ids)
+    return s[:, : a.rank]
 
 
 def units(pages: Pages) -> Tensor:
     """The A of rows that are multiplied by B alone: each rank row takes its own input."""
     padded = len(pages.rows) // pages.slots
-    return torch.eye(padded, pages.rank).repeat(pages.slots, 1)
+    return torch.eye(padded, pages.rank, device=pages.rows.device).repeat(pages.slots, 1)
 
 
 def _nothing(x: Tensor, slices: Slices, columns: int) -> Sequence[list[Tensor]]:

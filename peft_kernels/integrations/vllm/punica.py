@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.lora.layers import (
-    BaseLayerWithLoRA,
-    LogitsProcessorWithLoRA,
-    VocabParallelEmbeddingWithLoRA,
-)
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.layers import BaseLayerWithLoRA
 
 from peft_kernels.integrations.vllm import pages as paged
+from peft_kernels.integrations.vllm.layers import PunicaWrapperOfLayers, pairs_of, rows_of
 from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
-
-_WITH_A = BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA
 
 
 class RowIds:
@@ -57,7 +48,7 @@ class RowIds:
         return self.ids[: len(x)]
 
 
-class PunicaWrapperPEFTKernels(PunicaWrapperBase):
+class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
     """What vLLM's ``PunicaWrapperBase`` asks for, in ``multi_lora_linear``'s kernels.
 
     Semantics: those of the base class's methods, whose A and B are a layer's stacked tensors; they
@@ -79,29 +70,13 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
     # ---- layers ------------------------------------------------------------------------------
 
     def adopt(self, layer: BaseLayerWithLoRA) -> None:
-        """Puts the layer's stacked tensors over pages, and learns each adapter's rank from now on.
-
-        A layer of another kind is left as it is.
-        """
-        has_a = isinstance(layer, _WITH_A)
-        if not has_a and not isinstance(layer, VocabParallelEmbeddingWithLoRA):
-            return
-        all_b = _as_tuple(layer.lora_b_stacked)
-        if id(all_b[0]) in self._pages:
-            return
-        all_a = _as_tuple(layer.lora_a_stacked) if has_a else (None,)
-        pairs = [_pages_of_slice(a, b) for a, b in zip(all_a, all_b, strict=True)]
-        single = isinstance(layer.lora_b_stacked, Tensor)
-        if has_a:
-            layer.lora_a_stacked = _like(single, [a.stacked for a, _ in pairs if a])
-        layer.lora_b_stacked = _like(single, [b.stacked for _, b in pairs])
-        for pages in (pages for pair in pairs for pages in pair if pages):
+        pairs = pairs_of(layer)
+        for pages in (pages for pair in pairs for pages in pair.both):
             self._pages[id(pages.stacked)] = pages
-        a = [pages.rows for pages, b in pairs if pages and pages.rank == b.rank]
-        if len(a) == len(pairs):  # else an adapter's A is shared out, and B comes in another call
+        if pairs and all(pair.is_whole for pair in pairs):
             b = [pages for _, pages in pairs]
+            a = [pages.rows for pages, _ in pairs if pages]
             self._slices[id(b[0].stacked)] = paged.slices_of(a, b)
-        _follow(layer, pairs)
 
     def _of(self, stacked: Tensor) -> Pages:
         return _known(self._pages, stacked)
@@ -150,7 +125,7 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         if not add_inputs:
             y.zero_()
         if self._tokens.any:
-            y, x = _rows_of(y), _rows_of(x)
+            y, x = rows_of(y), rows_of(x)
             slices = self._slices_of(lora_b_stacked[0])
             paged.add_(y, x, slices, self._tokens.of(x), scale=scale)
 
@@ -168,7 +143,7 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         # Prompts' log-probabilities come in other rows than the step's, which is no matter as long
         # as no adapter of the step changes the logits.
         if self._prompts.any and self._of(lora_b_stacked).ranks[self._prompts.slots].any():
-            y, x = _rows_of(y), _rows_of(x)
+            y, x = rows_of(y), rows_of(x)
             paged.add_(y, x, self._slices_of(lora_b_stacked), self._prompts.of(x), scale=scale)
 
     def add_shrink(
@@ -181,7 +156,7 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
     ) -> None:
         if not self._tokens.any:
             return
-        x = _rows_of(x)
+        x = rows_of(x)
         for part, stacked in zip(y, lora_a_stacked, strict=True):
             s = paged.shrunk(x, self._of(stacked), self._tokens.of(x))
             part.add_(s.view_as(part), alpha=scale)
@@ -196,7 +171,7 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        y, column = _rows_of(y), offset_start
+        y, column = rows_of(y), offset_start
         for s, stacked, width in zip(x, lora_b_stacked, output_slices, strict=True):
             self._expand(y, s, stacked, column, width, add_inputs)
             column += width
@@ -209,28 +184,15 @@ class PunicaWrapperPEFTKernels(PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        y = _rows_of(y)
+        y = rows_of(y)
         self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
 
     def _expand(self, y, s, stacked, column: int, width: int, add_inputs: bool) -> None:
         if not add_inputs:
             y[:, column : column + width] = 0
         if self._tokens.any:
-            s = _rows_of(s)
+            s = rows_of(s)
             paged.add_(y, s, self._expand_of(stacked), self._tokens.of(s), column=column)
-
-    def apply_lora_full_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        weight_stacked: Tensor,
-        bias_stacked: Tensor,
-        module_enabled: Tensor,
-    ) -> None:
-        # A few requests by a few labels: gathering the weights costs nothing that matters.
-        weights = weight_stacked[self.sampler_indices.clamp_min(0), 0].float()
-        own = torch.bmm(weights, x.float().unsqueeze(2)).squeeze(2)
-        y.copy_(self._select_full_linear_output(y, own, bias_stacked, module_enabled))
 
 
 Found = TypeVar("Found")
@@ -245,57 +207,3 @@ def _known(by_id: dict[int, Found], stacked: Tensor) -> Found:
             "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
         )
     return found
-
-
-def _as_tuple(stacked: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (stacked,) if isinstance(stacked, Tensor) else tuple(stacked)
-
-
-def _like(single: bool, stacked: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    return stacked[0] if single else tuple(stacked)
-
-
-def _rows_of(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
-
-
-Pair = tuple[Pages | None, Pages]
-
-
-def _pages_of_slice(a: Tensor | None, b: Tensor) -> Pair:
-    return None if a is None else paged.pages_of_a(a), paged.pages_of_b(b)
-
-
-def _follow(layer: BaseLayerWithLoRA, pairs: list[Pair]) -> None:
-    """Keeps the ranks of what vLLM writes into the layer's slots."""
-    set_lora, reset_lora = layer.set_lora, layer.reset_lora
-
-    @wraps(set_lora)
-    def set_and_measure(index: int, *args: Any, **kwargs: Any) -> None:
-        set_lora(index, *args, **kwargs)
-        for a, b in pairs:
-            used = max(pages.used(index) for pages in (a, b) if pages)
-            for pages in (a, b):
-                if pages:
-                    pages.ranks[index] = min(used, pages.rank)
-
-    @wraps(reset_lora)
-    def reset_and_forget(index: int) -> None:
-        reset_lora(index)
-        for pages in (pages for pair in pairs for pages in pair if pages):
-            pages.ranks[index] = 0
-
-    layer.set_lora, layer.reset_lora = set_and_measure, reset_and_forget
-
-
-def _adopting(set_mapping):
-    @wraps(set_mapping)
-    def run(layer: BaseLayerWithLoRA, punica_wrapper: PunicaWrapperBase) -> None:
-        set_mapping(layer, punica_wrapper)
-        if isinstance(punica_wrapper, PunicaWrapperPEFTKernels):
-            punica_wrapper.adopt(layer)
-
-    return run
-
-
-BaseLayerWithLoRA.set_mapping = _adopting(BaseLayerWithLoRA.set_mapping)
