@@ -20,6 +20,7 @@ PEFT_MODELS = RESULTS / "peft-models.json"  # python/tools/peft_models.py
 FOUR_BIT = RESULTS / "four-bit.json"  # python/tools/four_bit.py
 QUANTIZED_MODELS = RESULTS / "quantized-models.json"  # python/tools/quantized_models.py
 HOST_TIME = RESULTS / "host-time.json"  # python/tools/host_time.py
+VLLM_SERVING = RESULTS / "vllm-serving.json"  # python/tools/vllm_serving.py
 PEFT_OVERHEAD = RESULTS / "peft-overhead.json"  # python/tools/peft_overhead.py
 # An op that was added and not measured yet has no record.
 OPS = (

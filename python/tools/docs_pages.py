@@ -25,12 +25,14 @@ import peft_models
 import peft_overhead
 import quantized_models
 import traffic
+import vllm_serving
 
 from peft_kernels import cli
 from peft_kernels.tools.bench import run as bench
 from peft_kernels.tools.bench.chart import save_chart
 from peft_kernels.tools.report.run import PEERS
 
+NOT_MEASURED = "Not measured yet."
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
 
@@ -59,7 +61,7 @@ def benchmark(op: str) -> str:
     about = re.sub(r"^What \w+ is measured on", "Measured on", bench.find_suite(op).__doc__ or "")
     parts = [f"# {op}", about]
     if not _measured(op):
-        parts.append("Not measured yet.")
+        parts.append(NOT_MEASURED)
     for machine in _measured(op):
         reached, stated = _results.floors(machine, op)
         parts += [
@@ -138,6 +140,12 @@ def _host_time() -> str:
     return host_time.table(json.loads(_results.HOST_TIME.read_text()))
 
 
+def _vllm_serving() -> str:
+    """vLLM without LoRA, with its own, and with ours."""
+    record = _results.VLLM_SERVING
+    return vllm_serving.table(json.loads(record.read_text())) if record.exists() else NOT_MEASURED
+
+
 def _traffic() -> str:
     """Whole passes over activations beyond the bare layer's: our plans, and the peers."""
     passes: dict[str, dict[str, float]] = {}
@@ -176,5 +184,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "peft_overhead": _peft_overhead,
     "four_bit": _four_bit,
     "quantized_models": _quantized_models,
+    "vllm_serving": _vllm_serving,
     "commands": _commands,
 }
