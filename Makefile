@@ -15,7 +15,7 @@ NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type
 
 # The rooms that touch a host library. Learning takes long, and isn't another thing with another host.
 HOST_TESTS := tests/integrations tests/codes tests/peers tests/formats tests/models tests/modules \
-  tests/nn/test_nn_lora.py tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_pool_continuous.py tests/pool/test_prompts_beside.py \
+  tests/nn/test_nn_lora.py tests/pool/test_peft_pool.py tests/pool/test_pool_rows.py tests/pool/test_pool_continuous.py tests/pool/test_pool_streamers.py tests/pool/test_prompts_beside.py \
   tests/distributed --ignore tests/integrations/test_soft_prompts_learn.py
 
 .PHONY: demo check test test-all test-latest test-vllm test-next lint docs bench gpu wheel clean

@@ -2,6 +2,7 @@
 
 from peft_kernels.nn._prompt_init import label_prompt, text_prompt, vocabulary_prompt
 from peft_kernels.nn._template import Template, TemplateBatch, Verbalizer
+from peft_kernels.nn.adapter_bank import AdapterBank
 from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter, stack_adapters
 from peft_kernels.nn.invertible import InvertibleAdapter
@@ -17,6 +18,7 @@ from peft_kernels.nn.quantized_embedding import QuantizedEmbedding
 from peft_kernels.nn.quantized_linear import QuantizedLinear
 
 __all__ = [
+    "AdapterBank",
     "AdapterFusion",
     "BottleneckAdapter",
     "InvertibleAdapter",

@@ -77,7 +77,7 @@ def continuous_batching() -> Names:
 def bottleneck() -> Names:
     any_model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     fused = {name: with_adapters() for name in "abc"}
-    plain = {name: bert() for name in ("model", "fresh", "other")}
+    plain = {name: bert() for name in ("model", "fresh", "other", "served")}
     return {"any_model": any_model, "batch": BATCH} | fused | plain
 
 

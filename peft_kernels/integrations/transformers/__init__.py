@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peft_kernels.integrations.transformers import adapters
+from peft_kernels.integrations.transformers.adapter_rows import bank_adapters, route_adapters
 from peft_kernels.integrations.transformers.adapters import (
     AdaptedOutput,
     adapters_of,
@@ -41,6 +42,7 @@ __all__ = [
     "adapters_of",
     "add_prefix",
     "add_prompt",
+    "bank_adapters",
     "fuse_adapters",
     "init_from_text",
     "insert_adapter",
@@ -51,6 +53,7 @@ __all__ = [
     "remove_adapters",
     "remove_prefix",
     "remove_prompt",
+    "route_adapters",
     "task_ids",
     "text_values",
 ]

@@ -30,6 +30,7 @@ from peft_kernels.integrations.transformers.blocks import (
     overrides_at,
     places_in,
 )
+from peft_kernels.integrations.transformers.row_ids import drop_rows
 from peft_kernels.models.fast_paths import choose_fast_paths, has_adapters
 from peft_kernels.models.freezing import freeze
 from peft_kernels.models.input_grads import let_gradients_be, let_gradients_through
@@ -255,6 +256,7 @@ def remove_adapters(model: nn.Module) -> None:
             elif hook in (_keep_input, _pass_on_input):
                 del module._forward_hooks[key]
     forget_compiled()
+    drop_rows(unwrapped(model))
     choose_fast_paths(unwrapped(model))
     choose_resizing(model)
     if not has_adapters(model):

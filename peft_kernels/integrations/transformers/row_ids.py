@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_kernels.calls.carried import Carried
+from peft_kernels.calls.carried import Carried, unwrap, wrap
 from peft_kernels.calls.rows import Batch
 
 
@@ -126,3 +126,32 @@ def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """How many rows a call of generate is given; None where no tensor says it."""
     batch = Batch.of(args, kwargs)
     return None if batch is None else batch.rows
+
+
+# ---- of banks of adapters ------------------------------------------------------------------------
+
+_ROWS = "_peft_kernels_adapter_rows"
+
+
+def carry_rows(model: nn.Module, rows: RowIds) -> None:
+    """Has the model say which rows its banks' adapters serve, and its generate repeat them."""
+    model.__dict__[_ROWS] = rows
+    if callable(getattr(model, "generate", None)):
+        wrap(model, "generate", _generate)
+
+
+def rows_in(model: nn.Module) -> RowIds | None:
+    """What :func:`carry_rows` put into the model."""
+    return model.__dict__.get(_ROWS)
+
+
+def drop_rows(model: nn.Module) -> None:
+    """Undoes :func:`carry_rows`, if it was done."""
+    if model.__dict__.pop(_ROWS, None) is not None:
+        unwrap(model, "generate", _generate)
+
+
+def _generate(model: nn.Module, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around the model's generate: a row's copies have its adapter."""
+    with model.__dict__[_ROWS].generating(None, rows_of(args, kwargs)):
+        return proceed(*args, **kwargs)

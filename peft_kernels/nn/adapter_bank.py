@@ -1,0 +1,131 @@
+"""Bottleneck adapters by row: each row of a batch its own, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.modules.checks import check_kind
+from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm, _added, _call
+
+
+class Rows(Protocol):
+    """What says which adapter each row of the running call has."""
+
+    def of_batch(self, batch: int, device: torch.device) -> Tensor | None:
+        """``[batch]`` integers, -1 for none; None where nothing is said."""
+
+
+class AdapterBank(nn.Module):
+    """Bottleneck adapters of which each row takes one (Houlsby et al. 2019), where one would be.
+
+    With ``a = ids[i]`` row i's adapter, its matrices D_a and U_a, its activation, norms and scale:
+
+        y_i = norm(residual_i + scale_a act_a(pre_norm(x_i) D_a^T + b_a) U_a^T + c_a)    a >= 0
+        y_i = norm(residual_i)                                                           a = -1
+
+    Rows of one adapter are one call of :func:`peft_kernels.ops.adapter`: as many calls as the batch
+    has adapters, over copies of their rows where there are several. Adapters may differ in
+    everything but their hidden size. All that is given is differentiable, and an adapter that no
+    row asks for gets no gradient.
+
+    Parameters:
+        adapters.N: those of the N-th adapter.
+
+    Args:
+        adapters: by name, at least one, of one hidden size; kept as they are.
+        rows: says which adapter the rows of a call have, where the call itself doesn't.
+
+    Raises:
+        ValueError: no adapters, or several hidden sizes.
+        TypeError: one that isn't a BottleneckAdapter.
+    """
+
+    def __init__(self, adapters: Mapping[str, nn.Module], *, rows: Rows | None = None) -> None:
+        super().__init__()
+        if not adapters:
+            raise ValueError("adapters must have at least one adapter; got none")
+        for name, adapter in adapters.items():
+            check_kind(f"adapters[{name!r}]", adapter, BottleneckAdapter)
+        sizes = {name: one.hidden_size for name, one in adapters.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"adapters must have one hidden size; got {sizes}")
+        self.names, self.hidden_size = tuple(adapters), next(iter(sizes.values()))
+        self.adapters = nn.ModuleList(adapters.values())
+        self.rows = rows
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | tuple[Tensor, ...] | None = None,
+        *,
+        pre_norm: Norm | None = None,
+        norm: Norm | None = None,
+        ids: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Each row through its adapter.
+
+        Args:
+            x: ``[B, ..., hidden_size]``, rows first.
+            residual, pre_norm, norm: as of :class:`BottleneckAdapter`.
+            ids: ``[B]`` integers in [-1, N), -1 for none; by default what ``rows`` says.
+
+        Returns:
+            A tensor of x's shape, in the dtype that :class:`BottleneckAdapter` gives.
+
+        Raises:
+            ValueError: no ids, another number of them than of rows, or one out of range.
+        """
+        numbers = self._checked(x, ids)
+        terms = () if residual is None else residual if isinstance(residual, tuple) else (residual,)
+        rows: dict[int, list[int]] = {}
+        for row, number in enumerate(numbers):
+            rows.setdefault(number, []).append(row)
+        if len(rows) <= 1:
+            return self._one(numbers[0] if numbers else -1, x, terms, pre_norm, norm)
+        parts = []
+        for number, chosen in rows.items():
+            index = torch.tensor(chosen, device=x.device)
+            part = x.index_select(0, index)
+            # x as a residual too is one tensor to the op, not two.
+            of = tuple(part if term is x else term.index_select(0, index) for term in terms)
+            parts.append(self._one(number, part, of, pre_norm, norm))
+        order = [row for chosen in rows.values() for row in chosen]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(parts).index_select(0, torch.tensor(back, device=x.device))
+
+    def _checked(self, x: Tensor, ids: Tensor | Sequence[int] | None) -> list[int]:
+        if ids is None and self.rows is not None and x.dim():
+            ids = self.rows.of_batch(x.shape[0], torch.device("cpu"))
+        if ids is None:
+            raise ValueError(
+                f"ids must say which of {', '.join(self.names)} each row has; none are given"
+            )
+        numbers = [int(number) for number in ids]
+        if x.dim() < 2 or len(numbers) != x.shape[0]:
+            raise ValueError(
+                f"ids must have one entry for each row of x {list(x.shape)}; got {len(numbers)}"
+            )
+        if wrong := [number for number in numbers if not -1 <= number < len(self.adapters)]:
+            raise ValueError(f"ids must be in [-1, {len(self.adapters)}); got {wrong[0]}")
+        return numbers
+
+    def _one(
+        self,
+        number: int,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        pre_norm: Norm | None,
+        norm: Norm | None,
+    ) -> Tensor:
+        """Rows that all have one adapter, or none."""
+        if number >= 0:
+            return self.adapters[number](x, terms, pre_norm=pre_norm, norm=norm)
+        y = _added(terms[0], terms[1:]) if terms else torch.zeros_like(x)
+        return y if norm is None else _call(norm, y)
+
+    def extra_repr(self) -> str:
+        return f"names={list(self.names)}, hidden_size={self.hidden_size}"

@@ -1,0 +1,149 @@
+"""Banks of bottleneck adapters in transformers' models: a row's logits are its adapter's alone."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from tiny_models import make_bert, make_llama
+from torch import nn
+
+from peft_kernels.integrations.transformers import (
+    adapters_of,
+    bank_adapters,
+    insert_adapters,
+    remove_adapters,
+    route_adapters,
+)
+
+NAMES = ["b", None, "a"]
+KINDS = [
+    (make_bert, "pfeiffer"),
+    (make_bert, "houlsby"),
+    (make_bert, "parallel"),
+    (make_llama, "adapterplus"),
+    (make_llama, "parallel"),
+]
+
+
+def tokens(rows=3, length=5):
+    return torch.randint(3, 32, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def drawn(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def with_adapter(base, preset, size):
+    model = copy.deepcopy(base)
+    insert_adapters(model, preset, bottleneck_size=size)
+    for adapter in adapters_of(model).values():
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def in_bank(make, preset):
+    """A model with two adapters in its banks, and models with each of them alone, or none."""
+    base = drawn(make)
+    models = {None: base, "a": with_adapter(base, preset, 4), "b": with_adapter(base, preset, 3)}
+    banked = with_adapter(base, preset, 2)
+    trained = {name: copy.deepcopy(adapters_of(models[name])) for name in ("a", "b")}
+    paths = bank_adapters(banked, trained)
+    assert paths == list(trained["a"])
+    return banked, models
+
+
+def output_of(model, ids):
+    with torch.no_grad():
+        return model(ids)[0]
+
+
+@pytest.mark.parametrize(("make", "preset"), KINDS)
+def test_a_row_is_what_the_model_with_its_adapter_alone_makes(make, preset):
+    model, models = in_bank(make, preset)
+    ids = tokens()
+    with route_adapters(model, NAMES):
+        found = output_of(model, ids)
+    for row, name in enumerate(NAMES):
+        expected = output_of(models[name], ids[[row]])
+        torch.testing.assert_close(found[[row]], expected, rtol=1e-4, atol=1e-5)
+    assert (found[0] - output_of(models[None], ids[[0]])[0]).abs().max() > 0.1
+    remove_adapters(model)
+    torch.testing.assert_close(output_of(model, ids), output_of(models[None], ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
+)
+def test_generate_gives_each_row_its_adapter_s_tokens(options):
+    model, models = in_bank(make_llama, "adapterplus")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    options = {**options, "eos_token_id": None}
+    ids = tokens()
+    with route_adapters(model, NAMES):
+        found = model.generate(ids, **options)
+    rows = found.view(3, -1, found.shape[1])
+    for row, name in zip(rows, NAMES, strict=True):
+        expected = models[name].generate(ids[[NAMES.index(name)]], **options)
+        assert row.tolist() == expected.tolist()
+    remove_adapters(model)
+    assert "generate" not in model.__dict__
+
+
+def test_threads_have_names_of_their_own():
+    model, models = in_bank(make_llama, "pfeiffer")
+    ids, found = tokens(1), {}
+    expected = {name: output_of(one, ids) for name, one in models.items()}
+
+    def run(name):
+        with route_adapters(model, [name]):
+            found[name] = [output_of(model, ids) for _ in range(10)]
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in models]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(ValueError, match="which of a, b each row has; none are given"):
+        output_of(model, ids)
+    for thread in threads:
+        thread.join()
+    for name, outputs in found.items():
+        for output in outputs:
+            torch.testing.assert_close(output, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_routes_by_itself():
+    model, models = in_bank(make_llama, "pfeiffer")
+    other, ids = copy.deepcopy(model), tokens()
+    with route_adapters(model, NAMES), route_adapters(other, ["a", "a", None]):
+        ours, theirs = output_of(model, ids), output_of(other, ids)
+    torch.testing.assert_close(ours[[0]], output_of(models["b"], ids[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs[[0]], output_of(models["a"], ids[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_wrong_is_named():
+    model, models = in_bank(make_llama, "pfeiffer")
+    with pytest.raises(ValueError, match="names must be of a, b, or None; got 'c'"):
+        route_adapters(model, ["c"]).__enter__()
+    with pytest.raises(TypeError, match="a name for each row; got 'ab'"):
+        route_adapters(model, "ab").__enter__()
+    one = pytest.raises(ValueError, match="one id for each of 3 rows; got 1")
+    with one, route_adapters(model, ["a"]):
+        output_of(model, tokens())
+    two = pytest.raises(ValueError, match="one id for each of 3 rows; got 2")
+    with two, route_adapters(model, ["a", "b"]):
+        model.generate(tokens(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="model must have banks of adapters"):
+        route_adapters(models["a"], ["a"]).__enter__()
+    with pytest.raises(ValueError, match="at least one adapter; got none"):
+        bank_adapters(models["a"], {})
+    with pytest.raises(ValueError, match="model has no adapters; insert_adapters says"):
+        bank_adapters(models[None], {"a": {}})
+    with pytest.raises(ValueError, match=r"trained\['x'\] must have .* differs at layers"):
+        bank_adapters(models["a"], {"x": {"layers": nn.Identity()}})
+    assert list(adapters_of(models["a"])) == list(adapters_of(models["b"]))
