@@ -11,6 +11,7 @@ from peft_kernels.nn.lora_codes import QuantizedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.nn.multi_lora_codes import QuantizedMultiLoRALinear
 from peft_kernels.nn.p_tuning import PTuning
+from peft_kernels.nn.prefix_bank import PrefixBank
 from peft_kernels.nn.prefix_multihead import prefix_multihead_attention
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
@@ -25,6 +26,7 @@ __all__ = [
     "LoRALinear",
     "MultiLoRALinear",
     "PTuning",
+    "PrefixBank",
     "PrefixTuning",
     "PromptTuning",
     "QuantizedEmbedding",

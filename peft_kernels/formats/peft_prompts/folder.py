@@ -61,6 +61,7 @@ from peft_kernels.models.modules_to_save import HEADS, warn_of_left_out
 from peft_kernels.modules.names import unwrapped
 from peft_kernels.nn._template import Input, Slots, Template
 from peft_kernels.nn.p_tuning import PTuning
+from peft_kernels.nn.prefix_bank import PrefixBank
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 from peft_kernels.nn.prompt_tuning import PromptTuning
 
@@ -225,16 +226,18 @@ def _prefix_contents(module: PrefixTuning, task: int | None, task_type: str) -> 
     shape = shapes.pop()
     if shapes or shape is None:
         raise ValueError(f"module must have the same heads in all layers, as PEFT's; got {layers}")
-    table = _one_of(module.table("self"), task)
+    table, length = _one_of(module.table("self"), task), module.length
+    if isinstance(module, PrefixBank):
+        length = module.lengths[task or 0]
     width = shape[0] * shape[1]
     fields = {
-        "num_virtual_tokens": module.length,
+        "num_virtual_tokens": length,
         "num_layers": len(layers),
         "num_attention_heads": shape[0],
         "token_dim": width,
         "encoder_hidden_size": width,
     }
-    return PREFIX, {_EMBEDDINGS: table}, fields
+    return PREFIX, {_EMBEDDINGS: table[:length]}, fields
 
 
 # ---- load ------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from peft_kernels.integrations.transformers.runs.prefix import (
     padded_position_owner,
     position_owner,
     position_table,
+    shifts_by_row,
     take_over,
 )
 from peft_kernels.integrations.transformers.supported import check_transformers
@@ -52,6 +53,7 @@ from peft_kernels.models.fast_paths import has_adapters
 from peft_kernels.models.freezing import freeze
 from peft_kernels.modules.checks import check_kind, check_module
 from peft_kernels.modules.hooks import PREFIX_HOOK
+from peft_kernels.nn.prefix_bank import PrefixBank
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 
 CHILD = "prefix_tuning"
@@ -149,7 +151,13 @@ def add_prefix(
     places = attention_places(model)
     check_fits(prefix.layers, places)
     shift = shifts_positions(model, places, shift_positions)
-    attached = Attached(prefix, places, prefix.tasks, prefix.length)
+    lengths = _lengths_of(prefix)
+    if lengths is not None and shift and not shifts_by_row(model, places):
+        raise ValueError(
+            "prefix must have prefixes of one length where the positions of "
+            f"{type(model).__name__} are shifted, which are the same in all rows"
+        )
+    attached = Attached(prefix, places, prefix.tasks, prefix.length, lengths)
     if hasattr(model, CHILD):
         raise ValueError(f"model must not have a {CHILD} of its own, the name of the prefix")
     use_prefix_attention(model, places)
@@ -333,6 +341,12 @@ def shifts_positions(model: Any, places: Sequence[Place], asked: bool | None) ->
             "position ids that count from 0"
         )
     return asked
+
+
+def _lengths_of(prefix: PrefixTuning) -> tuple[int, ...] | None:
+    """The lengths of a bank's prefixes, if they differ."""
+    lengths = prefix.lengths if isinstance(prefix, PrefixBank) else ()
+    return lengths if len(set(lengths)) > 1 else None
 
 
 def leaves_positions(model: nn.Module, prefix: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def _with_leaves(state: Prefixes, args: tuple) -> tuple[Prefixes, tuple]:
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in shared]
     pairs = zip(leaves[::2], leaves[1::2], strict=True)
     of_module = dict(zip(state.pairs, pairs, strict=True))
-    state.leaves = Prefixes(of_module, state.ids, state.need_weights)
+    state.leaves = Prefixes(of_module, state.ids, state.need_weights, lengths=state.lengths)
     return state.leaves, (_Deliver.apply(args[0], leaves, *shared), *args[1:])
 
 

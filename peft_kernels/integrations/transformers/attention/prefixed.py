@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels.calls.carried import Carried
+from peft_kernels.integrations.transformers.attention.by_length import Lengths
 from peft_kernels.integrations.transformers.attention.pinned import (
     IS_CAUSAL,
     NAME,
@@ -51,6 +52,7 @@ class Prefixes:
         pairs: attention module -> keys and values, ``[Hkv, L, D]`` each, or ``[P, Hkv, L, D]``, a
             bank, where ids are given. A module that isn't there has no prefix.
         ids: integers ``[B]``, each row's prefix in the banks; -1: none.
+        lengths: of the rows' prefixes, where those of the banks differ.
         need_weights: whether the model is to return its attentions.
         in_masks: how many columns the host's masks have for a prefix, before those of the text.
             Where there are some, a module without a prefix runs the host's sdpa, if it asked for
@@ -63,9 +65,10 @@ class Prefixes:
         ids: Tensor | None = None,
         need_weights: bool = False,
         in_masks: int = 0,
+        lengths: Lengths | None = None,
     ) -> None:
         self.pairs, self.ids, self.need_weights = pairs, ids, need_weights
-        self.in_masks = in_masks
+        self.in_masks, self.lengths = in_masks, lengths
         self.asked: dict[nn.Module, bool] = {}
         self.leaves: Prefixes | None = None  # of a checkpointed run; see _checkpointing.py
 
@@ -194,10 +197,10 @@ def attend(
         prefixes = source()
     else:
         prefixes = state
-    pair = ids = None
+    pair = ids = lengths = None
     if prefixes is not None:
         pair, need_weights = prefixes.of(module), need_weights or prefixes.need_weights
-        ids = None if pair is None else prefixes.ids
+        ids, lengths = (None, None) if pair is None else (prefixes.ids, prefixes.lengths)
     if pair is None:
         none = k.new_empty(k.shape[1], 0, k.shape[3])
         pair, prefix_mask = (none, none), None
@@ -207,10 +210,16 @@ def attend(
         mask = mask[:, None, None, :]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout > 0 or prefix_mask is not None or head_mask is not None or need_weights:
-        bias = _bias(q, k.shape[2], pair[0].shape[-2], ids, mask, prefix_mask, is_causal)
+        length = pair[0].shape[-2]
+        seen = None if ids is None else (ids >= 0).view(-1, 1, 1, 1)
+        seen = seen if lengths is None else lengths.seen(length)
+        bias = _bias(q, k.shape[2], length, seen, mask, prefix_mask, is_causal)
         return _direct(q, k, v, pair, ids, bias, scale, dropout, head_mask, need_weights)
     # A prefix of another dtype, as a folder may hold, by way of that of the sums.
-    prefix = (x if x.dtype is q.dtype else x.to(acc_dtype(q)) for x in pair)
+    prefix = [x if x.dtype is q.dtype else x.to(acc_dtype(q)) for x in pair]
+    if ids is not None and lengths is not None:
+        out = lengths.attend(q, k, v, *prefix, ids, mask, is_causal=is_causal, scale=scale)
+        return out, None
     out = prefix_attention(
         q, k, v, *prefix, is_causal=is_causal, attn_mask=mask, scale=scale, prefix_ids=ids
     )
@@ -291,22 +300,25 @@ def _bias(
     q: Tensor,
     text: int,
     length: int,
-    ids: Tensor | None,
+    seen: Tensor | None,
     mask: Tensor | None,
     prefix_mask: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
-    """What is added to the scores of prefix and text, ``[B or 1, H or 1, S, L + T]``."""
-    batch, _, queries, _ = q.shape
+    """What is added to the scores of prefix and text, ``[B or 1, H or 1, S, L + T]``.
+
+    ``seen``, ``[B, 1, 1, L or 1]``, says which of the prefix' keys a row has; all where None.
+    """
+    queries = q.shape[2]
     added = q.new_zeros(1, 1, queries, text)
     if mask is not None:
         added = added + (_where_not(mask, q) if mask.dtype == torch.bool else mask)
     if is_causal:
-        seen = torch.ones(queries, text, dtype=torch.bool, device=q.device).tril(text - queries)
-        added = added + _where_not(seen, q)
+        before = torch.ones(queries, text, dtype=torch.bool, device=q.device).tril(text - queries)
+        added = added + _where_not(before, q)
     prefix = q.new_zeros(1, 1, 1, length) if prefix_mask is None else prefix_mask
-    if ids is not None:
-        prefix = prefix + _where_not((ids >= 0).view(batch, 1, 1, 1), q)
+    if seen is not None:
+        prefix = prefix + _where_not(seen, q)
     rows, heads = (max(added.shape[i], prefix.shape[i]) for i in (0, 1))
     return torch.cat(
         [prefix.expand(rows, heads, queries, length), added.expand(rows, heads, queries, text)], -1

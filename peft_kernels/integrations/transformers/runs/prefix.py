@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_kernels.calls.carried import keep_apart, stop_keeping_apart, unwrap, wrap
 from peft_kernels.integrations.transformers.attention import guard, own_attention, own_encoders
+from peft_kernels.integrations.transformers.attention.by_length import Lengths
 from peft_kernels.integrations.transformers.attention.checkpointing import carry, stop_carrying
 from peft_kernels.integrations.transformers.attention.prefixed import (
     SOURCE,
@@ -43,14 +44,20 @@ class Attached:
             ``[Hkv, L, D]`` or ``[P, Hkv, L, D]``; each forward of a stack calls it once.
         places: the model's attention modules.
         tasks, length: P and L.
+        lengths: of the prefixes of a bank in which they differ.
     """
 
     moves_positions = False  # whether the text's start behind the prefix
 
     def __init__(
-        self, evaluate: Evaluate, places: Sequence[Place], tasks: int, length: int
+        self,
+        evaluate: Evaluate,
+        places: Sequence[Place],
+        tasks: int,
+        length: int,
+        lengths: Sequence[int] | None = None,
     ) -> None:
-        self.evaluate, self.length = evaluate, length
+        self.evaluate, self.length, self.lengths = evaluate, length, lengths
         self.row_ids = RowIds("prefix_ids", tasks)
         self.modules = {(p.site, p.layer): p.module for p in places}
         self.by_stack: dict[str, list[tuple[str, int]]] = {}
@@ -72,11 +79,15 @@ class Attached:
                 k, v = pair
                 bank = ids is not None and k.dim() == 3
                 pairs[self.modules[site, index]] = (k[None], v[None]) if bank else pair
-        return Prefixes(pairs, ids)
+        if ids is None or self.lengths is None:
+            return Prefixes(pairs, ids)
+        return Prefixes(pairs, ids, lengths=Lengths(ids, self.lengths))
 
     def shift(self, batch: int, device: torch.device) -> Tensor | int:
         """By how much a row's positions move: L, or 0 for a row without a prefix."""
         ids = self.row_ids.of_batch(batch, device)
+        if ids is not None and self.lengths is not None:
+            return torch.tensor([*self.lengths, 0], device=device)[ids][:, None]
         return self.length if ids is None else self.length * (ids >= 0).long()[:, None]
 
 
@@ -146,6 +157,15 @@ def _shift(model: nn.Module, attached: Attached, places: Sequence[Place]) -> Non
         elif (table := position_table(model, stack)) is not None:
             table.__dict__["_prefix_shift"] = attached
             _hook(table, _shift_table)
+
+
+def shifts_by_row(model: nn.Module, places: Sequence[Place]) -> bool:
+    """Whether each row's positions can be moved by another number."""
+    own = [place for place in places if place.site == "self"]
+    return not any(
+        own_attention.is_t5(place.module) or _takes_positions_above(model, place.stack) is None
+        for place in own
+    )
 
 
 def position_table(model: nn.Module, stack: str) -> nn.Module | None:
