@@ -141,9 +141,9 @@ class ContinuousBatching:
 
     def cancel_request(self, request_id: str) -> None:
         """Has the engine drop a request; its adapter is let go with the engine's next step."""
-        with self._lock:
-            self._cancelled.add(request_id)
         self._manager.cancel_request(request_id)
+        with self._lock:  # afterwards: what the engine hasn't taken yet, it drops when it does
+            self._cancelled.add(request_id)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> Any:
         """transformers' GenerationOutput that comes next, or None after ``timeout`` seconds."""
