@@ -79,6 +79,9 @@ INSIDE = {
         "plugin": "",
         "layers": "pages",
         "punica": "layers pages plugin",
+        "routes": "",
+        "traced": "",
+        "punica_gpu": "layers pages plugin routes traced",
     },
     "formats": {
         "folder": "",

@@ -12,12 +12,14 @@ pytest.importorskip("vllm")
 
 import vllm
 from installed import install_metadata
+from vllm.config.lora import LoRAConfig
 from vllm.platforms.cpu import CpuPlatform
 
 import peft_kernels
-from peft_kernels.integrations.vllm.plugin import VERSIONS, WRAPPER, register
+from peft_kernels.integrations.vllm.plugin import GPU_WRAPPER, VERSIONS, WRAPPER, register
 
 ROOT = Path(__file__).parents[2]
+OWN_GPU = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
 OWN = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,12 +89,66 @@ def test_the_installed_version_is_a_known_one():
     assert vllm.__version__.split("+")[0] in VERSIONS
 
 
-def test_another_platform_keeps_its_own_path(log, monkeypatch):
-    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cpu", lambda self: False)
+@pytest.fixture(params=["CUDA", "ROCM"])
+def gpu(monkeypatch, request):
+    """A platform of GPUs, as vLLM's are; there is none here."""
+    from vllm.platforms.interface import Platform, PlatformEnum
+
+    class GPU(Platform):
+        _enum = PlatformEnum[request.param]
+
+        @classmethod
+        def get_punica_wrapper(cls):
+            return OWN_GPU
+
+    monkeypatch.setattr(vllm.platforms, "_current_platform", GPU())
+    monkeypatch.setattr(LoRAConfig, "compute_hash", LoRAConfig.compute_hash)
+    return GPU
+
+
+def test_a_gpu_keeps_its_own_path_until_it_is_asked_for(log, gpu):
     register()
-    assert CpuPlatform.get_punica_wrapper() == OWN
+    assert gpu.get_punica_wrapper() == OWN_GPU
     ((level, line),) = log
-    assert level == "INFO" and "this platform has vLLM's own code" in line
+    assert level == "INFO" and "on GPUs with PEFT_KERNELS_VLLM=1; here vLLM's own" in line
+
+
+def test_a_gpu_that_is_asked_for_has_the_wrapper_of_gpus(log, gpu, monkeypatch):
+    from vllm.lora.punica_wrapper import get_punica_wrapper, punica_selector
+
+    monkeypatch.setattr(punica_selector, "current_platform", vllm.platforms.current_platform)
+    monkeypatch.setenv("PEFT_KERNELS_VLLM", "1")
+    before = LoRAConfig().compute_hash()
+    register()
+    once = LoRAConfig().compute_hash()
+    register()
+    assert gpu.get_punica_wrapper() == GPU_WRAPPER and not log
+    assert before != once == LoRAConfig().compute_hash()
+    made = get_punica_wrapper(8, max_batches=8, device="cpu", lora_config=LoRAConfig())
+    assert type(made).__name__ == "PunicaWrapperPEFTKernelsGPU"
+    ours = [line for line in log if "peft_kernels" in line[1]]
+    assert ours == [("INFO", "peft_kernels serves LoRA requests on its Triton kernels.")]
+
+
+def test_a_gpu_without_kernels_keeps_its_own_path(log, gpu, monkeypatch):
+    monkeypatch.setenv("PEFT_KERNELS_VLLM", "1")
+    before = LoRAConfig().compute_hash()
+    with peft_kernels.backend("reference"):
+        register()
+    assert gpu.get_punica_wrapper() == OWN_GPU and LoRAConfig().compute_hash() == before
+    ((level, _),) = log
+    assert level == "WARNING"
+
+
+def test_another_platform_keeps_its_own_path(log, gpu, monkeypatch):
+    from vllm.platforms.interface import PlatformEnum
+
+    monkeypatch.setattr(gpu, "_enum", PlatformEnum.XPU)
+    monkeypatch.setenv("PEFT_KERNELS_VLLM", "1")
+    register()
+    assert gpu.get_punica_wrapper() == OWN_GPU
+    ((level, line),) = log
+    assert level == "INFO" and "peft_kernels serves LoRA on CPUs; here vLLM's own" in line
 
 
 def test_without_kernels_vllm_keeps_its_own_path(log):

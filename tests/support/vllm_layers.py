@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from vllm.lora.layers import (
     VocabParallelEmbeddingWithLoRA,
 )
 
+from peft_kernels.integrations.vllm.layers import PunicaWrapperOfLayers
 from peft_kernels.integrations.vllm.punica import PunicaWrapperPEFTKernels
 
 ROWS = 64
@@ -49,15 +51,22 @@ def _bare(kind: type) -> nn.Module:
     return layer
 
 
-def wrapper(*layers: nn.Module, most: int = ROWS) -> PunicaWrapperPEFTKernels:
+def wrapper(
+    *layers: nn.Module,
+    most: int = ROWS,
+    kind: type[PunicaWrapperOfLayers] = PunicaWrapperPEFTKernels,
+) -> PunicaWrapperOfLayers:
     """One that the layers were given."""
-    made = PunicaWrapperPEFTKernels(most, max_batches=most, device="cpu")
+    stacked = layers[0].lora_b_stacked if layers else [[None]]
+    slots = len(stacked if isinstance(stacked, Tensor) else stacked[0])
+    config = SimpleNamespace(max_loras=slots)
+    made = kind(most, max_batches=most, device="cpu", lora_config=config)
     for layer in layers:
         layer.set_mapping(made)
     return made
 
 
-def step(made: PunicaWrapperPEFTKernels, tokens: Sequence[int], prompts: Sequence[int]) -> None:
+def step(made: PunicaWrapperOfLayers, tokens: Sequence[int], prompts: Sequence[int]) -> None:
     """A step whose tokens and rows of logits have the adapters of these slots, -1 for none."""
     mapping = LoRAMapping(tuple(i + 1 for i in tokens), tuple(i + 1 for i in prompts))
     slots = max(*tokens, *prompts) + 1 if tokens else 0

@@ -98,6 +98,14 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
 
 
+def not_ours(stacked: Tensor) -> RuntimeError:
+    return RuntimeError(
+        "peft_kernels serves vLLM's linear layers, embeddings and logits, and was called "
+        f"with adapters of shape {tuple(stacked.shape)} of another layer; start vLLM with "
+        "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
+    )
+
+
 def _like(single: bool, stacked: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return stacked[0] if single else tuple(stacked)
 

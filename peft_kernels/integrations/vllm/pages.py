@@ -26,11 +26,16 @@ class Pages(NamedTuple):
     ranks: Tensor  # [slots] int32: how many of a slot's rows are read
     scales: Tensor  # [slots] float32: one
     known: list[int]  # the ranks, on the host
+    units: list[Tensor]  # what is in A's place where B is multiplied alone, if it ever is
     rank: int  # the largest
 
     @property
     def slots(self) -> int:
         return len(self.table)
+
+    @property
+    def padded(self) -> int:
+        return len(self.rows) // self.slots
 
     @property
     def width(self) -> int:
@@ -46,6 +51,9 @@ class Pages(NamedTuple):
         self.known[slot] = min(rank, self.rank)
         self.ranks[slot] = self.known[slot]
         self.scales[slot] = 1
+        for units in self.units:
+            own = units.view(self.slots, -1, self.rank)[slot]
+            torch.eye(*own.shape, out=own)
 
 
 def pages_of_a(stacked: Tensor) -> Pages:
@@ -75,8 +83,8 @@ def _pages(stacked: Tensor, rows: Tensor, slots: int, rank: int) -> Pages:
     count, device = -(-rank // PAGE), rows.device
     table = torch.arange(slots * count, dtype=torch.int32, device=device).view(slots, count)
     ranks = torch.zeros(slots, dtype=torch.int32, device=device)
-    scales = torch.ones(slots, device=device)
-    return Pages(stacked, rows, table, ranks, scales, [0] * slots, rank)
+    scales = torch.ones(slots, dtype=torch.float32, device=device)
+    return Pages(stacked, rows, table, ranks, scales, [0] * slots, [], rank)
 
 
 # ---- products --------------------------------------------------------------------------------
@@ -148,8 +156,8 @@ def shrunk(x: Tensor, a: Pages, ids: Tensor) -> Tensor:
 
 def units(pages: Pages) -> Tensor:
     """The A of rows that are multiplied by B alone: each rank row takes its own input."""
-    padded = len(pages.rows) // pages.slots
-    return torch.eye(padded, pages.rank, device=pages.rows.device).repeat(pages.slots, 1)
+    own = torch.eye(pages.padded, pages.rank, dtype=torch.float32, device=pages.rows.device)
+    return own.repeat(pages.slots, 1)
 
 
 def _nothing(x: Tensor, slices: Slices, columns: int) -> Sequence[list[Tensor]]:

@@ -10,7 +10,12 @@ from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 
 from peft_kernels.integrations.vllm import pages as paged
-from peft_kernels.integrations.vllm.layers import PunicaWrapperOfLayers, pairs_of, rows_of
+from peft_kernels.integrations.vllm.layers import (
+    PunicaWrapperOfLayers,
+    not_ours,
+    pairs_of,
+    rows_of,
+)
 from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
 
@@ -201,9 +206,5 @@ Found = TypeVar("Found")
 def _known(by_id: dict[int, Found], stacked: Tensor) -> Found:
     found = by_id.get(id(stacked))
     if found is None:
-        raise RuntimeError(
-            "peft_kernels serves vLLM's linear layers, embeddings and logits, and was called "
-            f"with adapters of shape {tuple(stacked.shape)} of another layer; start vLLM with "
-            "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
-        )
+        raise not_ours(stacked)
     return found
