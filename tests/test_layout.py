@@ -77,11 +77,12 @@ INSIDE = {
     "integrations/vllm": {
         "pages": "",
         "plugin": "",
-        "layers": "pages",
-        "punica": "layers pages plugin",
+        "prompt_rows": "",
+        "layers": "pages prompt_rows",
+        "punica": "layers pages plugin prompt_rows",
         "routes": "",
         "traced": "",
-        "punica_gpu": "layers pages plugin routes traced",
+        "punica_gpu": "layers pages plugin prompt_rows routes traced",
     },
     "formats": {
         "folder": "",

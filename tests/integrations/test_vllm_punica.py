@@ -19,6 +19,7 @@ from vllm_layers import (
 )
 
 from peft_kernels import backend_of
+from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.punica import PunicaWrapperPEFTKernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -227,6 +228,36 @@ def test_other_rows_than_the_steps_have_logits_if_no_adapter_of_it_changes_them(
     step(made, [1, 1, 0], [1, 0])
     with pytest.raises(ValueError, match="2 rows of logits"):
         made.add_lora_logits(y[:1], torch.randn(1, K), *stacks, 1.0)
+
+
+def test_logits_of_prompts_are_slices_of_a_steps_hidden_states():
+    """As vLLM's runner asks for them."""
+    layer = logits(len(RANKS), 64, K, 50, torch.float32)
+    made, adapters = filled(layer, (50,), torch.float32)
+    step(made, IDS, [0])
+    states, y = torch.randn(len(IDS), K), torch.zeros(5, 50)
+    stacks = layer.lora_a_stacked, layer.lora_b_stacked
+
+    def ask(runner, hidden_states):
+        made.add_lora_logits(y, hidden_states[3:8], *stacks, 1.0)
+        with pytest.raises(ValueError, match="slice of the step's hidden states"):
+            made.add_lora_logits(y, hidden_states[3:8].clone(), *stacks, 1.0)
+
+    prompt_rows._watched(ask, 1)(None, states)
+    check(y, torch.zeros_like(y), states[3:8], adapters, IDS[3:8], "logits")
+    with pytest.raises(ValueError, match="1 rows of logits, and at most 64 rows; it has 0"):
+        made.add_lora_logits(y[:0], states[:0], *stacks, 1.0)
+
+
+def test_both_of_vllms_runners_ask_for_prompts_as_is_known_here():
+    """What names the methods is looked up by name alone."""
+    import inspect
+    from importlib import import_module
+
+    for module, methods in prompt_rows._ASKING.items():
+        for owner, name, position in methods:
+            method = getattr(getattr(import_module(module), owner), name)
+            assert list(inspect.signature(method).parameters)[position] == "hidden_states"
 
 
 # ---- steps -------------------------------------------------------------------------------------

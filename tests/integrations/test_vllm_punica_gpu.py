@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm_layers import embedding, expected, fill, linear, logits, random_adapter, step, wrapper
 
 import peft_kernels
+from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.punica_gpu import PunicaWrapperPEFTKernelsGPU
 from peft_kernels.triton.common import launch
 
@@ -106,6 +107,23 @@ def test_other_rows_than_the_steps_have_logits_if_no_adapter_of_it_changes_them(
     step(made, [1, 1, 0], [1, 0])
     with pytest.raises(ValueError, match="2 rows of logits; it has 1"):
         made.add_lora_logits(y[:1], torch.randn(1, K), *stacks, 1.0)
+
+
+def test_logits_of_prompts_are_slices_of_a_steps_hidden_states():
+    """As vLLM's runner asks for them."""
+    layer = logits(len(RANKS), 16, K, 50, torch.float32)
+    made, adapters = filled(layer, (50,), torch.float32)
+    step(made, IDS, [0])
+    states, y = torch.randn(len(IDS), K), torch.zeros(5, 50)
+    stacks = layer.lora_a_stacked, layer.lora_b_stacked
+
+    def ask(runner, hidden_states):
+        made.add_lora_logits(y, hidden_states[3:8], *stacks, 1.0)
+        with pytest.raises(ValueError, match="slice of the step's hidden states"):
+            made.add_lora_logits(y, hidden_states[3:8].clone(), *stacks, 1.0)
+
+    prompt_rows._watched(ask, 1)(None, states)
+    check(y, torch.zeros_like(y), states[3:8], adapters, IDS[3:8], "logits")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

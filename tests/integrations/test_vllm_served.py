@@ -97,3 +97,18 @@ def test_base_rows_have_the_bits_that_they_have_without_lora(llm, folder):
         beside = bits(names)
         assert beside[0] != without[0]
         assert beside[1:] == without[1:], name
+
+
+def test_log_probabilities_of_prompts_have_the_adapters_of_their_own_prompts(llm, folder):
+    """The last one of a prompt is that of the first token after the prompt without its end."""
+    names = ["r8-all", "r32-head", None, "r32-head"]
+    prompts = [prompt[-n:] for prompt, n in zip(PROMPTS, (5, 4, 6, 5), strict=False)]
+    whole = outputs(llm, folder, names, prompts, whole=True, prompt_logprobs=3)
+    ends = outputs(llm, folder, names, [prompt[:-1] for prompt in prompts], logprobs=3)
+    for out, end, prompt in zip(whole, ends, prompts, strict=True):
+        found = {token: p.logprob for token, p in out.prompt_logprobs[-1].items()}
+        found.pop(prompt[-1], None)
+        wanted = {token: p.logprob for token, p in end.logprobs[0].items()}
+        for token, value in found.items():
+            assert value == pytest.approx(wanted[token], abs=1e-4)
+        assert len(found) >= 2

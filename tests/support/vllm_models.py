@@ -86,8 +86,10 @@ def rotations() -> list[list[str | None]]:
     ]
 
 
-def outputs(llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPTS, **sampling):
-    """What a vLLM engine gives: of each prompt with its adapter."""
+def outputs(
+    llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPTS, whole=False, **sampling
+):
+    """What a vLLM engine gives: of each prompt with its adapter, or ``whole`` with the prompt's."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -97,7 +99,7 @@ def outputs(llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPT
     )
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
     outs = llm.generate(given, greedy, lora_request=requests, use_tqdm=False)
-    return [out.outputs[0] for out in outs]
+    return outs if whole else [out.outputs[0] for out in outs]
 
 
 def serve(llm, folder: Path, names: list[str | None], prompts: Tokens = PROMPTS) -> Tokens:

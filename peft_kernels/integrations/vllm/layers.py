@@ -17,6 +17,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from peft_kernels.integrations.vllm import pages as paged
+from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.pages import Pages
 
 _WITH_A = BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA
@@ -76,6 +77,8 @@ def _put_on_pages(layer: BaseLayerWithLoRA) -> list[Pair]:
     has_a = isinstance(layer, _WITH_A)
     if not has_a and not isinstance(layer, VocabParallelEmbeddingWithLoRA):
         return []
+    if isinstance(layer, LogitsProcessorWithLoRA):
+        prompt_rows.watch()
     all_b = _as_tuple(layer.lora_b_stacked)
     all_a = _as_tuple(layer.lora_a_stacked) if has_a else (None,)
     pairs = [

@@ -18,6 +18,7 @@ from peft_kernels.integrations.vllm.layers import (
 )
 from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
+from peft_kernels.integrations.vllm.prompt_rows import tokens_of
 
 
 class RowIds:
@@ -145,11 +146,12 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
         buffer: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        # Prompts' log-probabilities come in other rows than the step's, which is no matter as long
-        # as no adapter of the step changes the logits.
-        if self._prompts.any and self._of(lora_b_stacked).ranks[self._prompts.slots].any():
+        own = tokens_of(x)
+        step = self._prompts if own is None else self._tokens
+        if step.any and self._of(lora_b_stacked).ranks[step.slots].any():
             y, x = rows_of(y), rows_of(x)
-            paged.add_(y, x, self._slices_of(lora_b_stacked), self._prompts.of(x), scale=scale)
+            ids = step.of(x) if own is None else step.ids[own]
+            paged.add_(y, x, self._slices_of(lora_b_stacked), ids, scale=scale)
 
     def add_shrink(
         self,

@@ -17,6 +17,7 @@ from peft_kernels.integrations.vllm.layers import (
 )
 from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
+from peft_kernels.integrations.vllm.prompt_rows import tokens_of
 from peft_kernels.integrations.vllm.routes import Routes
 from peft_kernels.integrations.vllm.traced import lora_add, lora_shrink
 
@@ -131,12 +132,13 @@ class PunicaWrapperPEFTKernelsGPU(PunicaWrapperOfLayers):
         buffer: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        routes, held = self._prompts, _held(lora_b_stacked)
-        # Prompts' log-probabilities come in other rows than the step's, which is no matter as long
-        # as no adapter of the step changes the logits.
+        own, held = tokens_of(x), _held(lora_b_stacked)
+        routes = self._prompts if own is None else self._tokens
         if any(held.pages.known[slot] for slot in routes.present):
             y, x = rows_of(y), rows_of(x)
-            if len(x) < routes.rows:
+            if own is not None:
+                routes = routes.part(own)
+            elif len(x) < routes.rows:
                 raise ValueError(
                     f"x must have a row for each of the step's {routes.rows} rows of logits; it "
                     f"has {len(x)}, so that they can't be told which LoRA is theirs"

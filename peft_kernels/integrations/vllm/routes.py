@@ -8,6 +8,7 @@ the GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -46,3 +47,10 @@ class Routes:
         self.present = slots[slots >= 0].tolist()
         self.rows = len(inverse)
         self.count.fill_(int(starts[self.slots]))
+
+    def part(self, rows: slice) -> Routes:
+        """Those of some of the step's rows, in buffers of their own."""
+        own = copy(self)
+        own.ids = self.ids[rows]
+        own.order, own.starts = sort_by_adapter(own.ids, self.slots)
+        return own
