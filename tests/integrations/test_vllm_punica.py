@@ -21,6 +21,7 @@ from vllm_layers import (
 from peft_kernels import backend_of
 from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.punica import PunicaWrapperPEFTKernels
+from peft_kernels.integrations.vllm.punica_gpu import PunicaWrapperPEFTKernelsGPU
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [8, 64, 16, 3]
@@ -358,3 +359,38 @@ def test_heads_of_a_classifier():
     for row, slot in enumerate([1, 0]):
         torch.testing.assert_close(y[row], weights[slot, 0] @ x[row] + biases[slot])
     assert torch.equal(y[2:], before[2:])
+
+
+# ---- odd steps ---------------------------------------------------------------------------------
+
+KINDS = [PunicaWrapperPEFTKernels, PunicaWrapperPEFTKernelsGPU]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("ids", [[], [-1], [-1] * 20], ids=len)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_step_without_an_adapter_or_without_rows_changes_nothing(padding, ids, kind):
+    rows, k, widths = len(ids) + padding, 30, (24, 8)
+    both = linear(2, 16, k, widths, torch.float32)
+    sharded, words, head = (
+        linear(2, 16, k, widths, torch.float32),
+        embedding(2, 16, k, 32, torch.float32),
+        logits(2, 16, k, 32, torch.float32),
+    )
+    sharded.lora_a_stacked = tuple(a[:, :, :8].contiguous() for a in sharded.lora_a_stacked)
+    made = wrapper(both, sharded, words, head, kind=kind)
+    for layer, own in ((both, widths), (sharded, widths), (words, (32,)), (head, (32,))):
+        fill(layer, [random_adapter(8, k, own, torch.float32)] * 2)
+    step(made, [1, 0, 1], [1])
+    step(made, ids, ids)
+    x, y = torch.randn(rows, k), torch.randn(rows, 32)
+    before = y.clone()
+    made.add_lora_linear(y, x, both.lora_a_stacked, both.lora_b_stacked, 1.0, widths)
+    s = torch.zeros(2, rows, 8)
+    made.add_shrink(s, x, sharded.lora_a_stacked, 1.0)
+    made.add_expand(y, torch.randn(2, rows, 16), sharded.lora_b_stacked, widths)
+    made.add_lora_embedding(y, torch.randn(rows, 16), words.lora_b_stacked)
+    made.add_lora_logits(y, x, head.lora_a_stacked, head.lora_b_stacked, 1.0)
+    whole = torch.randn(2, 1, 32, k), torch.randn(2, 32), torch.tensor([True, True])
+    made.apply_lora_full_linear(y[: len(ids)], x[: len(ids)], *whole)
+    assert torch.equal(y, before) and not s.any()
