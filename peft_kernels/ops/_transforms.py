@@ -86,7 +86,8 @@ def has_values(tensor: Tensor) -> bool:
 
 def is_recorded() -> bool:
     """Whether a tracer (of torch.jit, make_fx, aot_function) records the present call."""
-    mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
-    if mode(keys.PROXY) is not None or mode(keys.FAKE) is not None:
-        return True
-    return torch.jit.is_tracing()
+    if torch._C._len_torch_dispatch_stack():
+        mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+        if mode(keys.PROXY) is not None or mode(keys.FAKE) is not None:
+            return True
+    return torch._C._get_tracing_state() is not None

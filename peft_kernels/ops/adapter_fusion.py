@@ -37,7 +37,13 @@ from torch import Tensor
 
 from peft_kernels import _library
 from peft_kernels.ops._activations import ACTIVATIONS, activation_name
-from peft_kernels.ops._checks import check_adapter, check_devices, check_float, check_same
+from peft_kernels.ops._checks import (
+    are_alike,
+    check_adapter,
+    check_devices,
+    check_float,
+    check_same,
+)
 from peft_kernels.ops._dispatch import define_call, wants_function
 from peft_kernels.ops._dtypes import acc_dtype, autocast
 from peft_kernels.ops._rows import in_shape_of, rows_of
@@ -376,9 +382,9 @@ def _check(x, down_weights, down_biases, absorbed, query, residual) -> None:
         ("mix_weight", (n, ranks)),
         ("mix_bias", (adapters, n)),
     ):
-        found = tuple(getattr(absorbed, name).shape)
+        found = getattr(absorbed, name).shape
         if found != shape:
-            raise ValueError(f"absorbed.{name} has shape {found}, but must be {shape}")
+            raise ValueError(f"absorbed.{name} has shape {tuple(found)}, but must be {shape}")
     for name, tensor, last in (("query", query, d), ("residual", residual, n)):
         if tensor is not None and tensor.shape != (*x.shape[:-1], last):
             found, shape = tuple(tensor.shape), (*x.shape[:-1], last)
@@ -387,6 +393,8 @@ def _check(x, down_weights, down_biases, absorbed, query, residual) -> None:
 
 
 def _check_types(x, down_weights, down_biases, absorbed, query, residual) -> None:
+    if are_alike(x, *down_weights, *down_biases, *vars(absorbed).values(), query, residual):
+        return
     check_float("x", x)
     parameters = [
         *((f"down_weights[{i}]", weight) for i, weight in enumerate(down_weights)),

@@ -53,6 +53,8 @@ BWD_SCHEMA = (
     " bool needs_x, bool needs_a, bool needs_b, bool needs_gain)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+# Magnitudes that division by norms in the dtype of sums widens to that.
+_WIDENED = (torch.float32, torch.float16, torch.bfloat16)
 _ROWS = 1024  # of a 16-bit weight, widened at once for its product with A
 
 
@@ -315,8 +317,9 @@ def _over_codes(
 
 def _gain(magnitude: Tensor, norm: Tensor, acc: torch.dtype) -> Tensor:
     """magnitude / norm, and 0 for a row without a length, which has no direction either."""
-    norm = norm.detach().to(acc)
-    return magnitude.to(acc) / norm.masked_fill(norm == 0, torch.inf)
+    length = norm.detach()
+    length = torch.threshold(length if length.dtype is acc else length.to(acc), 0.0, torch.inf)
+    return (magnitude if magnitude.dtype in _WIDENED else magnitude.to(acc)) / length
 
 
 def _check_rows(name: str, values: Tensor, weight: Tensor) -> None:
@@ -325,7 +328,8 @@ def _check_rows(name: str, values: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, but must be [n] = [{n}]")
     if not values.is_floating_point():
         raise TypeError(f"{name} must be floating-point; got {values.dtype}")
-    check_devices("weight", weight, [(name, values)])
+    if values.device != weight.device:
+        check_devices("weight", weight, [(name, values)])
 
 
 # ---- the norm ----------------------------------------------------------------------------------

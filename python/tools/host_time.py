@@ -27,11 +27,12 @@ from _record import main
 import peft_kernels
 from peft_kernels import ops
 from peft_kernels.nn.norms import Norms
-from peft_kernels.tools.verify.cases import Case, cases_of, leaves_of
+from peft_kernels.tools.verify.cases import Case, leaves_of
 
 BARE, CHIP, DTYPE = "F.linear", "sm_90", torch.bfloat16
 ROWS, SIZE, RANK = 8, 64, 16
 ROUNDS, CALLS = 15, 50
+ABSORBED = "up_weights", "up_biases", "query_weight", "query_bias", "key_weight", "value_weight"
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,30 @@ def bottleneck() -> Case:
 
 
 def fusion() -> Case:
-    cases = cases_of("adapter_fusion", DTYPE)
-    return replace(next(case for case in cases if case.name == "one row"), name="adapter_fusion")
+    """Of matrices that are absorbed already; what absorbs them is a row of its own."""
+    inputs = example("adapter_fusion", ROWS, SIZE, [RANK, RANK])
+    of = [inputs.pop(name) for name in ABSORBED]
+    absorbed = vars(ops.absorb(*of))
+
+    def call(
+        score_weight: Any, score_bias: Any, mix_weight: Any, mix_bias: Any, **rest: Any
+    ) -> Any:
+        parts = ops.Absorbed(score_weight, score_bias, mix_weight, mix_bias)
+        return ops.adapter_fusion(**rest, absorbed=parts)[0]
+
+    trained = "x", "down_weights", "down_biases", *absorbed
+    return Case("adapter_fusion", call, inputs | absorbed, trained)
+
+
+def absorbing() -> Case:
+    """That of `adapter_fusion`'s matrices, in torch's own operations: no launch is counted."""
+    found = example("adapter_fusion", ROWS, SIZE, [RANK, RANK])
+    inputs = {name: found[name] for name in ABSORBED}
+
+    def call(**given: Any) -> torch.Tensor:
+        return ops.absorb(*given.values()).score_weight
+
+    return Case("absorb", call, inputs, ABSORBED)
 
 
 def attention() -> Case:
@@ -144,7 +167,7 @@ def measure() -> list[dict[str, Any]]:
     )
     torch.set_num_threads(1)
     layers = linear("lora_linear"), dora(), multi()
-    others = bottleneck(), fusion(), attention(), lookup()
+    others = bottleneck(), fusion(), absorbing(), attention(), lookup()
     gpu = patch("peft_kernels.triton.common.chips.arch_name", lambda device: CHIP)
     nothing = patch("peft_kernels.triton.common.launch.run", lambda *launched: None)
     unseen = patch("peft_kernels.ops._lora_banks._bounds", lambda ids: (0, 0))

@@ -2,12 +2,14 @@
 
 import copy
 import gc
+from itertools import product
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from turns import launches_on
 
 import peft_kernels
 from peft_kernels.nn import LoRALinear
@@ -15,7 +17,7 @@ from peft_kernels.nn.norms import Norms
 from peft_kernels.ops import _dora_norm, dora_norm
 from peft_kernels.ops._dora_norm import NormsOnDevice, dora_norm_kept_ref
 from peft_kernels.triton.common import launch as launches
-from peft_kernels.triton.dora_linear import norm_kernels
+from peft_kernels.triton.dora_linear import norm_kernels, norm_launch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -136,6 +138,22 @@ def test_shapes_that_do_not_fit_are_left_to_who_says_so():
     weight, a, b = layer_of()
     for of in ((weight, a[:, :-1], b), (weight, a, b[:-1]), (weight, a, b[:, :-1])):
         assert Norm()(*of, 1.0) is None
+
+
+def test_the_launches_are_those_of_a_first_call():
+    """Nothing of a call is kept for one of another shape, scale or precision."""
+
+    def launched(n, k, r, scale, precision):
+        with launches_on("sm_90", precision) as found, peft_kernels.backend("triton"):
+            NormsOnDevice().of(*layer_of(n, k, r), scale)
+        return found
+
+    of = product((37, 130), (150, 500), (5, 33), (1.0, 0.5, torch.tensor(1.0)), ("ieee", "tf32"))
+    calls = list(of)
+    later = [launched(*call) for call in calls]
+    for call, found in zip(calls, later, strict=True):
+        norm_launch._launches.cache_clear()
+        assert found == launched(*call) and len(found) == 3
 
 
 def test_the_reference_does_the_same():

@@ -1,17 +1,14 @@
 """A layout kept from one call never serves another: launches, and values in the interpreter."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 from errors import assert_as_good_as
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings
+from turns import each_alone, launches_on, on, turns
 
 import peft_kernels
 from peft_kernels.ops import multi_lora_linear
 from peft_kernels.ops.multi_lora_linear import BankDropout, example_inputs, example_trained
-from peft_kernels.triton.common import chips, launch
 from peft_kernels.triton.multi_lora_linear import layouts
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -31,16 +28,6 @@ CHOICES = {
     "chip": ["sm_80", "sm_90", "gfx942", "other"],
     "precision": ["ieee", "tf32"],
 }
-CALLS = st.fixed_dictionaries({name: st.sampled_from(of) for name, of in CHOICES.items()})
-
-
-@st.composite
-def turns(draw):
-    """Calls, each but the first another in one thing."""
-    calls = [draw(CALLS)]
-    for name in draw(st.permutations(list(CHOICES))):
-        calls.append(calls[-1] | {name: draw(st.sampled_from(CHOICES[name]))})
-    return calls
 
 
 def arguments(call):
@@ -74,29 +61,14 @@ def run(inputs, trains, backend):
 
 
 def launched(call):
-    """Kernel, grid, sizes and options of each launch."""
-    noted = []
-
-    def note(kernel, grid, args, options):
-        numbers = [a for a in args if isinstance(a, (int, float, tuple)) and not _tensors(a)]
-        noted.append((kernel.fn.__name__, grid, numbers, options))
-
-    precision = patch.object(chips, "float32_precision", lambda device: call["precision"])
-    with patch.object(launch, "run", note), on(call["chip"]), precision:
+    with launches_on(call["chip"], call["precision"]) as found:
         run(arguments(call), call["trains"], "triton")
-    return noted
+    return found
 
 
-def _tensors(value):
-    return isinstance(value, tuple) and any(isinstance(one, torch.Tensor) for one in value)
-
-
-def on(chip):
-    return patch.object(chips, "arch_name", lambda device: chip)
-
-
-@settings(max_examples=30)
-@given(turns())
+@settings(max_examples=15)
+@given(turns(CHOICES))
+@example(each_alone(CHOICES, m=18, dtypes=(BF16, BF16), trains=True))
 def test_the_launches_are_those_of_a_first_call(calls):
     later = [launched(call) for call in calls]
     for call, found in zip(calls, later, strict=True):

@@ -1,7 +1,8 @@
 """Launchers of the Triton kernels of ``adapter_fusion``: which kernel, grid and order.
 
 The maths and the schemas are in ``peft_kernels/ops/adapter_fusion.py``, the kernels in
-``kernels.py``. What a row keeps between the kernels is of the bottlenecks' size.
+``kernels.py``, the grids and options in ``layouts.py``. What a row keeps between the kernels is of
+the bottlenecks' size.
 """
 
 from __future__ import annotations
@@ -13,14 +14,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from peft_kernels.triton.adapter_fusion import kernels, tiles
-from peft_kernels.triton.common import chips
-from peft_kernels.triton.common.blocks import INTERPRET
-from peft_kernels.triton.common.chips import Tile
-from peft_kernels.triton.common.launch import chunks, launch, options, sum_partials
-from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
+from peft_kernels.triton.adapter_fusion import kernels, layouts
+from peft_kernels.triton.common.launch import launch, sum_partials
 
-WEIGHTS_BLOCK_M = 16
 # A copy of M to aligned rows pays for itself from here on.
 MANY_ROWS = 512
 
@@ -44,11 +40,10 @@ def adapter_fusion_fwd(
     with torch.cuda.device_of(x):
         z, w = call.products((x, call.query), (down_weight, score_weight), (down_bias, score_bias))
         p, mixed = call.empty(call.m, call.adapters), torch.empty_like(z)
+        grid, settings = call.layout.once(layouts.weights_launch)
         launch(
-            kernels.adapter_fusion_weights_kernel,
-            (cdiv(call.m, WEIGHTS_BLOCK_M),),
-            z, w, call.starts, p, mixed, call.m, call.ranks, call.adapters,
-            **call.weights_block(),
+            kernels.adapter_fusion_weights_kernel, grid,
+            z, w, call.starts, p, mixed, call.m, call.ranks, call.adapters, **settings,
         )  # fmt: skip
         y = call.mix((mixed, call.mix_weight.T), (p, mix_bias), residual)
     return y, z, w, p
@@ -94,11 +89,11 @@ def adapter_fusion_bwd(
             dpre, dw = torch.empty_like(z), torch.empty_like(w)
         if needs_mix:
             mixed = torch.empty_like(z)
+        grid, settings = call.layout.once(layouts.weights_launch)
         launch(
-            kernels.adapter_fusion_weights_bwd_kernel,
-            (cdiv(call.m, WEIGHTS_BLOCK_M),),
+            kernels.adapter_fusion_weights_bwd_kernel, grid,
             z, w, p, t, from_v, call.starts, dpre, dw, mixed, call.m, call.ranks, call.adapters,
-            NEEDS_ROWS=needs_rows, NEEDS_MIX=needs_mix, **call.weights_block(),
+            NEEDS_ROWS=needs_rows, NEEDS_MIX=needs_mix, **settings,
         )  # fmt: skip
         # 2. dx and dq
         if dpre is not None and dw is not None:
@@ -122,7 +117,7 @@ def adapter_fusion_bwd(
 
 
 class _Call:
-    """The tensors, sizes, tiles and kernel flags of one call of the op."""
+    """The tensors and sizes of one call of the op, and the layout of its launches."""
 
     def __init__(
         self,
@@ -134,35 +129,13 @@ class _Call:
     ) -> None:
         mix_weight = parameters[4]
         self.m, self.ranks, self.adapters = x.shape[0], mix_weight.shape[1], len(sizes)
-        self.x, self.query, self.activation = x, x if query is None else query, activation
+        self.x, self.query = x, x if query is None else query
         self.starts = _starts(tuple(sizes), x.device)
-        self.widest = max(sizes)
         self.mix_weight = mix_weight.contiguous() if self.m >= MANY_ROWS else mix_weight
-        self.wide = any(p.dtype is not x.dtype for p in parameters)
-        self.terms = chips.terms(x.dtype, torch.float32 if self.wide else x.dtype)
-        self.arch_name = chips.arch_name(x.device)
-        self.precision = self._precision()
-
-    def _precision(self) -> str:
-        """Of products of float32 tiles; beside a 16-bit x they are split for the tensor cores."""
-        if self.x.dtype is torch.float32:
-            return chips.float32_precision(self.x.device)
-        return "ieee" if INTERPRET.value else "bf16x3"
-
-    def tile(self, kernel: str) -> Tile:
-        return tiles.tile(self.arch_name, kernel, self.x.dtype, wide=self.wide)
+        self.layout = layouts.layout_of(x, parameters, sizes, activation)
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
-
-    def weights_block(self) -> dict[str, int | str]:
-        return {
-            "ACTIVATION": self.activation,
-            "BLOCK_M": WEIGHTS_BLOCK_M,
-            "BLOCK_R": chips.rank_block(self.widest),
-            "ADAPTERS": next_power_of_2(self.adapters),
-            "num_warps": 8 if self.x.dtype is torch.float32 else 4,
-        }
 
     def products(
         self,
@@ -171,22 +144,18 @@ class _Call:
         biases: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """rows[i] weights[i]^T + biases[i] for both i, in float32."""
-        tile = self.tile("products")
-        columns = [weight.shape[0] for weight in weights]
-        outs = [self.empty(self.m, size) for size in columns]
-        pair = (None, None) if biases is None else tuple(bias.contiguous() for bias in biases)
-        block_n = min(tile.n, max(16, next_power_of_2(max(columns))))
-        blocks = sum(cdiv(size, block_n) for size in columns)
+        columns = weights[0].shape[0], weights[1].shape[0]
+        outs = self.empty(self.m, columns[0]), self.empty(self.m, columns[1])
+        pair = (None, None) if biases is None else (biases[0].contiguous(), biases[1].contiguous())
+        grid, settings = self.layout.once(layouts.products_launch, *columns, biases is not None)
         launch(
-            kernels.adapter_fusion_products_kernel,
-            (cdiv(self.m, tile.m) * blocks,),
+            kernels.adapter_fusion_products_kernel, grid,
             *rows, weights[0], pair[0], weights[1], pair[1], *outs,
-            self.m, *(row.shape[1] for row in rows), *columns,
+            self.m, rows[0].shape[1], rows[1].shape[1], *columns,
             *rows[0].stride(), *rows[1].stride(), *weights[0].stride(), *weights[1].stride(),
-            HAS_BIAS=biases is not None, TERMS=self.terms, PRECISION=self.precision,
-            BLOCK_M=tile.m, BLOCK_N=block_n, BLOCK_K=tile.k, **options(tile),
+            **settings,
         )  # fmt: skip
-        return outs[0], outs[1]
+        return outs
 
     def mix(
         self,
@@ -195,20 +164,17 @@ class _Call:
         residual: Tensor | None = None,
     ) -> Tensor:
         """P1 Q1 + P2 Q2 + residual in x's dtype; each P is [m, r] float32, each Q [r, n]."""
-        tile = self.tile("mix")
         (p1, q1), (p2, q2) = first, first if second is None else second
-        n = q1.shape[1]
+        (ranks, n), ranks2 = q1.shape, q2.shape[0]
         out = self.x.new_empty(self.m, n)
+        grid, settings = self.layout.once(
+            layouts.mix_launch, n, ranks, ranks2, second is not None, residual is not None
+        )
         launch(
-            kernels.adapter_fusion_mix_kernel,
-            (cdiv(self.m, tile.m) * cdiv(n, tile.n),),
-            p1, q1, p2, q2, residual, out, self.m, n, q1.shape[0], q2.shape[0],
+            kernels.adapter_fusion_mix_kernel, grid,
+            p1, q1, p2, q2, residual, out, self.m, n, ranks, ranks2,
             p1.stride(0), *q1.stride(), p2.stride(0), *q2.stride(),
-            *((0, 0) if residual is None else residual.stride()),
-            HAS_SECOND=second is not None, HAS_RESIDUAL=residual is not None,
-            PRECISION=self.precision, BLOCK_M=tile.m, BLOCK_N=tile.n,
-            BLOCK_R=chips.rank_block(q1.shape[0]), BLOCK_R2=chips.rank_block(q2.shape[0]),
-            **options(tile),
+            *((0, 0) if residual is None else residual.stride()), **settings,
         )  # fmt: skip
         return out
 
@@ -216,19 +182,13 @@ class _Call:
         self, rows: Tensor, g: Tensor, *, sums: bool = True, transposed: bool = False
     ) -> tuple[Tensor, Tensor]:
         """g^T rows, or rows^T g if transposed, and g's sums over rows; g is [m, r] float32."""
-        tile = self.tile("grad")
         k, r = rows.shape[1], g.shape[1]
-        block_r = chips.rank_block(r)
-        programs = cdiv(k, tile.k) * cdiv(r, block_r)
-        chunk, splits = chunks(chips.cores(self.x.device), self.m, tile.m, programs)
+        splits, chunk, (grid, settings) = self.layout.once(layouts.grad_launch, k, r, sums)
         shape, strides = ((k, r), (1, r)) if transposed else ((r, k), (k, 1))
         parts, sum_parts = self.empty(splits, *shape), self.empty(splits, r if sums else 0)
         launch(
-            kernels.adapter_fusion_grad_kernel,
-            (programs, splits),
-            rows, g, parts, sum_parts, self.m, k, r, chunk, *rows.stride(), *strides,
-            NEEDS_SUMS=sums, TERMS=self.terms, PRECISION=self.precision,
-            BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=block_r, **options(tile),
+            kernels.adapter_fusion_grad_kernel, grid,
+            rows, g, parts, sum_parts, self.m, k, r, chunk, *rows.stride(), *strides, **settings,
         )  # fmt: skip
         gradient = sum_partials(parts, self.empty(*shape), 1.0)
         return gradient, sum_partials(sum_parts, self.empty(sum_parts.shape[1]), 1.0)

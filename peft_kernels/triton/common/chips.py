@@ -306,7 +306,8 @@ def float32_precision(device: torch.device) -> str:
 
     And if Triton has it on ``device``; else it refuses the kernel, whatever x's dtype.
     """
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # What torch.backends.cuda.matmul.fp32_precision reads, which is slow to say so.
+    allowed = torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
     return "tf32" if allowed and _has_tf32(device) else "ieee"
 
 

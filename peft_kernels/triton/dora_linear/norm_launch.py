@@ -6,11 +6,14 @@ The maths and the schema are in ``peft_kernels/ops/_dora_norm.py``, the kernels 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import argument, launch
+from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 from peft_kernels.triton.dora_linear import norm_kernels
 
@@ -32,24 +35,38 @@ def dora_norm_kept(
     diagonal: Tensor,
 ) -> None:
     """norm ``[n]`` of these, made again where they aren't as kept, and then kept."""
-    (n, k), r = weight.shape, lora_a.shape[0]
+    (n, k), r, size = weight.shape, lora_a.shape[0], diagonal.numel()
     a, b = lora_a.contiguous(), lora_b.contiguous()
-    sizes = a.numel(), b.numel(), diagonal.numel()
-    chunks = cdiv(max(sizes), CHUNK)
+    factor, on_device = argument(scale if scale_t is None else scale_t, 1.0)
+    chunks, looking, making = _launches(
+        n, k, r, size, on_device, chips.float32_precision(weight.device)
+    )
     # Its own in each call: what one stream finds changed is nothing to another.
     changed = norm.new_empty(chunks, dtype=torch.int32)
-    factor, on_device = argument(scale if scale_t is None else scale_t, 1.0)
-    kept = kept_a, kept_b, diagonal
-    looked_at = weight, a, b, *kept, changed, factor, *sizes, sum(weight.stride())
+    strides = weight.stride()
+    looked_at = (
+        weight, a, b, kept_a, kept_b, diagonal, changed, factor, r * k, n * r, size, sum(strides),
+    )  # fmt: skip
     with torch.cuda.device_of(weight):
-        looks = {"SCALE_ON_DEVICE": on_device, "BLOCK": CHUNK, "num_warps": WARPS}
-        launch(norm_kernels.dora_changed_kernel, (chunks,), *looked_at, **looks)
+        grid, settings = looking
+        launch(norm_kernels.dora_changed_kernel, grid, *looked_at, **settings)
         launch(
-            norm_kernels.dora_norm_kernel,
-            (cdiv(n, BLOCK_N),),
-            weight, a, b, changed, norm, factor, n, k, r, chunks, *weight.stride(),
-            SCALE_ON_DEVICE=on_device, PRECISION=chips.float32_precision(weight.device),
-            BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=16 if r <= 16 else MAX_BLOCK_R,
-            CHUNKS=next_power_of_2(chunks), num_warps=WARPS,
+            norm_kernels.dora_norm_kernel, making[0],
+            weight, a, b, changed, norm, factor, n, k, r, chunks, *strides, **making[1],
         )  # fmt: skip
-        launch(norm_kernels.dora_keep_kernel, (chunks,), *looked_at, **looks)
+        launch(norm_kernels.dora_keep_kernel, grid, *looked_at, **settings)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(
+    n: int, k: int, r: int, diagonal: int, on_device: bool, precision: str
+) -> tuple[int, Prepared, Prepared]:
+    """Chunks of what is looked at, the launches that look and keep, and the one of the norms."""
+    chunks = cdiv(max(r * k, n * r, diagonal), CHUNK)
+    looks = {"SCALE_ON_DEVICE": on_device, "BLOCK": CHUNK, "num_warps": WARPS}
+    makes = {
+        "SCALE_ON_DEVICE": on_device, "PRECISION": precision,
+        "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": 16 if r <= 16 else MAX_BLOCK_R,
+        "CHUNKS": next_power_of_2(chunks), "num_warps": WARPS,
+    }  # fmt: skip
+    return chunks, ((chunks,), looks), ((cdiv(n, BLOCK_N),), makes)

@@ -167,17 +167,16 @@ class Call:
         self.m, self.k = x.shape
         self.n, self.r = n, lora_a.shape[0]
         self.dropout = seed is not None
-        self.problem = plans.Problem(
+        self.problem = _problem(
             direction, x.dtype, lora_a.dtype, self.m, n, self.k, self.r, self.dropout, codes, gain
         )
-        self.arch_name = chips.arch_name(x.device)
-        self.cores = chips.cores(x.device)
+        device = x.device
+        self.arch_name, self.cores = chips.arch_name(device), chips.cores(device)
         self.block_r = chips.rank_block(self.r)
         self.rank_blocks = cdiv(self.r, self.block_r)
-        self.inv_keep = 1.0 / (1.0 - dropout_p)
-        self.threshold = threshold(dropout_p)
+        self.inv_keep, self.threshold = (1.0, 0) if not dropout_p else _shares(dropout_p)
         self.seed, self.seed_on_device = argument(seed, 0)
-        self.precision = chips.float32_precision(x.device)
+        self.precision = chips.float32_precision(device)
 
     def over_dense(self) -> Call:
         """The same call where its weight isn't in codes."""
@@ -216,6 +215,15 @@ class Call:
         groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
         group = cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
         return group, cdiv(blocks, group) if blocks else 0
+
+
+_problem = functools.lru_cache(maxsize=4096)(plans.Problem)
+_in_loop_of = functools.lru_cache(maxsize=4096)(modelled.in_loop)
+
+
+def _shares(dropout_p: float) -> tuple[float, int]:
+    """What kept elements are multiplied by, and below what the words of dropped ones are."""
+    return 1.0 / (1.0 - dropout_p), threshold(dropout_p)
 
 
 # ---- launches ----------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ def _in_loop(
     scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """y and S from one loop over k, or from as many as its sum is split in, and what adds them."""
-    product = modelled.in_loop(call.arch_name, call.problem, in_terms=lora_a.dim() == 3)
+    product = _in_loop_of(call.arch_name, call.problem, lora_a.dim() == 3)
     tiling = call.tiling("in_loop", product)
     tile, split = tiling.tile, tiling.splits > 1
     y, s = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)

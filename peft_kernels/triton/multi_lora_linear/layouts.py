@@ -1,28 +1,22 @@
-"""What the launches of a call have in common with those of every call of its shapes.
-
-All of it follows from sizes, dtypes and the GPU, and nothing from a tensor's values or place in
-memory, so that it is worked out once for each of them.
-"""
+"""The slices and groups of banks of ``multi_lora_linear``, its plan, its grids and options."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_kernels.ops.multi_lora_linear import PAGE
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, layouts
 from peft_kernels.triton.common.launch import GROUP_M, chunks, options
+from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.multi_lora_linear import plans
 
 MAX_BANKS = 4  # of one launch; a kernel is compiled for each number of banks
-
-# A launch but for its tensors and their strides.
-Prepared = tuple[tuple[int, ...], dict[str, Any]]
 
 
 class Slice(NamedTuple):
@@ -62,10 +56,11 @@ class Sizes(NamedTuple):
     precision: str
 
 
-class Layout:
+class Layout(layouts.Layout):
     """The slices, groups of banks, plan and launches of calls of these sizes."""
 
     def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
         self.sizes = sizes
         self.per_id = sizes.m // max(sizes.ids, 1)
         self.plan = plans.choose(
@@ -76,18 +71,9 @@ class Layout:
         self.s_columns = last.s_column + last.s_width
         self.groups = _groups(self.slices)
         self.block_r = chips.rank_block(max(one.s_width for one in self.slices))
-        self._prepared: dict[tuple, Any] = {}
 
     def tile(self, kernel: str) -> chips.Tile:
         return plans.tile(self.sizes.arch_name, kernel, self.sizes.dtype, self.sizes.m)
-
-    def once(self, make: Callable[..., Any], *settings: Any) -> Any:
-        """``make(self, *settings)``, of a former call if there was one."""
-        key = make, *settings
-        found = self._prepared.get(key)
-        if found is None:
-            found = self._prepared[key] = make(self, *settings)
-        return found
 
 
 def layout_of(
