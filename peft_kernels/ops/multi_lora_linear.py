@@ -10,23 +10,19 @@ the backward is LoRA's (Hu et al. 2021), adapter by adapter. With S and dS [m, r
     dA_g  = sum_i dS[i] dropout_g(x[i])^T      dB_g^T = scale_g sum_i S[i] dy[i]^T
 
 where the sums go over the rows of adapter g, in their order in the batch: they don't depend on
-which other adapters share it, and neither does anything else about a row.
+which other adapters share it, and neither does anything else about a row. The reference is in
+``_multi_lora_reference.py``, the schemas and the gradients are in ``_multi_lora_autograd.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import _library
-from peft_kernels.ops._dispatch import define_in_graphs
-from peft_kernels.ops._dropout import dropout_factor
-from peft_kernels.ops._dtypes import acc_dtype, autocast
+from peft_kernels.ops._dtypes import autocast
 from peft_kernels.ops._lora_banks import (
     PAGE,
     BankDropout,
@@ -41,19 +37,25 @@ from peft_kernels.ops._lora_banks import (
     sort_by_adapter,
 )
 from peft_kernels.ops._lora_factors import LoRAFactors, linear_of_factors
+from peft_kernels.ops._multi_lora_autograd import (
+    Call,
+    MultiLoRALinearFunction,
+    check_in_graphs,
+    in_graphs,
+)
 from peft_kernels.ops._multi_lora_codes import multi_lora_over_codes
+from peft_kernels.ops._multi_lora_examples import (
+    example_bank,
+    example_ids,
+    example_inputs,
+    example_trained,
+)
+from peft_kernels.ops._multi_lora_reference import composition
 from peft_kernels.ops._quantized import QuantizedWeight
 from peft_kernels.ops._rows import in_shape_of, rows_of
 from peft_kernels.ops._sharded import are_sharded
 from peft_kernels.ops._sharded_banks import multi_lora_linear_sharded
-from peft_kernels.ops._transforms import (
-    gradients_of,
-    is_batched,
-    is_recorded,
-    is_special,
-    wants_composition,
-    wants_gradient_composition,
-)
+from peft_kernels.ops._transforms import is_batched, is_recorded, is_special, wants_composition
 
 __all__ = [
     "PAGE",
@@ -72,334 +74,6 @@ __all__ = [
     "route",
     "sort_by_adapter",
 ]
-
-_BANKS = "Tensor[] a, Tensor[] b, Tensor[] tables, Tensor[] ranks, Tensor[] scales"
-_ROUTING = "Tensor ids, Tensor? order, Tensor? starts"
-_DROPOUT = "Tensor[] dropout_p, Tensor[] seeds"
-FWD_SCHEMA = (
-    f"(Tensor x, Tensor weight, Tensor? bias, {_BANKS}, {_ROUTING}, {_DROPOUT}, str plan)"
-    " -> (Tensor, Tensor)"
-)
-ADD_SCHEMA = f"(Tensor(a!) y, Tensor x, {_BANKS}, {_ROUTING}, {_DROPOUT}, str plan) -> Tensor"
-BWD_SCHEMA = (
-    f"(Tensor dy, Tensor x, Tensor? weight, {_BANKS}, {_ROUTING}, Tensor s, {_DROPOUT},"
-    " Tensor[] grad_rows, int[] grad_sizes, bool needs_x, str plan)"
-    " -> (Tensor, Tensor[], Tensor[])"
-)
-
-
-# ---- reference -------------------------------------------------------------------------------
-
-
-class _Group(NamedTuple):
-    """The rows of one adapter, and its matrices in the dtype of sums."""
-
-    slot: int
-    rows: Tensor
-    a: Tensor  # [r, k]
-    b: Tensor  # [r, n]
-    scale: Tensor
-    columns: slice  # of y
-    s_columns: slice  # of S
-    dropout: tuple[Tensor, float] | None
-
-    def dropped(self, x: Tensor) -> Tensor:
-        return x[self.rows].to(self.a.dtype) * self.factor()
-
-    def factor(self) -> Tensor | float:
-        if self.dropout is None:
-            return 1.0
-        m, k, dtype = len(self.rows), self.a.shape[1], self.a.dtype
-        return dropout_factor(*self.dropout, m, k, dtype).to(self.a.device)
-
-
-def _rank_columns(tables: Sequence[Tensor]) -> int:
-    """The width of S: the largest rank that each bank's table has room for."""
-    return sum(PAGE * table.shape[1] for table in tables)
-
-
-def _groups(x, a, b, tables, ranks, scales, ids, dropout_p, seeds) -> Iterator[tuple[int, _Group]]:
-    """Every adapter that has rows and a rank, with the index of its bank."""
-    m, acc, column, s_column = x.shape[0], acc_dtype(x), 0, 0
-    row_ids = ids.flatten().repeat_interleave(m // max(ids.numel(), 1))
-    present = row_ids.unique().tolist()
-    for i, (table, rank_of) in enumerate(zip(tables, ranks, strict=True)):
-        n = b[i].shape[1]
-        for slot in present:
-            rank = rank_of[slot].item() if 0 <= slot < len(rank_of) else 0
-            if rank:
-                q = torch.arange(rank, device=x.device)
-                pages = table[slot, q // PAGE].long() * PAGE + q % PAGE
-                yield (
-                    i,
-                    _Group(
-                        slot=slot,
-                        rows=(row_ids == slot).nonzero().flatten(),
-                        a=a[i][pages].to(acc),
-                        b=b[i][pages].to(acc),
-                        scale=scales[i][slot].to(acc),
-                        columns=slice(column, column + n),
-                        s_columns=slice(s_column, s_column + rank),
-                        dropout=(seeds[i][slot], dropout_p[i][slot].item()) if dropout_p else None,
-                    ),
-                )
-        column, s_column = column + n, s_column + PAGE * table.shape[1]
-
-
-def multi_lora_add_ref(
-    y, x, a, b, tables, ranks, scales, ids, order, starts, dropout_p, seeds, plan
-):
-    s = x.new_zeros(x.shape[0], _rank_columns(tables), dtype=acc_dtype(x))
-    for _, g in _groups(x, a, b, tables, ranks, scales, ids, dropout_p, seeds):
-        s[g.rows, g.s_columns] = g.dropped(x) @ g.a.T
-        total = y[g.rows, g.columns] + g.scale * (s[g.rows, g.s_columns] @ g.b)
-        y[g.rows, g.columns] = total.to(y.dtype)
-    return s
-
-
-def multi_lora_linear_fwd_ref(x, weight, bias, *rest):
-    y = F.linear(x, weight, bias)
-    return y, multi_lora_add_ref(y, x, *rest)
-
-
-def multi_lora_linear_bwd_ref(
-    dy, x, weight, a, b, tables, ranks, scales, ids, order, starts, s, dropout_p, seeds,
-    grad_rows, grad_sizes, needs_x, plan,
-):  # fmt: skip
-    acc = acc_dtype(x)
-    dx = x.new_empty(0)
-    if needs_x:
-        dx = torch.zeros_like(x, dtype=acc) if weight is None else (dy @ weight).to(acc)
-    da, db = _empty_gradients(a, b, grad_sizes)
-    for i, g in _groups(x, a, b, tables, ranks, scales, ids, dropout_p, seeds):
-        g_dy = dy[g.rows, g.columns].to(acc)
-        ds = g.scale * (g_dy @ g.b.T)
-        if needs_x:
-            dx[g.rows] += (ds @ g.a) * g.factor()
-        first = grad_rows[i][g.slot].item() if grad_rows else -1
-        if first >= 0:
-            own = slice(first, first + len(g.a))
-            da[i][own] = (ds.T @ g.dropped(x)).to(da[i].dtype)
-            db[i][own] = (g.scale * (s[g.rows, g.s_columns].T @ g_dy)).to(db[i].dtype)
-    return dx.to(x.dtype), da, db
-
-
-@_library.outside_autocast
-def _composition(x, weight, bias, trained, banks, dropout, rows, receivers, ids) -> Tensor:
-    """y, or without a weight what is added to it; trained adapters are read where they receive.
-
-    By way of the dtype of sums, so that each gradient is rounded once.
-    """
-    dtype, acc = x.dtype, acc_dtype(x)
-    x = x.to(acc)
-    sizes = _sizes(trained, receivers)
-    a, b, tables, ranks, scales = banks
-    parts = [x.new_zeros(x.shape[0], matrix.shape[1], dtype=acc) for matrix in b]
-    for i, g in _groups(x, a, b, tables, ranks, scales, ids, *dropout):
-        own_a, own_b = _received(i, g, rows, sizes, receivers) or (g.a, g.b)
-        delta = g.scale * ((g.dropped(x) @ own_a.to(acc).T) @ own_b.to(acc))
-        parts[i] = parts[i].index_add(0, g.rows, delta)
-    delta = torch.cat(parts, 1)
-    if weight is None:
-        return delta
-    base = F.linear(x, weight.to(acc), None if bias is None else bias.to(acc))
-    return (base + delta).to(dtype)
-
-
-def _received(bank: int, group: _Group, rows, sizes, receivers) -> tuple[Tensor, Tensor] | None:
-    """The tensors that receive the gradients of a group's adapter, if it is trained."""
-    first = int(rows[bank][group.slot]) if rows else -1
-    if first < 0:
-        return None
-    starts = [0, *accumulate(sizes[bank])]
-    index = 2 * sum(len(size) for size in sizes[:bank]) + starts.index(first)
-    return receivers[index], receivers[index + len(sizes[bank])]
-
-
-# ---- shapes ----------------------------------------------------------------------------------
-
-
-def _empty_gradients(a, b, grad_sizes) -> tuple[list[Tensor], list[Tensor]]:
-    """dA and dB of each bank's trained adapters, zero for those without rows."""
-    da = [a[i].new_zeros(size, a[i].shape[1]) for i, size in enumerate(grad_sizes)]
-    db = [b[i].new_zeros(size, b[i].shape[1]) for i, size in enumerate(grad_sizes)]
-    return da, db
-
-
-def _add_fake(y, x, a, b, tables, *rest):
-    return x.new_empty(x.shape[0], _rank_columns(tables), dtype=acc_dtype(x))
-
-
-def _fwd_fake(x, weight, bias, *rest):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, _add_fake(y, x, *rest)
-
-
-def _bwd_fake(dy, x, weight, a, b, *rest):
-    grad_sizes, needs_x = rest[-3], rest[-2]
-    return x.new_empty(x.shape if needs_x else (0,)), *_empty_gradients(a, b, grad_sizes)
-
-
-for _name, _schema, _reference, _fake in (
-    ("fwd", FWD_SCHEMA, multi_lora_linear_fwd_ref, _fwd_fake),
-    ("add", ADD_SCHEMA, multi_lora_add_ref, _add_fake),
-    ("bwd", BWD_SCHEMA, multi_lora_linear_bwd_ref, _bwd_fake),
-):
-    _library.define(
-        f"multi_lora_linear_{_name}",
-        _schema,
-        reference=_reference,
-        fake=_fake,
-        triton=f"peft_kernels.triton.multi_lora_linear.launch:multi_lora_linear_{_name}",
-    )
-
-
-# ---- autograd --------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """What isn't a tensor among the arguments of :class:`_MultiLoRALinear`."""
-
-    banks: int
-    dropout: bool
-    trained: tuple[int, ...]  # how many adapters of each bank; empty where none is trained
-    plan: str
-    variant: str
-
-    def split(self, tensors: Sequence[Tensor]) -> tuple[list, list, list, list]:
-        """The tensors' parts: banks, dropout, rows of the gradients, tensors that receive them."""
-        n, given = self.banks, iter(tensors)
-        banks = [[next(given) for _ in range(n)] for _ in LoRABank._fields]
-        dropout = [[next(given) for _ in range(n if self.dropout else 0)] for _ in range(2)]
-        rows = [next(given) for _ in self.trained]
-        return banks, dropout, rows, list(given)
-
-
-def _check_chosen(former: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> None:
-    """That a row has the adapter and the dropout mask that it had.
-
-    What is saved may be what a checkpointed forward had that was computed again just now.
-    """
-    if is_special() or all(a is b for a, b in zip(former, saved, strict=True)):
-        return
-    if not all(map(torch.equal, former, saved)):
-        raise RuntimeError(
-            "a forward is computed again (gradient checkpointing) with other ids or dropout seeds "
-            "than it had; keep preserve_rng_state=True, and call backward() inside the route that "
-            "the forward had, in its with-block"
-        )
-
-
-class _MultiLoRALinear(torch.autograd.Function):
-    """``base`` is the weight, or the y that the delta is added into in place."""
-
-    @staticmethod
-    def forward(ctx, x, base, bias, adds, ids, order, starts, call, *tensors):
-        banks, dropout, _rows, _ = call.split(tensors)
-        rest = (*banks, ids, order, starts, *dropout, call.plan)
-        if adds:
-            y, weight = base, None
-            s = _library.get_op("multi_lora_linear_add", call.variant)(y, x, *rest)
-            ctx.mark_dirty(y)
-        else:
-            weight = base
-            y, s = _library.get_op("multi_lora_linear_fwd", call.variant)(x, weight, bias, *rest)
-        ctx.save_for_backward(x, weight, ids, order, starts, s, *tensors)
-        ctx.adds, ctx.call, ctx.chosen = adds, call, (ids, *dropout[1])
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, ids, order, starts, s, *tensors = ctx.saved_tensors
-        needs_x, needs_base, needs_bias = ctx.needs_input_grad[:3]
-        banks, dropout, rows, receivers = ctx.call.split(tensors)
-        _check_chosen(ctx.chosen, (ids, *dropout[1]))
-        sizes = _sizes(ctx.call.trained, receivers)
-        silent = len(tensors) - len(receivers)
-        if wants_gradient_composition(dy):
-
-            def composed(x, weight, *receivers):
-                rest = ctx.call.trained, banks, dropout, rows, receivers, ids
-                return _composition(x, weight, None, *rest)
-
-            needs = needs_x, needs_base and not ctx.adds, *ctx.needs_input_grad[8 + silent :]
-            dx, d_base, *grads = gradients_of(composed, (x, weight, *receivers), needs, dy)
-            if ctx.adds:
-                d_base = dy if needs_base else None
-            d_bias = dy.sum(0) if needs_bias else None
-            return dx, d_base, d_bias, *(None,) * (5 + silent), *grads
-        dy = dy.contiguous()
-        bwd = _library.get_op("multi_lora_linear_bwd", ctx.call.variant)
-        dx, da, db = bwd(
-            dy, x, weight, *banks, ids, order, starts, s, *dropout,
-            rows, [sum(size) for size in sizes], needs_x, ctx.call.plan,
-        )  # fmt: skip
-        grads: list[Tensor] = []
-        for i, size in enumerate(sizes):
-            grads += [*da[i].split(size), *db[i].split(size)]
-        d_base = (dy if ctx.adds else dy.T @ x) if needs_base else None
-        return (
-            dx if needs_x else None,
-            d_base,
-            dy.sum(0) if needs_bias else None,
-            *(None,) * (5 + silent),
-            *grads,
-        )
-
-
-def _run(variant, *inputs) -> Tensor:
-    return _library.get_op("multi_lora_linear_fwd", variant)(*inputs)[0]
-
-
-def _apply_in_graphs(x, weight, bias, *arguments) -> Tensor:
-    *banks, ids, order, starts, dropout_p, seeds, plan, variant = arguments
-    call = _Call(len(banks[0]), bool(dropout_p), (), plan, variant)
-    flat = [tensor for field in (*banks, dropout_p, seeds) for tensor in field]
-    return _MultiLoRALinear.apply(x, weight, bias, False, ids, order, starts, call, *flat)
-
-
-def _composition_in_graphs(x, weight, bias, *arguments) -> Tensor:
-    *banks, ids, _, _, dropout_p, seeds, _ = arguments
-    return _composition(x, weight, bias, (), banks, (dropout_p, seeds), [], [], ids)
-
-
-_in_graphs = define_in_graphs(
-    "multi_lora_linear",
-    FWD_SCHEMA,
-    outputs=(0,),
-    fake=_fwd_fake,
-    run=_run,
-    apply=_apply_in_graphs,
-    composition=_composition_in_graphs,
-)
-
-
-def _check_in_graphs(adds: bool, inputs: Sequence[Tensor], receivers: Sequence[Tensor]) -> None:
-    """Of what a graph would lose the gradient in silence."""
-    instead = (
-        "trace under torch.no_grad() for inference, or train in eager mode or with torch.compile"
-    )
-    if any(tensor.requires_grad for tensor in receivers):
-        raise ValueError(
-            f"trained gets no gradient in a graph of torch.jit.trace or torch.export; {instead}"
-        )
-    if adds and any(tensor.requires_grad for tensor in inputs):
-        raise ValueError(
-            "x and y get no gradient through multi_lora_add_ in a graph of torch.jit.trace or"
-            f" torch.export; {instead}"
-        )
-
-
-def _sizes(trained: Sequence[int], receivers: Sequence[Tensor]) -> list[list[int]]:
-    """The rank of every trained adapter, bank by bank; receivers are A, ..., B, ... of each."""
-    sizes, first = [], 0
-    for count in trained:
-        sizes.append([tensor.shape[0] for tensor in receivers[first : first + count]])
-        first += 2 * count
-    return sizes
-
-
-# ---- public ----------------------------------------------------------------------------------
 
 
 def multi_lora_linear(
@@ -556,14 +230,14 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
         if adds and is_batched(x) and not is_batched(base):
             raise ValueError("y must be mapped over by vmap as x is, to be written in place")
         weight = None if adds else base
-        y = _composition(x, weight, bias, counts, columns, drops, rows, receivers, ids)
+        y = composition(x, weight, bias, counts, columns, drops, rows, receivers, ids)
         return base.add_(y) if adds else y
     rest = (*columns, ids, routing.order, routing.starts, *drops, plan)
     if special:
         if torch.is_grad_enabled():
-            _check_in_graphs(adds, (x, base), receivers)
+            check_in_graphs(adds, (x, base), receivers)
         if not adds:
-            return _in_graphs(x, base, bias, *rest)
+            return in_graphs(x, base, bias, *rest)
     grad = torch.is_grad_enabled() and (
         x.requires_grad
         or base.requires_grad
@@ -571,9 +245,9 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
         or any(tensor.requires_grad for tensor in receivers)
     )
     if grad:
-        call = _Call(len(banks), dropouts is not None, counts, plan, variant)
+        call = Call(len(banks), dropouts is not None, counts, plan, variant)
         flat = [tensor for field in (*columns, *drops) for tensor in field]
-        return _MultiLoRALinear.apply(
+        return MultiLoRALinearFunction.apply(
             x, base, bias, adds, ids, routing.order, routing.starts, call,
             *flat, *rows, *receivers,
         )  # fmt: skip
@@ -586,115 +260,3 @@ def _apply(x, base, bias, adds, banks, n, ids, dropout, trained, plan) -> Tensor
 def _as_sequence(value):
     """One or several NamedTuples, as several."""
     return (value,) if hasattr(value, "_fields") else tuple(value)
-
-
-# ---- example inputs, for tests and benchmarks ------------------------------------------------
-
-
-def example_bank(
-    n: int,
-    k: int,
-    ranks: Sequence[int],
-    *,
-    max_rank: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> LoRABank:
-    """Random adapters of the given ranks in pages out of order; whatever isn't theirs is NaN."""
-    counts = [-(-r // PAGE) for r in ranks]
-    most = max([-(-(max_rank or 0) // PAGE), 1, *counts])
-    pages = torch.randperm(sum(counts) + 2)
-    table = torch.full((len(ranks), most), 2**30, dtype=torch.int32)
-    a = torch.full((len(pages) * PAGE, k), torch.nan)
-    b = torch.full((len(pages) * PAGE, n), torch.nan)
-    first = 0
-    for slot, (r, count) in enumerate(zip(ranks, counts, strict=True)):
-        own = pages[first : first + count]
-        table[slot, :count] = own
-        rows = (own[:, None] * PAGE + torch.arange(PAGE)).flatten()[:r]
-        a[rows] = torch.randn(r, k) * max(k, 1) ** -0.5
-        b[rows] = torch.randn(r, n) * max(r, 1) ** -0.5
-        first += count
-    scales = torch.rand(len(ranks)) + 0.5
-    rank_row = torch.tensor(ranks, dtype=torch.int32)
-    bank = LoRABank(a.to(dtype), b.to(dtype), table, rank_row, scales)
-    return LoRABank(*(tensor.to(device) for tensor in bank))
-
-
-def example_ids(
-    count: int, slots: int, popularity: str = "uniform", device: torch.device | str = "cpu"
-) -> Tensor:
-    """Adapters of ``count`` rows, drawn as in the serving papers' benchmarks.
-
-    ``popularity`` is ``"distinct"``, ``"uniform"``, ``"zipf"`` (1.5), ``"identical"``, ``"skewed"``
-    (half the rows on one adapter, every tenth without) or ``"none"``.
-    """
-    if popularity == "distinct":
-        ids = torch.arange(count) % slots
-    elif popularity == "uniform":
-        ids = torch.randint(slots, (count,))
-    elif popularity == "zipf":
-        weights = torch.arange(1, slots + 1, dtype=torch.float64) ** -1.5
-        ids = torch.multinomial(weights, count, replacement=True) if count else torch.zeros(0)
-    elif popularity == "identical":
-        ids = torch.full((count,), slots - 1)
-    elif popularity == "skewed":
-        ids = torch.randint(slots, (count,))
-        ids[torch.rand(count) < 0.5] = 0
-        ids[torch.rand(count) < 0.1] = -1
-    elif popularity == "none":
-        ids = torch.full((count,), -1)
-    else:
-        raise ValueError(f"popularity is unknown: {popularity!r}")
-    return ids.to(device, torch.int32)
-
-
-def example_inputs(
-    m: int,
-    n: int | Sequence[int],
-    k: int,
-    ranks: Sequence[int],
-    *,
-    ids: Tensor | None = None,
-    max_rank: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    adapter_dtype: torch.dtype | None = None,
-    bias: bool = True,
-    device: torch.device | str = "cpu",
-) -> dict[str, object]:
-    """Random arguments of :func:`multi_lora_linear`; several n make a bank each."""
-    widths = [n] if isinstance(n, int) else list(n)
-    total = sum(widths)
-
-    def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(*shape) * std).to(device, dtype)
-
-    inputs: dict[str, object] = {
-        "x": normal(m, k, std=1.0),
-        "weight": normal(total, k, std=max(k, 1) ** -0.5),
-        "banks": [
-            example_bank(
-                w, k, ranks, max_rank=max_rank, dtype=adapter_dtype or dtype, device=device
-            )
-            for w in widths
-        ],
-        "ids": example_ids(m, len(ranks), "skewed", device) if ids is None else ids.to(device),
-    }
-    if bias:
-        inputs["bias"] = normal(total, std=1.0)
-    return inputs
-
-
-def example_trained(bank: LoRABank, slots: Sequence[int]) -> Trained:
-    """Fresh leaves with the values of the named adapters, to receive their gradients."""
-    rows = torch.full_like(bank.ranks, -1)
-    a, b, first = [], [], 0
-    for slot in slots:
-        r = int(bank.ranks[slot])
-        q = torch.arange(r, device=bank.a.device)
-        pages = bank.table[slot, q // PAGE].long() * PAGE + q % PAGE
-        a.append(bank.a[pages].requires_grad_())
-        b.append(bank.b[pages].requires_grad_())
-        rows[slot] = first
-        first += r
-    return Trained(rows, a, b)
