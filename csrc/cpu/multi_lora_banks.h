@@ -133,20 +133,16 @@ inline std::vector<Group> groups_of(const Bank& bank, const Routes& routes) {
 
 // ---- adapters that lie apart ------------------------------------------------------------------
 
-// The adapters of one layer, each in tensors of its own: A [r, k] is read where it lies, and B [n, r]
-// of those that have rows is transposed, as a bank has it.
+// The adapters of one layer, each in tensors of its own, A [r, k] and B [n, r], read where they lie.
 struct Apart {
   std::vector<const void*> a, b;
   std::vector<int32_t> ranks;
   std::vector<float> scales;
-  std::vector<Transposed> transposed;
-  std::unique_ptr<float[]> b_rows;
 };
 
 inline Apart apart_of(const Tensors& a, const Tensors& b, const std::vector<double>& scales,
-                      const Routes& routes, int64_t n, int64_t k) {
+                      int64_t n, int64_t k) {
   Apart apart{.scales = {scales.begin(), scales.end()}};
-  int64_t rank_rows = 0;
   for (size_t i = 0; i < a.size(); i++) {
     const int64_t r = a[i].size(0);
     STD_TORCH_CHECK(a[i].is_contiguous() && a[i].size(1) == k && b[i].is_contiguous() &&
@@ -156,16 +152,8 @@ inline Apart apart_of(const Tensors& a, const Tensors& b, const std::vector<doub
                         b[i].scalar_type() == a[0].scalar_type(),
                     "a and b must have one dtype");
     apart.a.push_back(a[i].const_data_ptr());
+    apart.b.push_back(b[i].const_data_ptr());
     apart.ranks.push_back(r);
-    if (routes.begin[i] < routes.begin[i + 1]) rank_rows += r;
-  }
-  apart.b_rows = std::make_unique_for_overwrite<float[]>(rank_rows * n);
-  float* to = apart.b_rows.get();
-  for (size_t i = 0; i < b.size(); i++) {
-    apart.b.push_back(to);
-    if (routes.begin[i] == routes.begin[i + 1]) continue;
-    apart.transposed.push_back({matrix_of(b[i], "b"), to});
-    to += apart.ranks[i] * n;
   }
   return apart;
 }

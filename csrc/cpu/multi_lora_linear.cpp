@@ -224,17 +224,17 @@ Tensor multi_lora_linear_apart(Tensor x, Tensor weight, std::optional<Tensor> bi
   STD_TORCH_CHECK(slots > 0 && b.size() == a.size() && scales.size() == a.size(),
                   "a, b and scales must be given for each adapter");
   const Routes routes = route(ids, x.size(0), slots);
-  const Apart apart = apart_of(a, b, scales, routes, n, k);
+  const Apart apart = apart_of(a, b, scales, n, k);
   const int64_t most = *std::max_element(apart.ranks.begin(), apart.ranks.end());
   const int64_t max_pages = (most + PAGE - 1) / PAGE;
-  const Matrix any_a{nullptr, dtype_of(a[0], "a"), 0, k, k, 1}, any_b{nullptr, DType::f32, 0, n, n, 1};
+  const DType dtype = dtype_of(a[0], "a");
+  const Matrix any_a{nullptr, dtype, 0, k, k, 1}, any_b{nullptr, dtype, 0, n, 1, 0};
   Banks banks{.slots = slots, .rank_columns = PAGE * max_pages, .columns = n};
   banks.banks.push_back({.a = {any_a, nullptr, max_pages, apart.a.data()},
-                         .b = {any_b, nullptr, max_pages, apart.b.data()},
+                         .b = {any_b, nullptr, max_pages, apart.b.data(), true},
                          .ranks = apart.ranks.data(),
                          .scales = apart.scales.data(),
                          .slots = slots});
-  kernels().transpose(apart.transposed.data(), apart.transposed.size(), torch_threads());
   return std::get<0>(forward(x, weight, bias, banks, routes));
 }
 

@@ -13,6 +13,7 @@ struct Pages {
   const int32_t* table;       // [slots, max_pages]
   int64_t max_pages;
   const void* const* apart;   // [slots]: each adapter's rows on end; null where data has them all
+  bool across = false;        // each adapter is [n, rank] instead: of apart alone, in expand_region
 
   PK_INLINE int64_t row(int64_t slot, int64_t page) const {
     return int64_t(table[slot * max_pages + page]) * PAGE;
@@ -93,18 +94,11 @@ struct Base {
   int64_t expand_count;
 };
 
-// to[q, j] = from[j, q], as floats.
-struct Transposed {
-  Matrix from;  // [n, r], rows contiguous
-  float* to;    // [r, n]
-};
-
 struct MultiLoRALinearKernels {
   void (*base)(const Base&, const Parallel&);
   void (*shrink)(const Shrink&, const Parallel&);
   void (*expand)(const Expand&, const Parallel&);  // by units
   void (*outer)(const Outer&, const Parallel&);
-  void (*transpose)(const Transposed* matrices, int64_t count, const Parallel&);
   void (*narrow)(FloatRows from, const Matrix& to, const Parallel&);  // rounds once
 };
 

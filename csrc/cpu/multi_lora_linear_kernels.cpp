@@ -37,6 +37,6 @@ void multi_lora_narrow(FloatRows from, const Matrix& to, const Parallel& paralle
 
 const MultiLoRALinearKernels PK_CONCAT(multi_lora_linear_, PK_ISA) = {
     PK_ISA::multi_lora_base, PK_ISA::shrink, PK_ISA::expand, PK_ISA::outer,
-    PK_ISA::transpose_all, PK_ISA::multi_lora_narrow};
+    PK_ISA::multi_lora_narrow};
 
 }  // namespace peft_kernels

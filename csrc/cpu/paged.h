@@ -16,7 +16,7 @@ constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's regis
 constexpr int TILE_ROWS = 6;                   // of an update
 constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
-constexpr int64_t TRANSPOSED_ROWS = 256;       // by a thread at a time
+constexpr int64_t ACROSS_COLUMNS = 256;        // of a B that isn't transposed, at a time
 constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
 
 // Threads take the units one by one, as their ranks may differ much.
@@ -277,6 +277,49 @@ inline void expand(const Expand& t, const Parallel& parallel) {
   });
 }
 
+// to[q, j] = from[j, q] for from [n, r], by B x B blocks.
+template <class T>
+void transpose_rows(const T* from, int64_t n, int64_t r, float* to) {
+  const int64_t rows = n / B * B, cols = r / B * B;
+  for (int64_t j = 0; j < rows; j += B)
+    for (int64_t q = 0; q < cols; q += B) {
+      Block block[B];
+      for (int i = 0; i < B; i++) block[i] = load_block(from + (j + i) * r + q);
+      transpose(block);
+      for (int i = 0; i < B; i++) std::memcpy(to + (q + i) * n + j, &block[i], sizeof(Block));
+    }
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t q = j < rows ? cols : 0; q < r; q++) to[q * n + j] = widen(from[j * r + q]);
+}
+
+// rows[begin, end) of a group, for columns [col, col_end) of the pages.
+inline void expand_group(const Expand& t, const Group& group, int64_t begin, int64_t end,
+                         int64_t col, int64_t col_end) {
+  const Scratch z(UNIT_ROWS * group.rank);
+  for (int64_t i = begin; i < end; i += UNIT_ROWS)
+    expand_rows(t, group, i, std::min(end, i + UNIT_ROWS), col, col_end, z);
+}
+
+// The same of a B [n, r]: a strip of it is transposed at a time, so that no copy of B is held.
+inline void expand_group_across(const Expand& t, const Group& group, int64_t begin, int64_t end,
+                                int64_t col, int64_t col_end) {
+  const int64_t rank = group.rank;
+  const Scratch strip(rank * std::min(ACROSS_COLUMNS, col_end - col));
+  const void *all = t.pages.apart[group.slot], *rows = strip;
+  Group own = group;
+  own.slot = 0;
+  for (int64_t j = col; j < col_end; j += ACROSS_COLUMNS) {
+    const int64_t width = std::min(ACROSS_COLUMNS, col_end - j);
+    with_type(t.pages.data.dtype, const_cast<void*>(all), [&](auto* b) {
+      transpose_rows(b + j * rank, width, rank, strip);
+    });
+    Expand part = t;
+    part.column += j;
+    part.pages = {{nullptr, DType::f32, 0, width, width, 1}, nullptr, t.pages.max_pages, &rows};
+    expand_group(part, own, begin, end, 0, width);
+  }
+}
+
 // Rows [row, row_end) of y by its columns [col, col_end), on the calling thread.
 inline void expand_region(const Expand& t, int64_t row, int64_t row_end, int64_t col,
                           int64_t col_end) {
@@ -290,41 +333,8 @@ inline void expand_region(const Expand& t, int64_t row, int64_t row_end, int64_t
     const int64_t begin = std::lower_bound(rows, rows_end, row) - t.work.rows;
     const int64_t end = std::lower_bound(rows, rows_end, row_end) - t.work.rows;
     if (begin == end) continue;
-    const Scratch z(UNIT_ROWS * group.rank);
-    for (int64_t i = begin; i < end; i += UNIT_ROWS)
-      expand_rows(t, group, i, std::min(end, i + UNIT_ROWS), first, last, z);
+    (t.pages.across ? expand_group_across : expand_group)(t, group, begin, end, first, last);
   }
-}
-
-// ---- B^T of adapters that lie apart ----------------------------------------------------------
-
-// to[q * n + j] = from(j, q) for rows [begin, end) of from [n, r], by B x B blocks.
-template <class T>
-void transpose_rows(const T* from, int64_t stride, int64_t r, int64_t begin, int64_t end, int64_t n,
-                    float* to) {
-  const int64_t whole = r / B * B;
-  for (int64_t j = begin; j < end; j += B)
-    for (int64_t q = 0; q < whole && j + B <= end; q += B) {
-      Block block[B];
-      for (int i = 0; i < B; i++) block[i] = load_block(from + (j + i) * stride + q);
-      transpose(block);
-      for (int i = 0; i < B; i++) std::memcpy(to + (q + i) * n + j, &block[i], sizeof(Block));
-    }
-  const int64_t rest = begin + (end - begin) / B * B;
-  for (int64_t j = begin; j < end; j++)
-    for (int64_t q = j < rest ? whole : 0; q < r; q++) to[q * n + j] = widen(from[j * stride + q]);
-}
-
-inline void transpose_all(const Transposed* matrices, int64_t count, const Parallel& parallel) {
-  const int64_t n = count ? matrices[0].from.rows : 0;
-  const int64_t each = round_up(n, TRANSPOSED_ROWS) / TRANSPOSED_ROWS;
-  parallel(count * each, [&](int64_t task) {
-    const Transposed& t = matrices[task / each];
-    const int64_t begin = task % each * TRANSPOSED_ROWS, end = std::min(n, begin + TRANSPOSED_ROWS);
-    with_type(t.from.dtype, t.from.data, [&](auto* from) {
-      transpose_rows(from, t.from.row_stride, t.from.cols, begin, end, n, t.to);
-    });
-  });
 }
 
 // ---- dA = dS^T x, dB^T = scale S^T dy --------------------------------------------------------

@@ -165,3 +165,22 @@ def test_bad_ids_and_trained_are_named():
         multi_lora_linear(x, weight, factors, torch.full((7,), 3))
     with pytest.raises(ValueError, match="trained must be None"):
         multi_lora_linear(x, weight, factors, torch.zeros(7, dtype=torch.int32), trained=[])
+
+
+def test_no_copy_of_the_factors_is_held(tmp_path):
+    """Of B one strip for each thread is transposed at a time."""
+    memray = pytest.importorskip("memray")
+    slots, n, k, r = 16, 4096, 64, 16
+    factors = LoRAFactors(
+        [torch.randn(r, k) for _ in range(slots)],
+        [torch.randn(n, r) for _ in range(slots)],
+        [1.0] * slots,
+    )
+    x, weight = torch.randn(slots, k), torch.randn(n, k)
+    ids = torch.arange(slots, dtype=torch.int32)
+    with torch.no_grad():
+        multi_lora_linear(x, weight, factors, ids)
+        with memray.Tracker(tmp_path / "allocations"):
+            y = multi_lora_linear(x, weight, factors, ids)
+    peak = memray.FileReader(tmp_path / "allocations").metadata.peak_memory
+    assert y.nbytes <= peak < y.nbytes + slots * n * r * 4 / 8
