@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +20,7 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
+import psutil
 from installed import install_metadata
 from vllm_models import PROMPTS, SETTINGS, TOKENS, rotations, text_of, write_folders
 
@@ -95,14 +98,14 @@ def test_tensor_parallelism(folder, expected, environment, sharded):
 
 
 @pytest.fixture(scope="module")
-def url(folder, expected, environment):
+def server(folder, expected, environment):
     """The guide's command, on a free port, where adapters may be loaded and unloaded."""
     (command,) = re.findall(r"^python (-m vllm\..*)$", GUIDE, re.MULTILINE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with open(folder / "server.log", "w") as log:
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *shlex.split(command), "--dtype", "float32", f"--port={port}"],
             cwd=folder,
             env=environment | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
@@ -112,16 +115,21 @@ def url(folder, expected, environment):
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
-            assert server.poll() is None, (folder / "server.log").read_text()[-4000:]
+            assert process.poll() is None, (folder / "server.log").read_text()[-4000:]
             try:
                 urllib.request.urlopen(f"{address}/health")
                 break
             except OSError:
                 time.sleep(0.5)
-        yield address
+        yield address, psutil.Process(process.pid)
     finally:
-        server.terminate()
-        server.wait()
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def url(server):
+    return server[0]
 
 
 def post(url: str, path: str, **body) -> tuple[int, str]:
@@ -169,6 +177,96 @@ def test_adapters_come_and_go_under_load(url, folder, expected):
     assert SERVES in (folder / "server.log").read_text()
 
 
-def test_a_folder_that_is_none_is_a_clear_error(url):
-    status, body = post(url, "load_lora_adapter", lora_name="no", lora_path="adapters/no")
-    assert status == 404 and "No adapter found for adapters/no" in body
+def resident(process: psutil.Process) -> float:
+    """MB of the server and of the engine that it has started."""
+    family = [process, *process.children(recursive=True)]
+    return sum(one.memory_info().rss for one in family) / 1e6
+
+
+def test_adapters_that_come_and_go_leave_no_memory_behind(server, expected):
+    """An adapter of "legal" has a megabyte, so that one kept in each round would show."""
+    url, process = server
+
+    def rounds(first: int, count: int) -> None:
+        """Each is loaded under a new name, replaced in place, asked for, and unloaded."""
+        for i in range(first, first + count):
+            name = f"guest-{i}"
+            for asked in ("r16", "legal"):
+                adapter = {"lora_name": name, "lora_path": f"adapters/{asked}"}
+                replaces = asked == "legal"
+                assert post(url, "load_lora_adapter", load_inplace=replaces, **adapter)[0] == 200
+                assert complete(url, name, i % 8) == (200, text_of(expected[asked][i % 8]))
+            assert post(url, "unload_lora_adapter", lora_name=name)[0] == 200
+
+    def load() -> None:
+        while not stop.is_set():
+            complete(url, "french", 3)
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        others = [threads.submit(load) for _ in range(2)]
+        try:
+            rounds(0, 25)
+            before = resident(process)
+            rounds(25, 100)
+            grown = resident(process) - before
+        finally:
+            stop.set()
+    assert not [other.exception() for other in others if other.exception()]
+    assert grown < 30
+
+
+def broken(folder: Path, what: str) -> Path:
+    """A folder of "r16" with something wrong in it."""
+    made = shutil.copytree(folder / "adapters/r16", folder / "broken" / what)
+    weights, config = made / "adapter_model.safetensors", made / "adapter_config.json"
+    if what == "no config":
+        config.unlink()
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "half of the weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        changes = {"a rank too large": {"r": 128}, "DoRA": {"use_dora": True}}[what]
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return made
+
+
+BROKEN = {
+    "no config": (404, "No adapter found for"),
+    "no weights": (500, "doesn't contain tensors"),
+    "half of the weights": (500, "file not fully covered"),
+    "a rank too large": (500, "LoRA rank 128 is greater than max_lora_rank 64"),
+    "DoRA": (500, "does not yet support DoRA"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_folder_is_a_clear_error_and_the_others_are_served(url, folder, expected, what):
+    made = broken(folder, what)
+    found = post(url, "load_lora_adapter", lora_name="bad", lora_path=str(made))
+    status, says = BROKEN[what]
+    assert found[0] == status and says in found[1], found
+    assert complete(url, "bad", 0)[0] == 404
+    assert complete(url, "french", 3) == (200, text_of(expected["french"][3]))
+    # What is mended can be loaded under the same name.
+    adapter = {"lora_name": "bad", "lora_path": "adapters/r16"}
+    assert post(url, "load_lora_adapter", **adapter)[0] == 200
+    assert complete(url, "bad", 0) == (200, text_of(expected["r16"][0]))
+    assert post(url, "unload_lora_adapter", lora_name="bad")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("load", {"lora_name": "no", "lora_path": "adapters/no"}, 404, "No adapter found for"),
+        ("load", {"lora_name": "", "lora_path": "adapters/r16"}, 400, "must be provided"),
+        ("load", {"lora_name": "french", "lora_path": "adapters/r16"}, 400, "already been loaded"),
+        ("load", {"lora_name": "models/small", "lora_path": "adapters/r16"}, 400, "base model"),
+        ("unload", {"lora_name": "no"}, 404, "'no' cannot be found"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_loaded_or_unloaded_is_a_clear_error(url, path, body, status, says):
+    found = post(url, f"{path}_lora_adapter", **body)
+    assert found[0] == status and says in found[1], found

@@ -1,13 +1,18 @@
 """A model served by vLLM with the plugin: its greedy tokens beside transformers and PEFT's."""
 
+import gc
+
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
+from vllm.lora.request import LoRARequest
 from vllm.platforms.cpu import CpuPlatform
 from vllm_models import (
     ADAPTERS,
+    IDS,
     PROMPTS,
     SETTINGS,
     options,
@@ -50,9 +55,13 @@ def llm(folder, expected):
         made.llm_engine.engine_core.shutdown()
 
 
-def test_the_wrapper_is_in_place(llm):
+def manager_of(llm):
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    wrappers = worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping
+    return worker.model_runner.lora_manager._adapter_manager
+
+
+def test_the_wrapper_is_in_place(llm):
+    wrappers = manager_of(llm).punica_wrapper_mapping
     assert {type(one) for one in wrappers.values()} == {PunicaWrapperPEFTKernels}
 
 
@@ -112,3 +121,38 @@ def test_log_probabilities_of_prompts_have_the_adapters_of_their_own_prompts(llm
         for token, value in found.items():
             assert value == pytest.approx(wanted[token], abs=1e-4)
         assert len(found) >= 2
+
+
+def test_adapters_that_come_and_go_leave_nothing_behind(llm, folder, expected):
+    """Neither in what the wrapper keeps nor in the layers, however often they are replaced."""
+    manager, names = manager_of(llm), list(ADAPTERS)
+
+    def kept():
+        holders = [*manager.punica_wrapper_mapping.values(), *manager.modules.values()]
+        return [
+            {name: len(own) for name, own in vars(holder).items() if isinstance(own, dict | list)}
+            for holder in {id(holder): holder for holder in holders}.values()
+        ]
+
+    def rounds(count):
+        for i in range(count):
+            llm.llm_engine.remove_lora(IDS[names[i % len(names)]])
+            for name in (names[(i + 1) % len(names)], names[(i + 3) % len(names)]):
+                path = str(folder / "adapters" / name)
+                llm.llm_engine.add_lora(LoRARequest(name, IDS[name], path, load_inplace=True))
+                assert serve(llm, folder, [name, None], PROMPTS[:2]) == [
+                    expected[name][0],
+                    expected[None][1],
+                ]
+
+    rounds(len(names))
+    before, blocks = kept(), len(tensors())
+    rounds(3 * len(names))
+    assert any(any(sizes.values()) for sizes in before)
+    assert kept() == before
+    assert len(tensors()) <= blocks
+
+
+def tensors():
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
