@@ -147,6 +147,31 @@ def save_bits_chart(path: Path, names: Mapping[str, str], costs: Mapping[str, Bi
     _save(figure, path)
 
 
+def save_serving_chart(
+    path: Path,
+    names: Mapping[str, str],
+    loads: Mapping[str, Mapping[int, Mapping[str, float]]],
+) -> None:
+    """Draws tutorial 06's two panels, by adapters among the requests: tokens a second, and waits.
+
+    ``names`` maps a way to serve to its caption, and ``loads`` a way to what was measured.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure.suptitle("Many LoRA adapters on one SmolLM2-135M, served by vLLM", fontsize=14)
+    panels = {"tokens_per_second": ("Throughput", "tokens/s"), "latency": ("A request's time", "s")}
+    colours = {"ours": COLOURS["fused"], "stock": COLOURS["reference"]}
+    for axis, (kind, (title, unit)) in zip(axes, panels.items(), strict=True):
+        for way, by_count in loads.items():
+            values = [load[kind] for load in by_count.values()]
+            places = list(range(len(values)))
+            axis.plot(places, values, color=colours[way], marker="o", label=names[way])
+            axis.set_xticks(places, [str(count) for count in by_count])
+        axis.set(title=title, xlabel="different adapters among the requests", ylabel=unit)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
