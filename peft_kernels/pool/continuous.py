@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -91,23 +92,27 @@ class ContinuousBatching:
         """Hands the engine a request, and returns its id.
 
         Args:
-            input_ids: the prompt's tokens.
+            input_ids: the prompt's tokens, at least one.
             adapter: the name of its adapter in the pool; None is the base model.
-            request_id: by default one that no other has.
+            request_id: without "__child#"; by default one that no other has.
             options: those of transformers' ``ContinuousBatchingManager.add_request``, such as
                 ``max_new_tokens``, ``streaming`` and ``eos_token_id``.
 
         Raises:
-            ValueError: the pool has no adapter of this name, or a request of this id isn't over.
+            ValueError: the pool has no adapter of this name, a request of this id isn't over, or
+                tokens or an id that the engine couldn't take.
+            TypeError: tokens that aren't integers, or an id that isn't a string.
             RuntimeError: the engine has stopped.
         """
+        _check_id(request_id)
+        tokens = _tokens_of(self._model, input_ids)
         names = [] if adapter is None else [adapter]
         with self._store.hold(names) as (versions, keep):
             request = Request(versions.get(adapter or ""), self._manager.num_return_sequences)
             keep(request)
         given = self._added(request, request_id)
         try:
-            taken = self._manager.add_request(list(input_ids), request_id=given, **options)
+            taken = self._manager.add_request(tokens, request_id=given, **options)
         except BaseException:
             self._ended_all(given)
             raise
@@ -140,9 +145,16 @@ class ContinuousBatching:
         return [self.add_request(ids, adapter, **options) for ids, adapter in pairs]
 
     def cancel_request(self, request_id: str) -> None:
-        """Has the engine drop a request; its adapter is let go with the engine's next step."""
-        self._manager.cancel_request(request_id)
-        with self._lock:  # afterwards: what the engine hasn't taken yet, it drops when it does
+        """Has the engine drop a request and its further sequences.
+
+        Its adapter is let go with the engine's next step. A request that is over stays as it is.
+        """
+        with self._lock:  # what the engine hasn't taken yet, it drops when it does
+            if request_id not in self._requests:
+                return
+            self._manager.cancel_request(request_id)
+            for number in range(self._manager.num_return_sequences - 1):
+                self._manager.cancel_request(f"{request_id}{CHILD}{number}")
             self._cancelled.add(request_id)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> Any:
@@ -169,7 +181,7 @@ class ContinuousBatching:
     def _added(self, request: Request, request_id: str | None) -> str:
         with self._lock:
             given = f"request_{next(self._numbers)}" if request_id is None else request_id
-            if given in self._requests:
+            if given in self._requests or given in self._cancelled:
                 raise ValueError(f"request_id must be new; a request {given!r} isn't over")
             self._requests[given] = request
             return given
@@ -192,9 +204,19 @@ class ContinuousBatching:
         """Of the requests that were cancelled, those that the engine has dropped are over."""
         with self._lock:
             for request_id in list(self._cancelled):
-                if not continuous.is_waiting_or_running(self._manager, request_id):
+                if not continuous.is_waiting_or_running(self._manager, request_id, CHILD):
                     self._cancelled.discard(request_id)
                     self._requests.pop(request_id, None)
+
+    def _request_of(self, name: str) -> Request:
+        """The request of a sequence; the lock is held."""
+        request = self._requests.get(name.partition(CHILD)[0])
+        if request is None:
+            raise RuntimeError(
+                f"the engine runs a request {name!r} that was not added here, or that is over: "
+                "which adapter it has is not known"
+            )
+        return request
 
     # ---- steps, in the engine's thread -----------------------------------------------------------
 
@@ -206,8 +228,8 @@ class ContinuousBatching:
         if step is None:
             return proceed(*args, **kwargs)
         with self._lock:  # and the requests stay where they are until the step is over
-            held = [self._requests.get(name.partition(CHILD)[0]) for name, _ in step.requests]
-        versions = [None if request is None else request.version for request in held]
+            held = [self._request_of(name) for name, _ in step.requests]
+        versions = [request.version for request in held]
         slots: list[int | None] = []
         for version, (_, count) in zip(versions, step.requests, strict=True):
             slots += [None if version is None else version.slot] * count
@@ -220,3 +242,30 @@ class ContinuousBatching:
                 output = proceed(*args, **kwargs)
         self._forget_cancelled()
         return output
+
+
+def _check_id(request_id: Any) -> None:
+    if request_id is None:
+        return
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a string or None; got {request_id!r}")
+    if CHILD in request_id:
+        raise ValueError(
+            f"request_id must not have {CHILD!r}, which marks further sequences; got {request_id!r}"
+        )
+
+
+def _tokens_of(model: Any, input_ids: Any) -> list[int]:
+    """The prompt as integers: any other would end the engine, and with it all requests."""
+    try:
+        tokens = [operator.index(token) for token in input_ids]
+    except TypeError as error:
+        raise TypeError(
+            f"input_ids must be the integers of one prompt; got {input_ids!r}"
+        ) from error
+    if not tokens:
+        raise ValueError("input_ids must have at least one token; got none")
+    room = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if room is not None and not 0 <= min(tokens) <= max(tokens) < room:
+        raise ValueError(f"input_ids must be in [0, {room}); got {min(tokens)} to {max(tokens)}")
+    return tokens

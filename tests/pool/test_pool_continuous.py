@@ -129,6 +129,69 @@ def test_a_cancelled_request_lets_its_adapter_go():
 
 
 @of_5
+def test_a_request_is_cancelled_with_its_further_sequences():
+    _, pool = in_pool(make_llama, ATTENTION)
+    config = greedy(10_000)
+    config.num_return_sequences = 2
+    with pool.continuous_batching(config, small()) as engine:
+        name, seen = engine.add_request([3, 4, 5], "a", streaming=True), set()
+        while len(seen) < 2:
+            seen.add(engine.get_result(timeout=60).request_id)
+        engine.cancel_request(name)
+        other = engine.add_request([3, 4], "b", max_new_tokens=5)
+        while engine.get_result(timeout=60).request_id != other:
+            pass
+        taken = engine._manager.batch_processor.scheduler.active_requests
+        assert not [one for one in (*engine._requests, *taken) if one.startswith(name)]
+
+
+@of_5
+def test_an_id_that_was_cancelled_after_its_end_is_another_request_s():
+    model, pool = in_pool(make_llama, ATTENTION)
+    expected = alone(model, pool, "a", [3, 4, 5])
+    with pool.continuous_batching(greedy(), small()) as engine:
+        for _ in range(3):
+            engine.add_request([3, 4, 5], "a", request_id="x")
+            assert results(engine, 1) == {"x": expected}
+            engine.cancel_request("x")
+            engine.cancel_request("never there")
+            assert not engine._cancelled
+
+
+@of_5
+def test_what_would_end_the_engine_is_refused_before_it_is_added():
+    model, pool = in_pool(make_llama, ATTENTION)
+    room = model.get_input_embeddings().num_embeddings
+    with pool.continuous_batching(greedy(), small()) as engine:
+        for ids, error, match in [
+            ([], ValueError, "at least one token; got none"),
+            ([3, room], ValueError, rf"in \[0, {room}\); got 3 to {room}"),
+            ([-1], ValueError, r"got -1 to -1"),
+            ([0.5], TypeError, r"integers of one prompt; got \[0.5\]"),
+            ([[3, 4]], TypeError, r"integers of one prompt; got \[\[3, 4\]\]"),
+            (torch.tensor([[3, 4]]), TypeError, "integers of one prompt; got tensor"),
+            ("abc", TypeError, "integers of one prompt; got 'abc'"),
+        ]:
+            with pytest.raises(error, match=match):
+                engine.add_request(ids, "a")
+        with pytest.raises(TypeError, match="request_id must be a string or None; got 5"):
+            engine.add_request([3], "a", request_id=5)
+        with pytest.raises(ValueError, match="request_id must not have '__child#'"):
+            engine.add_request([3], "a", request_id="x__child#0")
+        name = engine.add_request(torch.tensor([3, 4, 5]), "a")
+        assert results(engine, 1)[name] == alone(model, pool, "a", [3, 4, 5])
+        assert not engine._requests
+
+
+@of_5
+def test_a_sequence_of_no_request_is_not_the_base_model_s():
+    _, pool = in_pool(make_llama, ATTENTION)
+    with pool.continuous_batching(greedy(), small()) as engine:
+        engine._manager.add_request([3, 4, 5], request_id="unknown")
+        assert "'unknown' that was not added here" in engine.get_result(timeout=60).error
+
+
+@of_5
 def test_other_threads_have_routes_of_their_own_meanwhile():
     model, pool = in_pool(make_llama, ATTENTION, unrouted="error")
     expected = {name: alone(model, pool, name, [3, 4, 5]) for name in ("a", "b")}

@@ -131,10 +131,15 @@ def tell_of_ended(manager: Any, ended: Callable[[str], None]) -> None:
     router.deliver, router.deliver_batch = told, all_told
 
 
-def is_waiting_or_running(manager: Any, request_id: str) -> bool:
-    """Whether the engine has a request that it has taken from its queue."""
+def is_waiting_or_running(manager: Any, request_id: str, child: str) -> bool:
+    """Whether the engine has a request, or a further sequence of it, that it has taken.
+
+    Args:
+        child: what stands between a request's id and a further sequence's number.
+    """
     scheduler = manager.batch_processor.scheduler
-    return request_id in scheduler.active_requests or request_id in scheduler.waiting_requests
+    taken = (*scheduler.active_requests, *scheduler.waiting_requests)
+    return any(name.partition(child)[0] == request_id for name in taken)
 
 
 def with_all_logits(model: nn.Module, proceed: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
