@@ -24,7 +24,7 @@ from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
 from peft_kernels.tools import UserError
 from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.printing import show
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, cost
 from peft_kernels.triton.lora_linear import launch as launchers
 from peft_kernels.triton.lora_linear import plan_cache, plans, tuning
 from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
@@ -283,12 +283,13 @@ def _table(measurements: list[Measurement], device: torch.device) -> Table:
         table.add_column(plan, justify="right")
     table.add_column("best")
     table.add_column("default")
+    name = chips.arch_name(device)
     for measurement in measurements:
         times = measurement.milliseconds
         table.add_row(
             measurement.problem.bucket(),
             *(f"{times[plan]:.4f}" if plan in times else "" for plan in shown),
             measurement.best,
-            plans.default_plan(chips.arch_name(device), measurement.problem),
+            plans.default_plan(name, measurement.problem, cost.of_device(name, device)),
         )
     return table

@@ -167,7 +167,7 @@ def made_up_report():
     kernel = ("sm_80", name, "bf16/f32", "float32", "64x64", 40)
     good = CompiledRow(*kernel, 0, 1024, 2048, {"HMMA": 3}, True)
     spilling = CompiledRow(*kernel, 8, 1024, 2048, {"HMMA": 3}, True)
-    shape = modelled.ModelledRow("sm_80", 1, 2, 3, "i", "64x64x64", 3.0, 2.0)
+    shape = modelled.ModelledRow("sm_80", 1, 2, 3, "i", "64x64x64", 1, "", 3.0, 2.0)
     return report.Found(traffic, [good, spilling], [], [shape])
 
 

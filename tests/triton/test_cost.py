@@ -55,6 +55,15 @@ def test_parts_are_written_and_added_up_in_a_launch():
     assert time == pytest.approx(expected)
 
 
+def test_what_the_launch_before_wrote_is_read_from_l2_where_it_fits():
+    chip = replace(CHIP, flops=1e20, l2=2000)
+    assert cost.reread_seconds(chip, 1000) == pytest.approx(1000 / 10e9)
+    assert cost.reread_seconds(chip, 1001) == pytest.approx(1001 / 1e9)
+    product, parts = Product(64, 64, 1000), 4 * 10 * 64 * 64
+    in_l2, in_dram = (seconds(replace(chip, l2=size), product, TILE, 10) for size in (1 << 20, 0))
+    assert in_dram - in_l2 == pytest.approx(parts / 1e9 - parts / 10e9)
+
+
 def test_a_second_product_takes_columns_and_bytes():
     alone, beside = Product(64, 64, 1000), Product(64, 64, 1000, 16, 4, 3)
     chip = replace(CHIP, bandwidth=1e15, clock=1e15)

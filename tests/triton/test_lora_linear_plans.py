@@ -14,8 +14,8 @@ from triton.runtime import interpreter
 import peft_kernels
 from peft_kernels.triton.common import blocks, chips, launch
 from peft_kernels.triton.lora_linear import launch as launchers
+from peft_kernels.triton.lora_linear import modelled, tilings
 from peft_kernels.triton.lora_linear import plans as lora_plans
-from peft_kernels.triton.lora_linear import tilings
 
 op = importlib.import_module("peft_kernels.ops.lora_linear")
 
@@ -261,6 +261,18 @@ def test_scale_and_seed_on_the_device(plan, scale_dtype):
         patch.dict(globals(), SCALE=SCALE.to(scale_dtype)),
     ):
         assert_same_bits(case.triton(plan), expected)
+
+
+@pytest.mark.parametrize("splits", [2, 8, 16])
+@pytest.mark.parametrize("r", [5, 40])
+def test_s_in_parts_that_the_last_launch_adds_up(splits, r):
+    """More than k has blocks, too: then some are zeros. The bits are those of any repetition."""
+    case = Case(70, 72, 136, r)
+    with patch.object(modelled, "parts_of_s", lambda *asked: splits):
+        case.check("library")
+        first, second = case.triton("library"), case.triton("library")
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+    assert error(first["s"], case.triton("library")["s"]) < 1e-6
 
 
 @pytest.mark.parametrize("plan", ["i", "library"])

@@ -1,5 +1,7 @@
 """Which tile a product gets, and in how many parts its sum is made."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,7 +63,9 @@ def test_the_cores_at_hand_count():
     """A seventh of an H100 has 16 SMs: a big tile fills them."""
     product = Product(256, 4096, 4096)
     whole = tilings.tiling("sm_90", "tile", BF16, product)
-    seventh = tilings.tiling("sm_90", "tile", BF16, product, 16)
+    h100 = cost.CHIPS["sm_90"]
+    part = replace(h100, cores=16, flops=h100.flops * 16 / h100.cores)
+    seventh = tilings.tiling("sm_90", "tile", BF16, product, part)
     assert programs(product, seventh) < programs(product, whole)
 
 

@@ -28,12 +28,12 @@ TILES: dict[str, dict[str, Tile]] = {
     },
     "sm_100": {
         "fwd": Tile(64, 64, 32, 4, 2),
-        "fwd_wide": Tile(64, 64, 32, 8, 2),
+        "fwd_wide": Tile(64, 32, 32, 8, 2),
         "norm_bwd": Tile(64, 64, 0, 8, 2),
-        "norm_bwd_wide": Tile(64, 32, 0, 8, 2),
         "bwd": Tile(64, 64, 64, 8, 2),
         "bwd_wide": Tile(64, 32, 32, 8, 2),
         "up": Tile(64, 128, 0, 8, 2),
+        "up_wide": Tile(64, 64, 0, 8, 1),
     },
     "gfx942": {
         "fwd": Tile(64, 32, 32, 8, 1),

@@ -57,6 +57,8 @@ class Arch:
 
 
 FEW_ROWS = 64
+# GPUs before Ampere, whose tensor cores Triton has no instructions of, in `SAFE` tiles.
+NO_TENSOR_CORES = "sm_75"
 
 ARCHS: dict[str, Arch] = {
     # A100: 312 TFLOP/s, 2.0 TB/s
@@ -223,7 +225,7 @@ FLOAT32 = {
 
 @functools.cache
 def arch_name(device: torch.device) -> str:
-    """The name in `ARCHS` of the device's tiles, or ``"other"``.
+    """The name in `ARCHS` of the device's tiles, `NO_TENSOR_CORES`, or ``"other"``.
 
     That of its architecture, or of the one whose code its family runs. ``"other"`` as well where a
     program has less shared memory than the architecture's tiles were compiled for.
@@ -233,6 +235,8 @@ def arch_name(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = properties.gcnArchName.partition(":")[0]
+    elif properties.major < 8:
+        return NO_TENSOR_CORES
     else:
         minor = 0 if properties.major >= 10 else properties.minor
         name = f"sm_{properties.major}{minor}"

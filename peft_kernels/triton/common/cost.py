@@ -5,19 +5,25 @@
 A program's time is the longest of three: its products on the core's tensor cores, its operands
 through the core's port to L2, and its even share of DRAM's traffic at the most that one core draws.
 Waves of programs follow each other, and all of them together wait for DRAM at the least. Where the
-sum over k is split, the parts [splits, m, n] are written in float32, and a launch adds them up.
+sum over k is split, the parts [splits, m, n] are written in float32, and a launch adds them up. It
+reads them from L2 where they take no more than half of that.
 
 Where tensor cores take operands from shared memory alone, a product of a tile that was made in
 registers, as a float32 one is cut into bfloat16's, stops its program: the tile is stored, the
 threads meet, and wait for the product. Other programs of the core go on meanwhile.
 
-Everything here is modelled, from datasheets and six assumptions. None of it was measured.
+Everything here is modelled, from six assumptions and the figures of the device, or of a datasheet
+where there is none. None of it was measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 
+import torch
+
+from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.sizes import cdiv
 
@@ -38,10 +44,10 @@ WARPS = 16
 
 @dataclass(frozen=True)
 class Chip:
-    """Datasheet figures: SMs or CUs, dense bfloat16 FLOP/s with float32 sums, DRAM bytes/s, Hz.
+    """A chip's figures: SMs or CUs, dense bfloat16 FLOP/s with float32 sums, DRAM bytes/s, Hz.
 
     The clock is the one that the FLOP/s are for. ``shared``: bytes of shared memory a core, where
-    tensor cores take their operands from nowhere else.
+    tensor cores take their operands from nowhere else. ``l2``: bytes of the cache that all share.
     """
 
     cores: int
@@ -49,27 +55,58 @@ class Chip:
     bandwidth: float
     clock: float
     shared: int = 0
+    l2: int = 0
 
 
-# The chip of its architecture that most figures are known of.
+# The chip of its architecture that most figures are known of: what is taken where no device is
+# asked. Of an MI300X and an MI355X the cache that all share is the last before DRAM.
 CHIPS = {
-    "sm_75": Chip(40, 65e12, 0.32e12, 1.59e9),  # T4, float16
-    "sm_80": Chip(108, 312e12, 2.04e12, 1.41e9),  # A100 SXM 80 GB
-    "sm_86": Chip(82, 71e12, 0.936e12, 1.70e9),  # RTX 3090
-    "sm_89": Chip(128, 165e12, 1.01e12, 2.52e9),  # RTX 4090
-    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9, 228 << 10),  # H100 SXM
-    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9, 228 << 10),  # B200
-    "sm_120": Chip(170, 210e12, 1.79e12, 2.41e9),  # RTX 5090
-    "gfx90a": Chip(110, 192e12, 1.64e12, 1.7e9),  # one die of an MI250X
-    "gfx942": Chip(304, 1307e12, 5.3e12, 2.1e9),  # MI300X
-    "gfx950": Chip(256, 2517e12, 8.0e12, 2.4e9),  # MI355X
+    "sm_75": Chip(40, 65e12, 0.32e12, 1.59e9, l2=4 << 20),  # T4, float16
+    "sm_80": Chip(108, 312e12, 2.04e12, 1.41e9, l2=40 << 20),  # A100 SXM 80 GB
+    "sm_86": Chip(82, 71e12, 0.936e12, 1.70e9, l2=6 << 20),  # RTX 3090
+    "sm_89": Chip(128, 165e12, 1.01e12, 2.52e9, l2=72 << 20),  # RTX 4090
+    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9, 228 << 10, 50 << 20),  # H100 SXM
+    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9, 228 << 10, 126 << 20),  # B200
+    "sm_120": Chip(170, 210e12, 1.79e12, 2.41e9, l2=96 << 20),  # RTX 5090
+    "gfx90a": Chip(110, 192e12, 1.64e12, 1.7e9, l2=8 << 20),  # one die of an MI250X
+    "gfx942": Chip(304, 1307e12, 5.3e12, 2.1e9, l2=256 << 20),  # MI300X
+    "gfx950": Chip(256, 2517e12, 8.0e12, 2.4e9, l2=256 << 20),  # MI355X
 }
 
 
-def chip(name: str, cores: int) -> Chip:
-    """The architecture's chip with the cores of the one at hand, each as fast."""
-    known = CHIPS[name]
-    return replace(known, cores=cores, flops=known.flops * cores / known.cores)
+def of_device(name: str, device: torch.device) -> Chip | None:
+    """The figures of ``device``, whose architecture is ``name``; None where none are known.
+
+    Those of `CHIPS` where it isn't a GPU, and each that the driver doesn't tell.
+    """
+    return _of_device(name, device) if device.type == "cuda" else CHIPS.get(name)
+
+
+@functools.cache
+def _of_device(name: str, device: torch.device) -> Chip | None:
+    """Cores of the architecture multiply as many numbers a clock in every chip.
+
+    A device's clock is the highest that it has, which a chip full of products doesn't hold: the
+    datasheet's is the most that is counted on. GDDR and HBM move two numbers a clock; what AMD's
+    driver calls a clock differs from chip to chip, and the caches that it knows aren't the last, so
+    that their datasheets are taken.
+    """
+    known = CHIPS.get(name)
+    if known is None:
+        return None
+    told = torch.cuda.get_device_properties(device)
+
+    def figure(name: str) -> int:
+        return getattr(told, name, 0)
+
+    cores = chips.cores(device)
+    clock = min(1e3 * figure("clock_rate") or known.clock, known.clock)
+    bandwidth, l2 = known.bandwidth, known.l2
+    if not torch.version.hip:
+        bits = 2 * 1e3 * figure("memory_clock_rate") * figure("memory_bus_width")
+        bandwidth, l2 = bits / 8 or bandwidth, figure("L2_cache_size") or l2
+    flops = known.flops * (cores / known.cores) * (clock / known.clock)
+    return Chip(cores, flops, bandwidth, clock, known.shared, l2)
 
 
 @dataclass(frozen=True)
@@ -106,34 +143,63 @@ class Product:
 
 def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
     """The modelled time of ``product`` in tiles of ``tile``, its launches included."""
+    time = LAUNCH + max(waits(chip, product, tile, splits).values())
+    if splits > 1:
+        parts = _parts(product, splits)
+        time += LAUNCH + reread_seconds(chip, parts) + product.bytes_written() / chip.bandwidth
+    return time
+
+
+def waits(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> dict[str, float]:
+    """The seconds of its first launch if there were nothing to wait for but each of these.
+
+    "products" on the tensor cores, operands from "L2" and from "memory", and "stops".
+    """
     m, n = product.m, product.n
     programs = max(cdiv(m, tile.m) * cdiv(n, tile.n) * splits, 1)
     depth = cdiv(product.k, splits)
-    parts = 4 * splits * m * n if splits > 1 else 0
-    moved = product.bytes_read() + (parts or product.bytes_written())
+    moved = product.bytes_read() + (_parts(product, splits) or product.bytes_written())
 
     columns = tile.n + product.terms * product.ranks
     operands = 2 * (min(tile.m, m) + min(tile.n, n)) + product.rank_bytes * product.ranks
-    busy = busy_seconds(chip, tile.m * columns, operands, depth)
+    products, ports = busy_seconds(chip, tile.m * columns, operands, depth)
     share = moved / programs / (SHARES * chip.bandwidth / chip.cores)
     waves = cdiv(programs, chip.cores)
     stops = cdiv(depth, tile.k) * product.stops
     held = 2 * (tile.m + tile.n) + product.rank_bytes * product.ranks
-    stopped = stopped_seconds(chip, tile, held, programs, stops)
-    time = LAUNCH + max(waves * max(busy, share), stopped, moved / chip.bandwidth)
-    if splits > 1:
-        time += LAUNCH + (parts + product.bytes_written()) / chip.bandwidth
-    return time
+    return {
+        "products": waves * products,
+        "L2": waves * ports,
+        "memory": max(waves * share, moved / chip.bandwidth),
+        "stops": stopped_seconds(chip, tile, held, programs, stops),
+    }
 
 
-def busy_seconds(chip: Chip, numbers: int, operands: int, depth: int) -> float:
-    """Seconds of one program: ``numbers`` that it sums over ``depth``, and each step's operands.
+def _parts(product: Product, splits: int) -> int:
+    """Bytes of a sum's parts, where it is made in more than one."""
+    return 4 * splits * product.m * product.n if splits > 1 else 0
+
+
+def reread_seconds(chip: Chip, size: int) -> float:
+    """Seconds of reading ``size`` bytes that the launch before has written."""
+    if size > chip.l2 / 2:
+        return size / chip.bandwidth
+    return size / ports(chip)
+
+
+def ports(chip: Chip) -> float:
+    """Bytes a second from L2 into all cores."""
+    return chip.cores * PORT * chip.clock
+
+
+def busy_seconds(chip: Chip, numbers: int, operands: int, depth: int) -> tuple[float, float]:
+    """Seconds of one program: of ``numbers`` that it sums over ``depth``, of each step's operands.
 
     Args:
         operands: bytes.
     """
     products = 2 * numbers * depth / (REACHED * chip.flops / chip.cores)
-    return max(products, operands * depth / (PORT * chip.clock))
+    return products, operands * depth / (PORT * chip.clock)
 
 
 def stopped_seconds(chip: Chip, tile: Tile, held: int, programs: int, stops: int) -> float:

@@ -87,12 +87,12 @@ def _forward(
         lora_a = in_terms(lora_a, x.dtype, call.problem.terms())
     if plan == "ii":
         return _in_loop(call, x, weight, bias, gain, lora_a, lora_b, factor)
-    s = shrink(call, x, lora_a)
     if plan == "library":
         early, late = (bias, None) if gain is None else (None, bias)
-        y = F.linear(x, weight, early)
-        low_rank = LowRank(s, lora_b.T, factor, masked=False)
+        y, (p, s) = F.linear(x, weight, early), _shrink_for_add(call, x, lora_a)
+        low_rank = LowRank(p, lora_b.T, factor, masked=False, total=None if p is s else s)
         return _add_low_rank(call, y, low_rank, y, late, gain), s
+    s = shrink(call, x, lora_a)
     y = x.new_empty(call.m, call.n)
     tile = _tile_of(plan, call, x, weight.T)
     return tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
@@ -172,6 +172,7 @@ class Call:
         )
         device = x.device
         self.arch_name, self.cores = chips.arch_name(device), chips.cores(device)
+        self.chip = cost.of_device(self.arch_name, device)
         self.block_r = chips.rank_block(self.r)
         self.rank_blocks = cdiv(self.r, self.block_r)
         self.inv_keep, self.threshold = (1.0, 0) if not dropout_p else _shares(dropout_p)
@@ -188,7 +189,7 @@ class Call:
         return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)
 
     def tiling(self, kernel: str, product: cost.Product) -> tilings.Tiling:
-        return tilings.tiling(self.arch_name, kernel, self.problem.dtype, product, self.cores)
+        return tilings.tiling(self.arch_name, kernel, self.problem.dtype, product, self.chip)
 
     def slots(self, kernel: str) -> int:
         """In how many slots a kernel joins the terms of S or dS."""
@@ -231,11 +232,34 @@ def _shares(dropout_p: float) -> tuple[float, int]:
 
 def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
     """S = dropout(x) A^T; A is [r, k], or [terms, r, k]."""
+    return _sum_of(_shrink(call, x, lora_a))
+
+
+def _shrink_for_add(call: Call, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor]:
+    """S, or parts of it that the launch after the library's GEMM adds up, and where S is then."""
+    in_terms = lora_a.dim() == 3
+    splits = modelled.parts_of_s(call.arch_name, call.problem, in_terms, call.chip)
+    parts = _shrink(call, x, lora_a, splits)
+    if splits:
+        return parts, torch.empty_like(parts[0])
+    s = _sum_of(parts)
+    return s, s
+
+
+def _sum_of(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else sum_partials(parts, torch.empty_like(parts[0]), 1.0)
+
+
+def _shrink(call: Call, x: Tensor, lora_a: Tensor, splits: int = 0) -> Tensor:
+    """Parts of S, [splits, m, r] in float32; as many as fill the GPU where it isn't said."""
     tile = call.tile("shrink")
     block_r = min(call.block_r, chips.MAX_TERMS_BLOCK_R if lora_a.dim() == 3 else call.block_r)
     programs = cdiv(call.m, tile.m) * cdiv(call.r, block_r)
-    chunk, splits = call.chunks(call.k, tile.k, programs)
-    splits = max(splits, 1)  # k = 0 still has an S, of zeros
+    if splits:
+        chunk = _chunk(call.k, tilings.Tiling(tile, splits))
+    else:
+        chunk, splits = call.chunks(call.k, tile.k, programs)
+        splits = max(splits, 1)  # k = 0 still has an S, of zeros
     parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
     launch(
         kernels.shrink_kernel,
@@ -246,9 +270,7 @@ def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
         SLOTS=call.slots_of_a("shrink", lora_a), PRECISION=call.precision,
         BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=block_r, **options(tile),
     )  # fmt: skip
-    if splits == 1:
-        return parts[0]
-    return sum_partials(parts, x.new_empty(call.m, call.r, dtype=torch.float32), 1.0)
+    return parts
 
 
 def _strides(lora_a: Tensor) -> tuple[int, ...]:
@@ -367,8 +389,9 @@ def _add_low_rank(
     """out = gain (base + mask o (factor P Q)) + bias; base is out, or float32 parts to add up."""
     m, n = out.shape
     parts = base.shape[0] if base.dim() > out.dim() else 1
-    tile = tilings.ADDED if parts > 1 else call.tile("add_low_rank")
     p, q, factor, masked, total = low_rank
+    tile = call.tile("add_low_rank") if total is None else tilings.ADDED_S
+    tile = tilings.ADDED if parts > 1 else tile
     value, on_device = argument(factor, 1.0)
     launch(
         kernels.add_low_rank_kernel,

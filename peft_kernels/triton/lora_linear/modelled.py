@@ -10,6 +10,8 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from peft_kernels.triton.common import chips, cost
 from peft_kernels.triton.common.launch import chunks
 from peft_kernels.triton.common.sizes import cdiv
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 # What the names of plans end with that write A in terms first.
 IN_TERMS = "_terms"
+# In how many parts the library's plan may leave S to its last launch. Each number is a variant of
+# the kernel that adds them up.
+PARTS_OF_S = (2, 4, 8, 16)
 
 
 def base(problem: Problem) -> cost.Product:
@@ -52,23 +57,25 @@ def _operand(name: str, kernel: str, problem: Problem, in_terms: bool) -> tuple[
     return problem.adapter_dtype.itemsize, products, stops
 
 
-def seconds(name: str, problem: Problem, plan: str) -> float:
-    """The modelled time of y and S, or of dx from dS."""
-    chip, product = cost.CHIPS[name], base(problem)
+def seconds(name: str, problem: Problem, plan: str, chip: cost.Chip | None = None) -> float:
+    """The modelled time of y and S, or of dx from dS, on ``chip`` or the architecture's."""
+    chip, product = chip or cost.CHIPS[name], base(problem)
     time, in_terms = 0.0, plan.endswith(IN_TERMS)
     if in_terms:
         time, plan = _terms(chip, problem), plan.removesuffix(IN_TERMS)
     if plan == "ii":
         found = in_loop(name, problem, in_terms)
-        return time + tilings.seconds(name, "in_loop", problem.dtype, found)
-    if problem.direction == "fwd":
-        time += _shrink(name, problem, in_terms)
+        return time + tilings.seconds(name, "in_loop", problem.dtype, found, chip)
+    forward = problem.direction == "fwd"
     if plan == "library":
-        added = 2 * product.bytes_written() / chip.bandwidth
+        time += _shrink_for_add(name, problem, in_terms, chip) if forward else 0.0
+        size = product.bytes_written()
+        added = cost.reread_seconds(chip, size) + size / chip.bandwidth
         return time + 2 * cost.LAUNCH + product.roofline(chip) + added
-    masked = problem.direction == "bwd" and problem.dropout
+    time += _summed(name, problem, in_terms, chip) if forward else 0.0
+    masked = not forward and problem.dropout
     kernel = "tile_masked" if masked else "tile"
-    return time + tilings.seconds(name, kernel, problem.dtype, product)
+    return time + tilings.seconds(name, kernel, problem.dtype, product, chip)
 
 
 def _terms(chip: cost.Chip, problem: Problem) -> float:
@@ -77,21 +84,74 @@ def _terms(chip: cost.Chip, problem: Problem) -> float:
     return cost.LAUNCH + (4 + 2 * problem.terms()) * numbers / chip.bandwidth
 
 
-def _shrink(name: str, problem: Problem, in_terms: bool) -> float:
-    """S, split over k, whose parts are added up in a second launch."""
-    chip, tile = cost.CHIPS[name], chips.tile(name, "shrink", problem.dtype, problem.m)
+def _summed(name: str, problem: Problem, in_terms: bool, chip: cost.Chip) -> float:
+    """S, split over k as far as fills the chip, whose parts are added up in a second launch."""
+    return cost.LAUNCH + _shrink(name, problem, in_terms, chip, 0)
+
+
+def _shrink(name: str, problem: Problem, in_terms: bool, chip: cost.Chip, splits: int) -> float:
+    """One launch: S in ``splits`` parts, 0 for as many as fill the chip."""
+    tile = chips.tile(name, "shrink", problem.dtype, problem.m)
     rank_bytes, products, stops = _operand(name, "shrink", problem, in_terms)
     block_r = chips.rank_block(problem.r)
     if in_terms:
         block_r = min(block_r, chips.MAX_TERMS_BLOCK_R)
     programs = cdiv(problem.m, tile.m) * cdiv(problem.r, block_r)
-    chunk, splits = chunks(chip.cores, problem.k, tile.k, programs)
+    chunk = tile.k * cdiv(cdiv(problem.k, tile.k), max(splits, 1))
+    if not splits:
+        chunk, splits = chunks(chip.cores, problem.k, tile.k, programs)
     programs *= splits
     operands = 2 * tile.m + rank_bytes * block_r
-    busy = cost.busy_seconds(chip, tile.m * products * block_r, operands, chunk)
+    busy = max(cost.busy_seconds(chip, tile.m * products * block_r, operands, chunk))
     stopped = cost.stopped_seconds(chip, tile, operands, programs, cdiv(chunk, tile.k) * stops)
     read = 2 * problem.m * problem.k / chip.bandwidth
-    return 2 * cost.LAUNCH + max(cdiv(programs, chip.cores) * busy, stopped, read)
+    drawn = max(1, chip.cores / (cost.SHARES * max(programs, 1)))
+    return cost.LAUNCH + max(cdiv(programs, chip.cores) * busy, stopped, drawn * read)
+
+
+def _parts_of_s(name: str, problem: Problem, in_terms: bool, chip: cost.Chip, splits: int) -> float:
+    """S in parts that each tile of columns adds up in the launch after the library's GEMM."""
+    read = cdiv(problem.n, tilings.ADDED_S.n) * 4 * splits * problem.m * problem.r
+    # Through the ports: what was just written, and is read again and again.
+    return _shrink(name, problem, in_terms, chip, splits) + read / cost.ports(chip)
+
+
+@functools.lru_cache(maxsize=4096)
+def parts_of_s(
+    name: str, problem: Problem, in_terms: bool = False, chip: cost.Chip | None = None
+) -> int:
+    """In how many parts the library's plan leaves S to its last launch; 0: it has S before."""
+    if chip is None or name not in chips.ARCHS or problem.dtype is torch.float32 or not problem.n:
+        return 0
+    times = {0: _summed(name, problem, in_terms, chip)}
+    for splits in PARTS_OF_S:
+        times[splits] = _parts_of_s(name, problem, in_terms, chip, splits)
+    return min(times, key=times.__getitem__)
+
+
+def _shrink_for_add(name: str, problem: Problem, in_terms: bool, chip: cost.Chip) -> float:
+    splits = parts_of_s(name, problem, in_terms, chip)
+    if not splits:
+        return _summed(name, problem, in_terms, chip)
+    return _parts_of_s(name, problem, in_terms, chip, splits)
+
+
+def launches(name: str, problem: Problem, plan: str) -> int:
+    """Those that `seconds` counts, the library's among them."""
+    in_terms = plan.endswith(IN_TERMS)
+    plan = plan.removesuffix(IN_TERMS)
+    chip, product, kernel = cost.CHIPS[name], base(problem), "tile"
+    if plan == "ii":
+        product, kernel = in_loop(name, problem, in_terms), "in_loop"
+    if plan == "library":
+        summed = not parts_of_s(name, problem, in_terms, chip)
+        count = 2
+    else:
+        summed = plan != "ii"
+        count = 1 + (tilings.tiling(name, kernel, problem.dtype, product).splits > 1)
+    if problem.direction == "fwd":
+        count += in_terms + (plan != "ii") + summed
+    return count
 
 
 def roofline(name: str, problem: Problem) -> float:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, cost
 from peft_kernels.triton.common.sizes import next_power_of_2
 from peft_kernels.triton.lora_linear import modelled, persistent, plan_cache, tilings, tuning
 
@@ -48,7 +48,7 @@ IN_LOOP_MAX_RANK, IN_LOOP_MAX_TERMS_RANK = 64, 16
 # kernels: bitsandbytes 0.50 dispatches by 32 to 128 on an A100 for large weights, by at most 32 on
 # a B200, and in float32 by fewer than 8 (backends/cuda/ops.py).
 FUSED_ROWS, FUSED_ROWS_FLOAT32 = 64, 7
-FUSED_ROWS_OF = {"sm_100": 32}
+FUSED_ROWS_OF = {"sm_100": 32, chips.NO_TENSOR_CORES: FUSED_ROWS_FLOAT32}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,13 @@ class Problem:
         return CODES_PLANS if self.codes else DENSE_PLANS
 
     def able(self, name: str) -> tuple[str, ...]:
-        """Those of them that can serve it on a chip."""
+        """Those of them that can serve it on a chip.
+
+        Over a dense weight the library's alone where we had no tensor cores, in any dtype: ours
+        would make each product a fused multiply-add, and are too big for the registers then.
+        """
+        if name == chips.NO_TENSOR_CORES and not self.codes:
+            return ("library",)
         return tuple(plan for plan in self.plans() if _can(name, self, plan))
 
 
@@ -96,11 +102,12 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def default_plan(name: str, problem: Problem) -> str:
+def default_plan(name: str, problem: Problem, chip: cost.Chip | None = None) -> str:
     """The plan without a measurement: the one that `modelled` calls fastest.
 
-    "library" where our GEMM isn't competitive. Under dropout "ii" would draw the mask anew in each
-    column of tiles (some 20 integer instructions an element), so there must be one column.
+    On ``chip``, or else on the architecture's of `cost.CHIPS`. "library" where our GEMM isn't
+    competitive. Under dropout "ii" would draw the mask anew in each column of tiles (some 20
+    integer instructions an element), so there must be one column.
     """
     if problem.codes:
         rows = FUSED_ROWS_OF.get(name, FUSED_ROWS)
@@ -109,15 +116,15 @@ def default_plan(name: str, problem: Problem) -> str:
         return "fused" if problem.m <= rows else "scratch"
     if not chips.gemm_is_competitive(name, problem.dtype, problem.n, problem.k):
         return "library"
-    able = [plan for plan in problem.able(name) if _is_modelled(name, problem, plan)]
-    return min(able, key=lambda plan: modelled.seconds(name, problem, plan))
+    able = [plan for plan in problem.able(name) if _is_modelled(name, problem, plan, chip)]
+    return min(able, key=lambda plan: modelled.seconds(name, problem, plan, chip))
 
 
-def _is_modelled(name: str, problem: Problem, plan: str) -> bool:
+def _is_modelled(name: str, problem: Problem, plan: str, chip: cost.Chip | None) -> bool:
     if not problem.dropout or not plan.startswith("ii"):
         return plan != PERSISTENT
     product = modelled.in_loop(name, problem, plan in TERM_PLANS)
-    return problem.n <= tilings.tiling(name, "in_loop", problem.dtype, product).tile.n
+    return problem.n <= tilings.tiling(name, "in_loop", problem.dtype, product, chip).tile.n
 
 
 def _can(name: str, problem: Problem, plan: str) -> bool:
@@ -165,7 +172,7 @@ def choose(device: torch.device, problem: Problem, run: tuning.Run | None = None
         ValueError: ``PEFT_KERNELS_TUNE`` is none of its values.
     """
     if _forced is not None and _forced in problem.plans():
-        nearest = (_forced, _forced.removesuffix(IN_TERMS), "i")
+        nearest = (_forced, _forced.removesuffix(IN_TERMS), "i", "library")
         able = problem.able(chips.arch_name(device))
         return next(plan for plan in nearest if plan in able)
     plan, until = _decided.get((device, problem), ("", 0.0))
@@ -177,7 +184,7 @@ def _decide(device: torch.device, problem: Problem, run: tuning.Run | None) -> s
     run = run if problem.m and problem.n and problem.k else None
     name = chips.arch_name(device)
     found = tuning.find(device, problem.bucket(), problem.able(name), run)
-    plan = found.plan or default_plan(name, problem)
+    plan = found.plan or default_plan(name, problem, cost.of_device(name, device))
     if run is not None:
         if len(_decided) >= _MOST_DECIDED:
             _decided.clear()

@@ -82,6 +82,8 @@ SPLITS = (1, 2, 4, 8)
 PARTS_BYTES = 64 << 20
 # What adds them up waits for memory: a few elements a thread, and many programs.
 ADDED = Tile(16, 64, 0, 4, 1)
+# What adds up S beside it: all of S's parts of a tile are in flight.
+ADDED_S = Tile(32, 128, 0, 4, 1)
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,17 @@ def splits_of(kernel: str, tile: Tile) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def tiling(
-    name: str, kernel: str, dtype: torch.dtype, product: cost.Product, cores: int = 0
+    name: str,
+    kernel: str,
+    dtype: torch.dtype,
+    product: cost.Product,
+    chip: cost.Chip | None = None,
 ) -> Tiling:
-    """The fastest on paper; ``cores``: those at hand, where they aren't the chip's."""
+    """The fastest on paper, of ``chip`` where it isn't the architecture's."""
     tiles = candidates(name, kernel, dtype, product.m)
-    if dtype is torch.float32 or name not in cost.CHIPS:
+    chip = chip or cost.CHIPS.get(name)
+    if dtype is torch.float32 or chip is None:
         return Tiling(tiles[0])
-    chip = cost.chip(name, cores or cost.CHIPS[name].cores)
     most = PARTS_BYTES // max(4 * product.m * product.n, 1)
     choices = [
         Tiling(tile, splits)
@@ -131,7 +137,9 @@ def tiling(
     return min(choices, key=lambda choice: cost.seconds(chip, product, choice.tile, choice.splits))
 
 
-def seconds(name: str, kernel: str, dtype: torch.dtype, product: cost.Product) -> float:
+def seconds(
+    name: str, kernel: str, dtype: torch.dtype, product: cost.Product, chip: cost.Chip
+) -> float:
     """What `tiling`'s choice takes on paper."""
-    choice = tiling(name, kernel, dtype, product)
-    return cost.seconds(cost.CHIPS[name], product, choice.tile, choice.splits)
+    choice = tiling(name, kernel, dtype, product, chip)
+    return cost.seconds(chip, product, choice.tile, choice.splits)
