@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.modules.checks import check_kind
+from peft_kernels.nn._named import Named
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm, _added, _call
 
 
@@ -19,7 +21,7 @@ class Rows(Protocol):
         """``[batch]`` integers, -1 for none; None where nothing is said."""
 
 
-class AdapterBank(nn.Module):
+class AdapterBank(Named):
     """Bottleneck adapters of which each row takes one (Houlsby et al. 2019), where one would be.
 
     With ``a = ids[i]`` row i's adapter, its matrices D_a and U_a, its activation, norms and scale:
@@ -30,7 +32,8 @@ class AdapterBank(nn.Module):
     Rows of one adapter are one call of :func:`peft_kernels.ops.adapter`: as many calls as the batch
     has adapters, over copies of their rows where there are several. Adapters may differ in
     everything but their hidden size. All that is given is differentiable, and an adapter that no
-    row asks for gets no gradient.
+    row asks for gets no gradient. A state dict says the names, and is an error in a bank that has
+    others.
 
     Parameters:
         adapters.N: those of the N-th adapter.
@@ -77,10 +80,12 @@ class AdapterBank(nn.Module):
             A tensor of x's shape, in the dtype that :class:`BottleneckAdapter` gives.
 
         Raises:
-            ValueError: no ids, another number of them than of rows, or one out of range.
+            ValueError: no ids, another number of them than of rows, or one out of range; an x of
+                another hidden size, or a residual of another shape.
+            TypeError: ids that aren't integers.
         """
-        numbers = self._checked(x, ids)
         terms = () if residual is None else residual if isinstance(residual, tuple) else (residual,)
+        numbers = self._checked(x, terms, ids)
         rows: dict[int, list[int]] = {}
         for row, number in enumerate(numbers):
             rows.setdefault(number, []).append(row)
@@ -97,15 +102,24 @@ class AdapterBank(nn.Module):
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(parts).index_select(0, torch.tensor(back, device=x.device))
 
-    def _checked(self, x: Tensor, ids: Tensor | Sequence[int] | None) -> list[int]:
-        if ids is None and self.rows is not None and x.dim():
+    def _checked(
+        self, x: Tensor, terms: tuple[Tensor, ...], ids: Tensor | Sequence[int] | None
+    ) -> list[int]:
+        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must be [B, ..., {self.hidden_size}]; got {list(x.shape)}")
+        for term in terms:
+            if term.shape != x.shape:
+                raise ValueError(
+                    f"residual must have the shape of x, {list(x.shape)}; got {list(term.shape)}"
+                )
+        if ids is None and self.rows is not None:
             ids = self.rows.of_batch(x.shape[0], torch.device("cpu"))
         if ids is None:
             raise ValueError(
                 f"ids must say which of {', '.join(self.names)} each row has; none are given"
             )
-        numbers = [int(number) for number in ids]
-        if x.dim() < 2 or len(numbers) != x.shape[0]:
+        numbers = _integers(ids)
+        if len(numbers) != x.shape[0]:
             raise ValueError(
                 f"ids must have one entry for each row of x {list(x.shape)}; got {len(numbers)}"
             )
@@ -129,3 +143,17 @@ class AdapterBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"names={list(self.names)}, hidden_size={self.hidden_size}"
+
+
+def _integers(ids: Tensor | Sequence[int]) -> list[int]:
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be integers [B]; got {list(ids.shape)} of {ids.dtype}")
+        return ids.tolist()
+    try:
+        numbers = [operator.index(number) for number in ids if not isinstance(number, bool)]
+    except TypeError as error:
+        raise TypeError(f"ids must be integers [B]; got {ids!r}") from error
+    if len(numbers) != len(ids):
+        raise TypeError(f"ids must be integers [B]; got {ids!r}")
+    return numbers

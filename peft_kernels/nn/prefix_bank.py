@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels.modules.checks import check_kind
+from peft_kernels.nn._named import Named, numbers_of
 from peft_kernels.nn._prefix_parts import Pair
 from peft_kernels.nn.prefix_tuning import PrefixTuning
 
 
-class PrefixBank(PrefixTuning):
+class PrefixBank(Named, PrefixTuning):
     """Prefixes that were trained apart, of which each row of a batch takes one (Li & Liang 2021).
 
     With ``p = ids[i]`` row i's prefix, of length L_p, and P_k, P_v its keys and values:
@@ -27,6 +28,7 @@ class PrefixBank(PrefixTuning):
     and values of a layer, L the largest length, and what is beyond a prefix's own is never read.
     Rows of one length are one call of :func:`peft_kernels.ops.prefix_attention`, over copies of
     their queries, keys and values where the batch has several lengths. It trains as any other.
+    A state dict says the names and lengths, and is an error in a bank that has others.
 
     Attributes:
         names: of the prefixes, in the order of their numbers.
@@ -69,6 +71,7 @@ class PrefixBank(PrefixTuning):
             dtype=place.dtype,
         )
         self.names, self.lengths = tuple(prefixes), tuple(lengths)
+        self.read_from_folder = any(prefix.read_from_folder for prefix in prefixes.values())
         self.fit(self._together(list(prefixes.values())))
 
     def _together(self, prefixes: Sequence[PrefixTuning]) -> dict[str, list[Pair | None]]:
@@ -101,13 +104,10 @@ class PrefixBank(PrefixTuning):
             ValueError: a name that the bank hasn't.
             TypeError: not a sequence of names.
         """
-        if isinstance(names, str):
-            raise TypeError(f"names must be a sequence with a name for each row; got {names!r}")
-        for name in names:
-            if name is not None and name not in self.names:
-                raise ValueError(f"names must be of {', '.join(self.names)}, or None; got {name!r}")
-        numbers = [-1 if name is None else self.names.index(name) for name in names]
-        return torch.tensor(numbers, dtype=torch.int64)
+        return torch.tensor(numbers_of(names, self.names), dtype=torch.int64)
+
+    def _parts(self) -> dict[str, list[Any]]:
+        return {**super()._parts(), "lengths": list(self.lengths)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, names={list(self.names)}, lengths={list(self.lengths)}"

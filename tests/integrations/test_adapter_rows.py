@@ -15,6 +15,7 @@ from peft_kernels.integrations.transformers import (
     remove_adapters,
     route_adapters,
 )
+from peft_kernels.nn import AdapterBank, BottleneckAdapter
 
 NAMES = ["b", None, "a"]
 KINDS = [
@@ -124,6 +125,30 @@ def test_a_copy_routes_by_itself():
         ours, theirs = output_of(model, ids), output_of(other, ids)
     torch.testing.assert_close(ours[[0]], output_of(models["b"], ids[:1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(theirs[[0]], output_of(models["a"], ids[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_names_may_come_one_by_one_and_be_none_for_no_rows():
+    model, _ = in_bank(make_llama, "pfeiffer")
+    ids = tokens()
+    with route_adapters(model, (name for name in NAMES)):
+        found = output_of(model, ids)
+    with route_adapters(model, NAMES):
+        torch.testing.assert_close(found, output_of(model, ids), rtol=0, atol=0)
+    bank = next(module for module in model.modules() if isinstance(module, AdapterBank))
+    with route_adapters(model, []):
+        assert bank(torch.ones(0, bank.hidden_size)).shape == (0, bank.hidden_size)
+    with pytest.raises(TypeError, match="a name for each row; got None"):
+        route_adapters(model, None).__enter__()
+
+
+def test_adapters_of_another_hidden_size_change_nothing():
+    model = with_adapter(drawn(make_llama), "pfeiffer", 2)
+    before = adapters_of(model)
+    size = next(iter(before.values())).hidden_size
+    others = {path: BottleneckAdapter(2 * size, 2) for path in before}
+    with pytest.raises(ValueError, match=rf"of hidden size {size} at model.*; got {2 * size}"):
+        bank_adapters(model, {"a": others})
+    assert adapters_of(model) == before
 
 
 def test_what_is_wrong_is_named():

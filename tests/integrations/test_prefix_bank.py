@@ -20,7 +20,7 @@ from torch import nn
 
 from peft_kernels.formats.peft_prompts import load_prompt, save_prompt
 from peft_kernels.integrations.transformers import add_prefix, prefix_for, remove_prefix
-from peft_kernels.nn import PrefixBank
+from peft_kernels.nn import PrefixBank, PrefixTuning
 
 LENGTHS = {"a": 2, "b": 5, "c": 2}
 ROWS = [["c", None, "b", "a"], ["b"] * 4, ["a", None, "c", "c"], [None] * 4]
@@ -137,6 +137,23 @@ def test_a_task_of_a_bank_is_saved_at_its_length(tmp_path):
     assert loaded.length == LENGTHS["c"]
     for ours, theirs in zip(bank()["self"], loaded()["self"], strict=True):
         assert_close(ours[0][2, :, :2], theirs[0].double(), 1e-6)
+
+
+def test_a_state_dict_goes_into_a_bank_of_the_same_lengths():
+    prefixes = prefixes_for(make("llama"))
+    bank, same, other = (PrefixBank({n: prefixes[n] for n in x}) for x in ("abc", "abc", "bac"))
+    same.load_state_dict(bank.state_dict())
+    with pytest.raises(RuntimeError, match=r"'lengths': \[5, 2, 2\]\}; it has .* \[2, 5, 2\]\}"):
+        other.load_state_dict(bank.state_dict())
+    with pytest.raises(RuntimeError, match="_extra_state"):  # one of equal lengths
+        PrefixTuning(**bank.config()).load_state_dict(bank.state_dict())
+
+
+def test_a_bank_of_a_folder_s_prefix_is_of_a_folder_too():
+    prefixes = prefixes_for(make("llama"))
+    assert not PrefixBank(prefixes).read_from_folder
+    prefixes["b"].read_from_folder = True
+    assert PrefixBank(prefixes).read_from_folder
 
 
 def test_what_is_wrong_is_named():

@@ -85,3 +85,37 @@ def test_what_is_wrong_is_named():
         AdapterBank({"a": make(), "b": make(k=8)})
     with pytest.raises(TypeError, match=r"adapters\['a'\] must be a BottleneckAdapter; got Linear"):
         AdapterBank({"a": nn.Linear(2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "ids", "error", "match"),
+    [
+        ((2, 4, K), None, torch.tensor([0.9, 1.0]), TypeError, r"ids must be .* of torch.float32"),
+        ((2, 4, K), None, torch.tensor([True, False]), TypeError, "ids must be .* of torch.bool"),
+        ((2, 4, K), None, torch.tensor([[0], [1]]), TypeError, r"ids must be .* got \[2, 1\]"),
+        ((2, 4, K), None, [0.9, 1.0], TypeError, r"ids must be integers \[B\]; got \[0.9"),
+        ((2, 4, K), None, ["a", "b"], TypeError, r"ids must be integers \[B\]; got \['a'"),
+        ((2, 4, K), None, [True, 0], TypeError, r"ids must be integers \[B\]; got \[True"),
+        ((2, 4, K), None, 1, TypeError, r"ids must be integers \[B\]; got 1"),
+        ((2, 4, K + 2), None, [-1, -1], ValueError, r"x must be \[B, ..., 6\]; got \[2, 4, 8\]"),
+        ((K,), None, [0], ValueError, r"x must be \[B, ..., 6\]; got \[6\]"),
+        ((2, 4, K), (5, 4, K), [0, 1], ValueError, r"residual must have .* got \[5, 4, 6\]"),
+        ((2, 4, K), (2, 1, K), [-1, -1], ValueError, r"residual must have .* got \[2, 1, 6\]"),
+    ],
+)
+def test_shapes_and_ids_that_would_be_another_thing_silently(x, residual, ids, error, match):
+    given = None if residual is None else torch.randn(residual, dtype=DTYPE)
+    with pytest.raises(error, match=match):
+        make_bank()(torch.randn(x, dtype=DTYPE), given, ids=ids)
+
+
+def test_a_state_dict_goes_into_a_bank_of_the_same_names():
+    bank, same, other = (AdapterBank({n: make() for n in names}) for names in ("ab", "ab", "ba"))
+    state = bank.state_dict()
+    same.load_state_dict(state)
+    x = torch.randn(2, K, dtype=DTYPE)
+    torch.testing.assert_close(same(x, ids=[1, 0]), bank(x, ids=[1, 0]), rtol=0, atol=0)
+    with pytest.raises(
+        RuntimeError, match=r"bank with \{'names': \['b', 'a'\]\}; it has .*'a', 'b'"
+    ):
+        other.load_state_dict(state)

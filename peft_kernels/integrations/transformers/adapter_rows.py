@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from peft_kernels.integrations.transformers.adapters import adapters_of
@@ -18,6 +19,7 @@ from peft_kernels.integrations.transformers.row_ids import RowIds, carry_rows, r
 from peft_kernels.modules.hooks import forget_compiled
 from peft_kernels.modules.names import plain_modules, replace_module, submodule, unwrapped
 from peft_kernels.modules.replaced import hand_on_hooks
+from peft_kernels.nn._named import numbers_of
 from peft_kernels.nn.adapter_bank import AdapterBank
 
 
@@ -38,8 +40,8 @@ def bank_adapters(model: nn.Module, trained: Mapping[str, Mapping[str, nn.Module
         The banks' paths in the model.
 
     Raises:
-        ValueError: nothing to bank, a model without adapters, or places that differ from the
-            model's.
+        ValueError: nothing to bank, a model without adapters, or places or hidden sizes that differ
+            from the model's.
         TypeError: a module that isn't a BottleneckAdapter, as a fusion.
 
     The model is unchanged when one is raised.
@@ -61,6 +63,13 @@ def bank_adapters(model: nn.Module, trained: Mapping[str, Mapping[str, nn.Module
         for path in paths
     }
     for path, bank in banks.items():
+        size = getattr(submodule(model, path), "hidden_size", bank.hidden_size)
+        if bank.hidden_size != size:
+            raise ValueError(
+                f"trained must have adapters of hidden size {size} at {path}; "
+                f"got {bank.hidden_size}"
+            )
+    for path, bank in banks.items():
         place = submodule(model, path)
         if not any(place is adapter for adapter in bank.adapters):
             hand_on_hooks(place, bank)
@@ -76,6 +85,7 @@ def route_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
 
     The names belong to the thread or asyncio task that enters the block: another thread runs in
     ``contextvars.copy_context()``. ``generate`` repeats them for beams and several sequences a row.
+    A backward that computes forwards again (gradient checkpointing) belongs inside too.
 
     Args:
         model: a model with banks (:func:`bank_adapters`).
@@ -90,10 +100,6 @@ def route_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
     bank = next((m for m in plain_modules(model).values() if isinstance(m, AdapterBank)), None)
     if rows is None or bank is None:
         raise ValueError("model must have banks of adapters: bank_adapters puts them in")
-    if isinstance(names, str):
-        raise TypeError(f"names must be a sequence with a name for each row; got {names!r}")
-    for name in names:
-        if name is not None and name not in bank.names:
-            raise ValueError(f"names must be of {', '.join(bank.names)}, or None; got {name!r}")
-    with rows.within([-1 if name is None else bank.names.index(name) for name in names]):
+    numbers = numbers_of(names, bank.names)
+    with rows.within(torch.tensor(numbers, dtype=torch.int64)):
         yield
