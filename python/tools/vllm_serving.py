@@ -49,6 +49,11 @@ class Cell:
     beside_stock: bool
 
     @property
+    def is_long(self) -> bool:
+        """Beside vLLM's own, which is slow, or of more requests than the others."""
+        return self.beside_stock or self.batch.sequences > SEQUENCES
+
+    @property
     def ways(self) -> tuple[str, ...]:
         return (NONE, OURS, STOCK) if self.beside_stock else (NONE, OURS)
 
@@ -74,7 +79,7 @@ def cells(options: argparse.Namespace) -> Iterator[list[Cell]]:
 
 
 def measured(group: Sequence[Cell], rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each cell, as it is done; those beside vLLM's own take one round."""
+    """A row for each cell, as it is done; the long ones take one round."""
     first = group[0]
     ways = dict.fromkeys(way for cell in group for way in cell.ways)
     largest = Batch(*(max(column) for column in zip(*(
@@ -89,7 +94,7 @@ def measured(group: Sequence[Cell], rounds: int) -> Iterator[dict[str, Any]]:
             engines[way] = Process(way, first.threads, *args)
             stack.callback(engines[way].close)
         for cell in group:
-            yield _measure(cell, engines, 1 if cell.beside_stock else rounds)
+            yield _measure(cell, engines, 1 if cell.is_long else rounds)
 
 
 def _measure(cell: Cell, engines: dict[str, Process], rounds: int) -> dict[str, Any]:
@@ -195,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="+", type=int, default=[0, 1, 8, 16, 64])
     parser.add_argument("--stock", nargs="*", type=int, default=[0, 1, 16], help="the same of its")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a request's prompt")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens that are decoded after one")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens that are decoded after one")
     parser.add_argument("--stock-prompt", type=int, default=16)
     parser.add_argument("--stock-tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
