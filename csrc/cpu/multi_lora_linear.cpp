@@ -19,8 +19,8 @@ constexpr int64_t OUTER_COLUMNS = 256;   // of a gradient: its sums stay in L2 u
 constexpr int64_t UNITS_PER_THREAD = 4;  // so that threads finish together
 constexpr int64_t WIDE_ROWS = 256;       // of 16-bit y held in float32 until they are rounded
 
-const MultiLoRALinearKernels& kernels() {
-  switch (chosen_isa()) {
+const MultiLoRALinearKernels& kernels(Isa isa = chosen_isa()) {
+  switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx512: return multi_lora_linear_avx512;
     case Isa::avx2: return multi_lora_linear_avx2;
@@ -29,10 +29,15 @@ const MultiLoRALinearKernels& kernels() {
   }
 }
 
+// Whether the products of x and the pages are the processor's own of bfloat16.
+bool multiplies_in_pairs(const Matrix& x, const Pages& pages) {
+  return multiplies_bf16() && x.dtype == DType::bf16 && pages.data.dtype == DType::bf16;
+}
+
 // ---- units -----------------------------------------------------------------------------------
 
 struct Units {
-  std::vector<Group> groups;
+  const std::vector<Group>& groups;
   const int64_t* rows;
   std::vector<Unit> units;
 
@@ -40,15 +45,19 @@ struct Units {
     return {rows, groups.data(), int64_t(groups.size()), units.data(), int64_t(units.size())};
   }
 
-  // A few rows of a group at a time; where that leaves threads idle, the size(group) parts of each
-  // are divided too, at multiples of step.
+  // So many rows of a group at a time at most, as evenly as can be; where fewer units than wanted
+  // come of that, the size(group) parts of each are divided too, at multiples of step.
   template <class Size>
-  void cut(int64_t step, int64_t threads, Size size) {
-    for (size_t g = 0; g < groups.size(); g++)
-      for (int64_t i = groups[g].begin, end = groups[g].end; i < end; i += UNIT_ROWS)
-        units.push_back({int64_t(g), i, std::min(end, i + UNIT_ROWS), 0, size(groups[g])});
-    const int64_t wanted = UNITS_PER_THREAD * threads, found = units.size();
-    if (threads > 1 && found && found < wanted) divide((wanted + found - 1) / found, step);
+  void cut(int64_t rows_each, int64_t step, int64_t wanted, Size size) {
+    for (size_t g = 0; g < groups.size(); g++) {
+      const int64_t begin = groups[g].begin, count = groups[g].end - begin;
+      const int64_t pieces = (count + rows_each - 1) / rows_each;
+      for (int64_t i = 0; i < pieces; i++)
+        units.push_back({int64_t(g), begin + count * i / pieces, begin + count * (i + 1) / pieces,
+                         0, size(groups[g])});
+    }
+    const int64_t found = units.size();
+    if (found && found < wanted) divide((wanted + found - 1) / found, step);
   }
 
   void divide(int64_t pieces, int64_t step) {
@@ -90,27 +99,44 @@ Matrix rows_of(const Matrix& m, int64_t first, int64_t count) {
 struct Call {
   const Banks& banks;
   const Routes& routes;
+  std::vector<std::vector<Group>> groups;  // of each bank
   Parallel parallel;
 
-  Units units_of(const Bank& bank) const {
-    return {groups_of(bank, routes), routes.rows.data(), {}};
+  Call(const Banks& of_banks, const Routes& of_rows)
+      : banks(of_banks), routes(of_rows), parallel(torch_threads()) {
+    for (const Bank& bank : banks.banks) groups.push_back(groups_of(bank, routes));
+  }
+
+  int64_t count() const { return banks.banks.size(); }
+
+  Units units_of(int64_t bank) const { return {groups[bank], routes.rows.data(), {}}; }
+
+  // Of each bank, for all threads together.
+  int64_t wanted() const {
+    return parallel.threads > 1 ? UNITS_PER_THREAD * parallel.threads / count() : 1;
   }
 
   // S = dropout(x) A^T, or dS = scale dy B: x [m, columns] or the bank's columns of it.
   void shrink(const Matrix& x, bool from_y, FloatRows s) const {
-    for (const Bank& bank : banks.banks) {
-      Units units = units_of(bank);
-      units.cut(1, parallel.threads, pages_of);
-      if (from_y)
-        for (Group& group : units.groups) group.dropout = {};
+    std::vector<Units> units;
+    std::vector<Shrink> shrinks;
+    units.reserve(count());
+    bool in_pairs = false;
+    for (int64_t i = 0; i < count(); i++) {
+      const Bank& bank = banks.banks[i];
       const Pages& pages = from_y ? bank.b : bank.a;
-      kernels().shrink({.work = units.work(),
-                        .x = from_y ? columns_of(x, bank.column, pages.data.cols) : x,
-                        .pages = pages,
-                        .scaled = from_y,
-                        .s = {s.data + bank.s_column, s.stride}},
-                       parallel);
+      units.push_back(units_of(i));
+      units[i].cut(SHRINK_ROWS, 1, wanted(), pages_of);
+      shrinks.push_back({.work = units[i].work(),
+                         .x = from_y ? columns_of(x, bank.column, pages.data.cols) : x,
+                         .pages = pages,
+                         .scaled = from_y,
+                         .masked = !from_y,
+                         .in_pairs = multiplies_in_pairs(x, pages),
+                         .s = {s.data + bank.s_column, s.stride}});
+      in_pairs |= shrinks[i].in_pairs;
     }
+    kernels(in_pairs ? widest_isa() : chosen_isa()).shrink(shrinks.data(), count(), parallel);
   }
 
   // y += scale S B^T, or dx += dropout'(dS A).
@@ -126,13 +152,20 @@ struct Call {
             .first_row = first_row};
   }
 
+  // Banks that add to one and the same dx do so one after the other.
   void expand(FloatRows s, bool to_x, const Matrix& y) const {
-    for (const Bank& bank : banks.banks) {
-      Units units = units_of(bank);
-      units.cut(COLUMN_UNIT, parallel.threads,
-                [&](const Group&) { return (to_x ? bank.a : bank.b).data.cols; });
-      kernels().expand(expand_of(units, bank, s, to_x, y), parallel);
+    std::vector<Units> units;
+    std::vector<Expand> expands;
+    units.reserve(count());
+    for (int64_t i = 0; i < count(); i++) {
+      const Bank& bank = banks.banks[i];
+      units.push_back(units_of(i));
+      units[i].cut(EXPAND_ROWS, COLUMN_UNIT, wanted(),
+                   [&](const Group&) { return (to_x ? bank.a : bank.b).data.cols; });
+      expands.push_back(expand_of(units[i], bank, s, to_x, y));
     }
+    if (!to_x) return kernels().expand(expands.data(), count(), parallel);
+    for (const Expand& one : expands) kernels().expand(&one, 1, parallel);
   }
 
   // out = x g + bias, then the low-rank part. Each element is rounded once, so 16-bit rows are held
@@ -140,7 +173,7 @@ struct Call {
   void base_and_expand(const Matrix& x, const Matrix& g, const Matrix* bias, FloatRows s, bool to_x,
                        const Matrix& out) const {
     std::vector<Units> units;
-    for (const Bank& bank : banks.banks) units.push_back(units_of(bank));
+    for (int64_t i = 0; i < count(); i++) units.push_back(units_of(i));
     const auto run = [&](const Matrix& some_x, const Matrix& y, int64_t first_row) {
       std::vector<Expand> expands;
       for (size_t i = 0; i < units.size(); i++)
@@ -158,10 +191,11 @@ struct Call {
   }
 
   // dA = dS^T dropout(x), or dB^T = scale S^T dy, of the trained adapters.
-  void outer(const Bank& bank, FloatRows s, const Matrix& x, bool from_y, const Tensor& rows,
+  void outer(int64_t index, FloatRows s, const Matrix& x, bool from_y, const Tensor& rows,
              Tensor& out) const {
+    const Bank& bank = banks.banks[index];
     const int32_t* out_rows = row_of<int32_t>(rows, bank.slots, ScalarType::Int, "grad_rows");
-    Units units = units_of(bank);
+    Units units = units_of(index);
     for (const Group& group : units.groups)
       STD_TORCH_CHECK(out_rows[group.slot] < 0 || out_rows[group.slot] + group.rank <= out.size(0),
                       "grad_rows has row ", out_rows[group.slot], " for a rank of ", group.rank,
@@ -201,7 +235,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, const std::optional<
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must be [n]");
     bias_row = Matrix{bias->mutable_data_ptr(), dtype_of(*bias, "bias"), 1, n, n, bias->stride(0)};
   }
-  const Call call{banks, routes, torch_threads()};
+  const Call call(banks, routes);
   const Matrix rows = matrix_of(x, "x");
   call.shrink(rows, false, float_rows_of(s));
   call.base_and_expand(rows, matrix_of(weight, "weight").transposed(),
@@ -247,7 +281,7 @@ Tensor multi_lora_linear_add(Tensor y, Tensor x, Tensors a, Tensors b, Tensors t
   const Routes routes = route(ids, x.size(0), banks.slots);
   x = with_unit_stride(x, true);
   Tensor s = zeros(x, x.size(0), banks.rank_columns, ScalarType::Float);
-  const Call call{banks, routes, torch_threads()};
+  const Call call(banks, routes);
   call.shrink(matrix_of(x, "x"), false, float_rows_of(s));
   call.expand(float_rows_of(s), false, matrix_of(y, "y"));
   return s;
@@ -269,15 +303,15 @@ std::tuple<Tensor, Tensors, Tensors> multi_lora_linear_bwd(
   x = with_unit_stride(x, true), dy = with_unit_stride(dy, true);
   const auto ds_buffer = std::make_unique_for_overwrite<float[]>(m * banks.rank_columns);
   const FloatRows ds{ds_buffer.get(), banks.rank_columns};
-  const Call call{banks, routes, torch_threads()};
+  const Call call(banks, routes);
   const Matrix dy_rows = matrix_of(dy, "dy"), x_rows = matrix_of(x, "x");
   call.shrink(dy_rows, true, ds);
   Tensors da, db;
   for (size_t i = 0; i < grad_rows.size(); i++) {
     da.push_back(zeros(a[i], grad_sizes[i], a[i].size(1), a[i].scalar_type()));
     db.push_back(zeros(b[i], grad_sizes[i], b[i].size(1), b[i].scalar_type()));
-    call.outer(banks.banks[i], ds, x_rows, false, grad_rows[i], da[i]);
-    call.outer(banks.banks[i], float_rows_of(s), dy_rows, true, grad_rows[i], db[i]);
+    call.outer(i, ds, x_rows, false, grad_rows[i], da[i]);
+    call.outer(i, float_rows_of(s), dy_rows, true, grad_rows[i], db[i]);
   }
   if (!needs_x) return {torch::stable::new_empty(x, {0}), da, db};
   if (!weight) {

@@ -5,7 +5,8 @@
 namespace peft_kernels {
 
 constexpr int64_t PAGE = 8;        // rank rows
-constexpr int64_t UNIT_ROWS = 12;  // at most, where a unit is a part of a group
+constexpr int64_t SHRINK_ROWS = 12;  // of a unit, at most: they stay in L1 beside A's
+constexpr int64_t EXPAND_ROWS = 24;  // that share a copy of B's columns
 
 // One side of a bank's adapters: A [rows, k], or B [rows, n], in pages of rank rows.
 struct Pages {
@@ -52,13 +53,13 @@ struct FloatRows {
   int64_t stride;
 };
 
-// s[i, q] = factor_g * sum_p x[i, p] A_g[q, p], for the units' pages. The factor is the adapter's
-// scale, or 1.
+// s[i, q] = factor_g * sum_p mask_g(i, p) * x[i, p] A_g[q, p], for the units' pages. The factor is the
+// adapter's scale, or 1. In pairs, x and the pages are bfloat16 and the processor multiplies those.
 struct Shrink {
   Work work;
   Matrix x;  // rows contiguous
   Pages pages;
-  bool scaled;
+  bool scaled, masked, in_pairs;
   FloatRows s;
 };
 
@@ -96,8 +97,8 @@ struct Base {
 
 struct MultiLoRALinearKernels {
   void (*base)(const Base&, const Parallel&);
-  void (*shrink)(const Shrink&, const Parallel&);
-  void (*expand)(const Expand&, const Parallel&);  // by units
+  void (*shrink)(const Shrink* banks, int64_t count, const Parallel&);
+  void (*expand)(const Expand* banks, int64_t count, const Parallel&);  // by units
   void (*outer)(const Outer&, const Parallel&);
   void (*narrow)(FloatRows from, const Matrix& to, const Parallel&);  // rounds once
 };

@@ -2,7 +2,7 @@
 // ops/multi_lora_linear.py.
 #include "multi_lora_linear.h"
 
-#include "paged.h"
+#include "paged_shrink.h"
 #include "matrix/sweep.h"
 
 namespace peft_kernels {

@@ -12,56 +12,30 @@
 
 namespace peft_kernels::PK_ISA {
 
-constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's registers hold
 constexpr int TILE_ROWS = 6;                   // of an update
+constexpr int64_t COPY_ROWS = 2 * TILE_ROWS;   // of an update that reads B where it lies, at most
 constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
 constexpr int64_t ACROSS_COLUMNS = 256;        // of a B that isn't transposed, at a time
 constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
 
-// Threads take the units one by one, as their ranks may differ much.
-template <class F>
-void for_units(const Work& work, const Parallel& parallel, F f) {
+// Threads take the units of all banks one by one, as their ranks may differ much.
+template <class Bank, class F>
+void for_units(const Bank* banks, int64_t count, const Parallel& parallel, F f) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; i++) total += banks[i].work.unit_count;
   std::atomic<int64_t> next{0};
-  parallel(std::min<int64_t>(parallel.threads, work.unit_count), [&](int64_t) {
-    for (int64_t i; (i = next.fetch_add(1)) < work.unit_count;) {
-      const Unit& unit = work.units[i];
-      f(unit, work.groups[unit.group], work.rows);
+  parallel(std::min<int64_t>(parallel.threads, total), [&](int64_t) {
+    for (int64_t i; (i = next.fetch_add(1)) < total;) {
+      const Bank* bank = banks;
+      for (; i >= bank->work.unit_count; bank++) i -= bank->work.unit_count;
+      f(*bank, bank->work.units[i]);
     }
   });
 }
 
 inline int64_t page_rows(const Group& group, int64_t page) {
   return std::min(PAGE, group.rank - page * PAGE);
-}
-
-// ---- S = x A^T -------------------------------------------------------------------------------
-
-// sums[i][j] = x[i] . g[j], R rows of x by C rows of g.
-template <int R, int C, class T>
-PK_INLINE void dots(int64_t depth, const float* const* x, const T* g, int64_t g_row,
-                    float (&sums)[DOT_ROWS][DOT_COLS]) {
-  const int64_t whole = depth / V * V;
-  Vec totals[R][C]{};
-  for (int64_t p = 0; p < whole;) {
-    Vec acc[R][C]{};
-    for (const int64_t end = std::min(whole, p + DOT_RUN * V); p < end; p += V) {
-      Vec gs[C];
-      for (int j = 0; j < C; j++) gs[j] = load(g + j * g_row + p);
-      for (int i = 0; i < R; i++) {
-        const Vec xs = load(x[i] + p);
-        for (int j = 0; j < C; j++) acc[i][j] += xs * gs[j];
-      }
-    }
-    for (int i = 0; i < R; i++)
-      for (int j = 0; j < C; j++) totals[i][j] += acc[i][j];
-  }
-  for (int i = 0; i < R; i++)
-    for (int j = 0; j < C; j++) {
-      float rest = 0;
-      for (int64_t q = whole; q < depth; q++) rest += x[i][q] * widen(g[j * g_row + q]);
-      sums[i][j] = sum(totals[i][j]) + rest;
-    }
 }
 
 // Calls f with count as a compile-time constant, 1 to MOST.
@@ -82,50 +56,6 @@ PK_INLINE void for_tiles(int64_t count, F f) {
     with_count<MOST>(rows, [&](auto R) { f(i, R); });
     i += rows;
   }
-}
-
-// The unit's rows as floats under dropout: where they lie, or copied to buffer.
-inline void float_pointers(const Matrix& x, const Group& group, const Unit& unit,
-                           const int64_t* rows, float* buffer, const float** pointers) {
-  const int64_t k = x.cols;
-  const bool drops = group.dropout.threshold != 0, copies = drops || x.dtype != DType::f32;
-  const Scratch factors(drops ? k : 0);
-  for (int64_t i = unit.begin; i < unit.end; i++) {
-    float* copy = buffer + (i - unit.begin) * k;
-    pointers[i - unit.begin] = copies ? copy : reinterpret_cast<float*>(x.at(rows[i], 0));
-    if (!copies) continue;
-    with_type(x.dtype, x.at(rows[i], 0), [&](auto* from) { widen_row(from, copy, k); });
-    if (!drops) continue;
-    dropout_factors(group.dropout, i - group.begin, 0, k, factors);
-    for (int64_t p = 0; p < k; p++) copy[p] *= factors[p];
-  }
-}
-
-inline void shrink(const Shrink& t, const Parallel& parallel) {
-  const int64_t k = t.x.cols;
-  for_units(t.work, parallel, [&](const Unit& unit, const Group& group, const int64_t* rows) {
-    const int64_t count = unit.end - unit.begin;
-    const bool copies = group.dropout.threshold != 0 || t.x.dtype != DType::f32;
-    const Scratch buffer(copies ? count * k : 0);
-    const float* x[UNIT_ROWS];
-    float sums[DOT_ROWS][DOT_COLS];
-    float_pointers(t.x, group, unit, rows, buffer, x);
-    const float factor = t.scaled ? group.scale : 1;
-    for (int64_t page = unit.part_begin; page < unit.part_end; page++)
-      for (int64_t q = 0; q < page_rows(group, page); q += DOT_COLS)
-        with_type(t.pages.data.dtype, nullptr, [&]<class T>(T*) {
-          const T* a = t.pages.first<T>(group.slot, page) + q * t.pages.data.row_stride;
-          with_count<DOT_COLS>(page_rows(group, page) - q, [&](auto C) {
-            for_tiles<DOT_ROWS>(count, [&](int64_t i, auto R) {
-              dots<R, C>(k, x + i, a, t.pages.data.row_stride, sums);
-              for (int b = 0; b < R; b++) {
-                float* s = t.s.data + rows[unit.begin + i + b] * t.s.stride + page * PAGE + q;
-                for (int c = 0; c < C; c++) s[c] = sums[b][c] * factor;
-              }
-            });
-          });
-        });
-  });
 }
 
 // ---- y += S B --------------------------------------------------------------------------------
@@ -166,18 +96,47 @@ struct Addend {
   }
 };
 
+// LANES columns of B_g where they lie.
+template <class T>
+struct PageColumns {
+  const Pages& pages;
+  int64_t slot, col;
+
+  PK_INLINE const T* page(int64_t index) const { return pages.first<T>(slot, index) + col; }
+  PK_INLINE int64_t step() const { return pages.data.row_stride; }
+};
+
+// The same copied as floats, on end.
+struct Panel {
+  const Float* data;
+
+  PK_INLINE const Float* page(int64_t index) const { return data + index * PAGE * LANES; }
+  PK_INLINE int64_t step() const { return LANES; }
+};
+
+template <class T>
+inline Panel copied(const PageColumns<T>& from, const Group& group, int64_t cols, float* to) {
+  for (int64_t q = 0; q < group.rank; q++)
+    widen_row(from.page(q / PAGE) + q % PAGE * from.step(), to + q * LANES, cols);
+  return {reinterpret_cast<const Float*>(to)};
+}
+
 // A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
 // B_g.
-template <class T, int R, bool WHOLE>
-PK_INLINE void expand_tile(const Addend& to, const float* z, int64_t i, int64_t col, int64_t cols) {
-  const Pages& pages = to.t.pages;
-  const int64_t rank = to.group.rank, step = pages.data.row_stride;
-  Vec sums[R][VECS]{}, before[R][VECS]{};
+template <int R, bool WHOLE, class Columns>
+PK_INLINE void expand_tile(const Addend& to, const Columns& columns, const float* z, int64_t i,
+                           int64_t col, int64_t cols) {
+  const int64_t rank = to.group.rank, step = columns.step();
+  Vec sums[R][VECS], before[R][VECS];
+#pragma GCC unroll 6
+  for (int a = 0; a < R; a++)
+    for (int v = 0; v < VECS; v++) sums[a][v] = before[a][v] = Vec{};
   for (int64_t page = 0; page * PAGE < rank; page++) {
     if (page && page % RUN_PAGES == 0)
+#pragma GCC unroll 6
       for (int a = 0; a < R; a++)
         for (int v = 0; v < VECS; v++) before[a][v] += std::exchange(sums[a][v], Vec{});
-    const T* b = pages.first<T>(to.group.slot, page) + col;
+    const auto* b = columns.page(page);
     for (int64_t q = 0; q < page_rows(to.group, page); q++, b += step) {
       Vec lanes[VECS];
       for (int v = 0; v < VECS; v++)
@@ -190,15 +149,19 @@ PK_INLINE void expand_tile(const Addend& to, const float* z, int64_t i, int64_t 
     }
   }
   if (rank > RUN)
+#pragma GCC unroll 6
     for (int a = 0; a < R; a++)
       for (int v = 0; v < VECS; v++) sums[a][v] += before[a][v];
+#pragma GCC unroll 6
   for (int a = 0; a < R; a++) {
+    alignas(64) float values[LANES];
     if (WHOLE && to.in_place) {
-      float* y = reinterpret_cast<float*>(to.t.y.at(to.row(i + a), to.t.column + col));
-      for (int v = 0; v < VECS; v++) store(y + v * V, load(y + v * V) + sums[a][v]);
+      with_type(to.t.y.dtype, to.t.y.at(to.row(i + a), to.t.column + col), [&](auto* y) {
+        for (int v = 0; v < VECS; v++) store(values + v * V, load(y + v * V) + sums[a][v]);
+        narrow_row(values, y, LANES);
+      });
       continue;
     }
-    alignas(64) float values[LANES];
     for (int v = 0; v < VECS; v++) store(values + v * V, sums[a][v]);
     to.add(i + a, col, cols, values);
   }
@@ -241,12 +204,25 @@ void expand_row(const Addend& to, const float* z, int64_t i, int64_t col, int64_
   to.add(i, col, cols, sums);
 }
 
-// rows[begin, end) of a group, at most UNIT_ROWS, for columns [col, col_end) of the pages.
+// LANES columns of y, or fewer.
+template <class Columns>
+inline void expand_columns(const Addend& to, const Columns& columns, const float* z, int64_t count,
+                           int64_t col, int64_t cols) {
+  for_tiles<TILE_ROWS>(count, [&](int64_t i, auto R) {
+    if (cols == LANES)
+      expand_tile<R, true>(to, columns, z, i, col, cols);
+    else
+      expand_tile<R, false>(to, columns, z, i, col, cols);
+  });
+}
+
+// rows[begin, end) of a group, at most EXPAND_ROWS, for columns [col, col_end) of the pages.
 inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int64_t end,
-                        int64_t col, int64_t col_end, float* z) {
+                        int64_t col, int64_t col_end) {
   const int64_t count = end - begin, rank = group.rank;
+  const Scratch z(count * rank), panel(count > COPY_ROWS ? rank * LANES : 0);
   const bool masked = t.masked && group.dropout.threshold != 0;
-  const Addend to{t, group, begin, masked, t.y.dtype == DType::f32 && !masked};
+  const Addend to{t, group, begin, masked, !masked && t.y.col_stride == 1};
   const float factor = t.scaled ? group.scale : 1;
   for (int64_t i = 0; i < count; i++) {
     const float* s = t.s.data + t.work.rows[begin + i] * t.s.stride;
@@ -260,20 +236,19 @@ inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int6
     }
     for (int64_t j = col; j < col_end; j += LANES) {
       const int64_t cols = std::min<int64_t>(LANES, col_end - j);
-      for_tiles<TILE_ROWS>(count, [&](int64_t i, auto R) {
-        if (cols == LANES)
-          expand_tile<T, R, true>(to, z, i, j, cols);
-        else
-          expand_tile<T, R, false>(to, z, i, j, cols);
-      });
+      const PageColumns<T> columns{t.pages, group.slot, j};
+      if (count > COPY_ROWS)
+        expand_columns(to, copied(columns, group, cols, panel), z, count, j, cols);
+      else
+        expand_columns(to, columns, z, count, j, cols);
     }
   });
 }
 
-inline void expand(const Expand& t, const Parallel& parallel) {
-  for_units(t.work, parallel, [&](const Unit& unit, const Group& group, const int64_t*) {
-    const Scratch z(UNIT_ROWS * group.rank);
-    expand_rows(t, group, unit.begin, unit.end, unit.part_begin, unit.part_end, z);
+inline void expand(const Expand* banks, int64_t count, const Parallel& parallel) {
+  for_units(banks, count, parallel, [](const Expand& t, const Unit& unit) {
+    const Group& group = t.work.groups[unit.group];
+    expand_rows(t, group, unit.begin, unit.end, unit.part_begin, unit.part_end);
   });
 }
 
@@ -295,9 +270,8 @@ void transpose_rows(const T* from, int64_t n, int64_t r, float* to) {
 // rows[begin, end) of a group, for columns [col, col_end) of the pages.
 inline void expand_group(const Expand& t, const Group& group, int64_t begin, int64_t end,
                          int64_t col, int64_t col_end) {
-  const Scratch z(UNIT_ROWS * group.rank);
-  for (int64_t i = begin; i < end; i += UNIT_ROWS)
-    expand_rows(t, group, i, std::min(end, i + UNIT_ROWS), col, col_end, z);
+  for (int64_t i = begin; i < end; i += EXPAND_ROWS)
+    expand_rows(t, group, i, std::min(end, i + EXPAND_ROWS), col, col_end);
 }
 
 // The same of a B [n, r]: a strip of it is transposed at a time, so that no copy of B is held.
@@ -340,7 +314,9 @@ inline void expand_region(const Expand& t, int64_t row, int64_t row_end, int64_t
 // ---- dA = dS^T x, dB^T = scale S^T dy --------------------------------------------------------
 
 inline void outer(const Outer& t, const Parallel& parallel) {
-  for_units(t.work, parallel, [&](const Unit& unit, const Group& group, const int64_t* rows) {
+  for_units(&t, 1, parallel, [](const Outer& t, const Unit& unit) {
+    const Group& group = t.work.groups[unit.group];
+    const int64_t* rows = t.work.rows;
     const int64_t rank = group.rank, col = unit.part_begin, cols = unit.part_end - col;
     const bool masked = t.masked && group.dropout.threshold != 0;
     const Scratch x(OUTER_ROWS * cols), u(OUTER_ROWS * rank);

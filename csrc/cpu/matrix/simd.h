@@ -180,6 +180,28 @@ PK_INLINE void narrow_row(const float* from, Half* to, int64_t count) {
   }
   for (; i < count; i++) narrow(from[i], to + i);
 }
+
+// As words of 32 bits.
+PK_INLINE __m256i narrowed(__m256 f) {
+  const __m256i bits = _mm256_castps_si256(f), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256 is_nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(is_nan));
+}
+
+PK_INLINE void narrow_row(const float* from, BFloat16* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m256i low = narrowed(_mm256_loadu_ps(from + i));
+    const __m256i high = narrowed(_mm256_loadu_ps(from + i + 8));
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), both);
+  }
+  for (; i < count; i++) narrow(from[i], to + i);
+}
 #endif
 
 }  // namespace peft_kernels::PK_ISA
