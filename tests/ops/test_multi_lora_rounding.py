@@ -1,4 +1,4 @@
-"""multi_lora_add_ in bfloat16: rounded once, to the nearest and ties to even, by however many rows."""
+"""multi_lora_add_ in bfloat16: rounded once, to the nearest, ties to even, whatever the batch."""
 
 import pytest
 import torch

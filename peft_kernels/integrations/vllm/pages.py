@@ -137,11 +137,13 @@ def add_(
         )
     if scale != 1:
         slices = slices._replace(scales=[scales * scale for scales in slices.scales])
-    before, after = (_nothing(x, slices, columns) for columns in (column, rest))
-    a, b, tables, ranks, scales = (
-        [*first, *own, *last] for first, own, last in zip(before, slices[:5], after, strict=True)
-    )
-    whole = y.contiguous()
+    banks: Sequence[list[Tensor]] = slices[:5]
+    if column or rest:
+        before, after = (_nothing(x, slices, columns) for columns in (column, rest))
+        banks = [
+            [*first, *own, *last] for first, own, last in zip(before, banks, after, strict=True)
+        ]
+    whole, (a, b, tables, ranks, scales) = y.contiguous(), banks
     _run(whole, x, a, b, tables, ranks, scales, ids)
     if whole is not y:
         y.copy_(whole)
