@@ -14,6 +14,7 @@ from torch import nn
 from peft_kernels.calls.carried import unwrap, wrap
 from peft_kernels.calls.rows import Entries
 from peft_kernels.integrations.transformers import continuous
+from peft_kernels.modules.checks import check_size
 from peft_kernels.pool.store import Store
 from peft_kernels.pool.versions import Version
 
@@ -65,6 +66,8 @@ class ContinuousBatching:
         self._open = ExitStack()
 
     def __enter__(self) -> ContinuousBatching:
+        if self._manager is not None and self.is_running():
+            raise RuntimeError("the engine runs already; pool.continuous_batching makes another")
         with ExitStack() as opened:
             opened.enter_context(self._store.hold([]))  # the pool can't be detached meanwhile
             opened.callback(self._requests.clear)
@@ -101,10 +104,21 @@ class ContinuousBatching:
         Raises:
             ValueError: the pool has no adapter of this name, a request of this id isn't over, or
                 tokens or an id that the engine couldn't take.
-            TypeError: tokens that aren't integers, or an id that isn't a string.
-            RuntimeError: the engine has stopped.
+            TypeError: tokens or a ``max_new_tokens`` that aren't integers, or an id or a name that
+                isn't a string.
+            RuntimeError: the engine has stopped, or hasn't begun.
         """
-        _check_id(request_id)
+        if self._manager is None:
+            raise RuntimeError("the engine runs in a with block, which hasn't been entered")
+        _check_string("request_id", request_id)
+        _check_string("adapter", adapter)
+        if request_id is not None and CHILD in request_id:
+            raise ValueError(
+                f"request_id must not have {CHILD!r}, which marks further sequences; got "
+                f"{request_id!r}"
+            )
+        if (longest := options.get("max_new_tokens")) is not None:
+            check_size("max_new_tokens", longest)
         tokens = _tokens_of(self._model, input_ids)
         names = [] if adapter is None else [adapter]
         with self._store.hold(names) as (versions, keep):
@@ -244,15 +258,9 @@ class ContinuousBatching:
         return output
 
 
-def _check_id(request_id: Any) -> None:
-    if request_id is None:
-        return
-    if not isinstance(request_id, str):
-        raise TypeError(f"request_id must be a string or None; got {request_id!r}")
-    if CHILD in request_id:
-        raise ValueError(
-            f"request_id must not have {CHILD!r}, which marks further sequences; got {request_id!r}"
-        )
+def _check_string(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a string or None; got {value!r}")
 
 
 def _tokens_of(model: Any, input_ids: Any) -> list[int]:

@@ -176,11 +176,32 @@ def test_what_would_end_the_engine_is_refused_before_it_is_added():
                 engine.add_request(ids, "a")
         with pytest.raises(TypeError, match="request_id must be a string or None; got 5"):
             engine.add_request([3], "a", request_id=5)
+        with pytest.raises(TypeError, match=r"adapter must be a string or None; got \['a'\]"):
+            engine.add_request([3], ["a"])
+        with pytest.raises(TypeError, match="max_new_tokens must be an int; got '5'"):
+            engine.add_request([3], "a", max_new_tokens="5")
+        with pytest.raises(ValueError, match="max_new_tokens must be at least 1; got 0"):
+            engine.add_request([3], "a", max_new_tokens=0)
         with pytest.raises(ValueError, match="request_id must not have '__child#'"):
             engine.add_request([3], "a", request_id="x__child#0")
         name = engine.add_request(torch.tensor([3, 4, 5]), "a")
         assert results(engine, 1)[name] == alone(model, pool, "a", [3, 4, 5])
         assert not engine._requests
+
+
+@of_5
+def test_an_engine_runs_once_at_a_time_and_takes_requests_while_it_does():
+    model, pool = in_pool(make_llama, ATTENTION)
+    batching = pool.continuous_batching(greedy(), small())
+    with pytest.raises(RuntimeError, match="a with block, which hasn't been entered"):
+        batching.add_request([3], "a")
+    for _ in range(2):
+        with batching as engine:
+            with pytest.raises(RuntimeError, match="the engine runs already"):
+                batching.__enter__()
+            name = engine.add_request([3, 4, 5], "a")
+            assert results(engine, 1)[name] == alone(model, pool, "a", [3, 4, 5])
+    pool.detach()
 
 
 @of_5
