@@ -25,6 +25,15 @@ def each_alone(choices: dict[str, list], **base) -> list[dict]:
     return [first, *(first | {name: value} for name, of in choices.items() for value in of)]
 
 
+def check_as_first_calls(calls: list[dict], launched, forget) -> None:
+    """Each of calls in turn launches what it does as the first, and something if it has rows."""
+    later = [launched(call) for call in calls]
+    for call, found in zip(calls, later, strict=True):
+        forget()
+        assert found == launched(call)
+        assert found or not call["m"]
+
+
 @contextmanager
 def launches_on(chip: str, precision: str = "ieee") -> Iterator[list]:
     """Of each launch the kernel, the grid, the numbers given and the options; none runs."""

@@ -2,7 +2,7 @@
 
 import torch
 from hypothesis import example, given, settings
-from turns import each_alone, launches_on, turns
+from turns import check_as_first_calls, each_alone, launches_on, turns
 
 import peft_kernels
 from peft_kernels.ops.adapter_fusion import Absorbed, adapter_fusion
@@ -61,7 +61,4 @@ def launched(call):
 @given(turns(CHOICES))
 @example(each_alone(CHOICES, m=18, dtypes=(BF16, BF16), trains=True))
 def test_the_launches_are_those_of_a_first_call(calls):
-    later = [launched(call) for call in calls]
-    for call, found in zip(calls, later, strict=True):
-        layouts._layout.cache_clear()
-        assert found == launched(call)
+    check_as_first_calls(calls, launched, layouts._layout.cache_clear)
