@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from peft_kernels.modules.checks import check_kind
 from peft_kernels.nn._named import Named
+from peft_kernels.nn._row_groups import RowGroups
 from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm, _added, _call
 
 
 class Rows(Protocol):
     """What says which adapter each row of the running call has."""
 
-    def of_batch(self, batch: int, device: torch.device) -> Tensor | None:
-        """``[batch]`` integers, -1 for none; None where nothing is said."""
+    def groups_of(self, batch: int) -> RowGroups | None:
+        """The adapters' numbers by row, -1 for none; None where nothing is said."""
 
 
 class AdapterBank(Named):
@@ -85,26 +86,16 @@ class AdapterBank(Named):
             TypeError: ids that aren't integers.
         """
         terms = () if residual is None else residual if isinstance(residual, tuple) else (residual,)
-        numbers = self._checked(x, terms, ids)
-        rows: dict[int, list[int]] = {}
-        for row, number in enumerate(numbers):
-            rows.setdefault(number, []).append(row)
-        if len(rows) <= 1:
-            return self._one(numbers[0] if numbers else -1, x, terms, pre_norm, norm)
-        parts = []
-        for number, chosen in rows.items():
-            index = torch.tensor(chosen, device=x.device)
-            part = x.index_select(0, index)
-            # x as a residual too is one tensor to the op, not two.
-            of = tuple(part if term is x else term.index_select(0, index) for term in terms)
-            parts.append(self._one(number, part, of, pre_norm, norm))
-        order = [row for chosen in rows.values() for row in chosen]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(parts).index_select(0, torch.tensor(back, device=x.device))
+        groups = self._checked(x, terms, ids)
+
+        def run(number: int, x: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
+            return self._one(number, x, terms, pre_norm, norm)
+
+        return groups.apply(run, x, terms)
 
     def _checked(
         self, x: Tensor, terms: tuple[Tensor, ...], ids: Tensor | Sequence[int] | None
-    ) -> list[int]:
+    ) -> RowGroups:
         if x.dim() < 2 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be [B, ..., {self.hidden_size}]; got {list(x.shape)}")
         for term in terms:
@@ -112,20 +103,21 @@ class AdapterBank(Named):
                 raise ValueError(
                     f"residual must have the shape of x, {list(x.shape)}; got {list(term.shape)}"
                 )
-        if ids is None and self.rows is not None:
-            ids = self.rows.of_batch(x.shape[0], torch.device("cpu"))
-        if ids is None:
+        groups = None if ids is None else RowGroups(_integers(ids))
+        if groups is None and self.rows is not None:
+            groups = self.rows.groups_of(x.shape[0])
+        if groups is None:
             raise ValueError(
                 f"ids must say which of {', '.join(self.names)} each row has; none are given"
             )
-        numbers = _integers(ids)
-        if len(numbers) != x.shape[0]:
+        if len(groups.numbers) != x.shape[0]:
             raise ValueError(
-                f"ids must have one entry for each row of x {list(x.shape)}; got {len(numbers)}"
+                f"ids must have one entry for each row of x {list(x.shape)}; "
+                f"got {len(groups.numbers)}"
             )
-        if wrong := [number for number in numbers if not -1 <= number < len(self.adapters)]:
+        if wrong := [number for number in groups.rows if not -1 <= number < len(self.adapters)]:
             raise ValueError(f"ids must be in [-1, {len(self.adapters)}); got {wrong[0]}")
-        return numbers
+        return groups
 
     def _one(
         self,

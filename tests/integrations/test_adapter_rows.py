@@ -1,5 +1,6 @@
 """Banks of bottleneck adapters in transformers' models: a row's logits are its adapter's alone."""
 
+import asyncio
 import copy
 import threading
 
@@ -16,6 +17,7 @@ from peft_kernels.integrations.transformers import (
     route_adapters,
 )
 from peft_kernels.nn import AdapterBank, BottleneckAdapter
+from peft_kernels.nn._row_groups import RowGroups
 
 NAMES = ["b", None, "a"]
 KINDS = [
@@ -172,3 +174,80 @@ def test_what_is_wrong_is_named():
     with pytest.raises(ValueError, match=r"trained\['x'\] must have .* differs at layers"):
         bank_adapters(models["a"], {"x": {"layers": nn.Identity()}})
     assert list(adapters_of(models["a"])) == list(adapters_of(models["b"]))
+
+
+def test_a_route_s_rows_are_grouped_once_for_all_layers_and_calls(monkeypatch):
+    made = []
+    init = RowGroups.__init__
+
+    def counted(self, numbers):
+        made.append(list(numbers))
+        init(self, numbers)
+
+    monkeypatch.setattr(RowGroups, "__init__", counted)
+    model, _ = in_bank(make_bert, "houlsby")
+    with route_adapters(model, NAMES):
+        for _ in range(2):
+            output_of(model, tokens())
+        with route_adapters(model, ["a", "b", None]):
+            output_of(model, tokens())
+        output_of(model, tokens())
+    assert made == [[1, -1, 0], [0, 1, -1]]
+    model, _ = in_bank(make_llama, "pfeiffer")
+    made.clear()
+    with route_adapters(model, NAMES):
+        model.generate(tokens(), max_new_tokens=3, num_beams=2, pad_token_id=0)
+    assert made == [[1, 1, -1, -1, 0, 0]]
+
+
+def test_rows_that_were_grouped_in_inference_mode_train():
+    model, models = in_bank(make_llama, "pfeiffer")
+    ids = tokens()
+    with route_adapters(model, NAMES):
+        with torch.inference_mode():
+            model(ids)
+        model(ids)[0][0].sum().backward()
+    models["b"](ids[:1])[0][0].sum().backward()
+    ours, alone = (
+        [p.grad for p in adapter.parameters()]
+        for adapter in (
+            next(m for m in model.modules() if isinstance(m, AdapterBank)).adapters[1],
+            next(iter(adapters_of(models["b"]).values())),
+        )
+    )
+    for found, expected in zip(ours, alone, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_asyncio_tasks_have_names_of_their_own():
+    model, models = in_bank(make_llama, "pfeiffer")
+    ids = tokens()
+
+    async def run(names):
+        found = []
+        with route_adapters(model, names):
+            for _ in range(3):
+                found.append(output_of(model, ids))
+                await asyncio.sleep(0)
+        return found
+
+    async def both():
+        return await asyncio.gather(run(NAMES), run(NAMES[::-1]))
+
+    for names, outputs in zip((NAMES, NAMES[::-1]), asyncio.run(both()), strict=True):
+        for output in outputs:
+            for row, name in enumerate(names):
+                expected = output_of(models[name], ids[[row]])
+                torch.testing.assert_close(output[[row]], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_code_serves_each_route():
+    model, _ = in_bank(make_llama, "pfeiffer")
+    ids, compiled = tokens(), torch.compile(model, backend="aot_eager")
+    for names in (NAMES, ["a", "a", "b"], NAMES):
+        with route_adapters(model, names):
+            for _ in range(2):
+                with torch.no_grad():
+                    found = compiled(ids)[0]
+                torch.testing.assert_close(found, output_of(model, ids), rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@ from test_nn_bottleneck import DTYPE, K, make, make_norm
 from torch import nn
 
 from peft_kernels.nn import AdapterBank
+from peft_kernels.nn._row_groups import RowGroups
 
 IDS = [1, -1, 0, 1, 2]
 
@@ -119,3 +120,9 @@ def test_a_state_dict_goes_into_a_bank_of_the_same_names():
         RuntimeError, match=r"bank with \{'names': \['b', 'a'\]\}; it has .*'a', 'b'"
     ):
         other.load_state_dict(state)
+
+
+def test_a_capture_of_several_adapters_rows_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
+        RowGroups([0, 1])._indices(torch.device("cuda"))

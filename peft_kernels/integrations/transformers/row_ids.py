@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_kernels.calls.carried import Carried, unwrap, wrap
 from peft_kernels.calls.rows import Batch
+from peft_kernels.nn._row_groups import RowGroups
 
 
 class _Ids(NamedTuple):
@@ -19,6 +20,7 @@ class _Ids(NamedTuple):
     of: str  # "block", "generate" or "call"
     ids: Tensor | None
     repeats: bool  # whether a row may be followed by its copies, as in generate's beams
+    groups: dict[int, RowGroups]  # by the number of rows that they were asked for
 
 
 class RowIds:
@@ -80,9 +82,26 @@ class RowIds:
             )
         return ids
 
+    def groups_of(self, batch: int) -> RowGroups | None:
+        """The rows by their ids, for a batch of so many; None where none are given.
+
+        They are made once for what gives the ids, whatever asks.
+        """
+        found = self._carried.get()
+        if found is None or found.ids is None:
+            return None
+        groups = found.groups.get(batch)
+        if groups is None:
+            ids = self.of_batch(batch, torch.device("cpu"))
+            assert ids is not None
+            groups = RowGroups(ids.tolist())
+            if not torch.compiler.is_compiling():
+                found.groups[batch] = groups
+        return groups
+
     def within(self, ids: Any) -> AbstractContextManager[None]:
         """Sets the rows' ids within the block."""
-        return self._carried.within(_Ids("block", self.checked(ids), False))
+        return self._carried.within(_Ids("block", self.checked(ids), False, {}))
 
     def generating(self, ids: Any, rows: int | None) -> AbstractContextManager[None]:
         """Within it a row's copies (beams, several sequences) have its id.
@@ -96,7 +115,7 @@ class RowIds:
             raise ValueError(
                 f"{self.argument} must have one id for each of {rows} rows; got {found.shape[0]}"
             )
-        return self._carried.within(_Ids("generate", found, True))
+        return self._carried.within(_Ids("generate", found, True, {}))
 
     def begin_call(self, ids: Any) -> None:
         """Sets the ids of a forward, which end with it: see ``keep_apart``.
@@ -104,7 +123,7 @@ class RowIds:
         Args:
             ids: the forward's own; None: as set before.
         """
-        own = _Ids("call", self.checked(ids), False)
+        own = _Ids("call", self.checked(ids), False, {})
         outside = self._outside()
         self._carried.push(own if ids is not None else outside._replace(of="call"))
 
@@ -119,7 +138,7 @@ class RowIds:
                 return found
             else:
                 is_inside = True
-        return _Ids("block", None, False)
+        return _Ids("block", None, False, {})
 
 
 def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

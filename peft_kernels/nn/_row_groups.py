@@ -1,0 +1,66 @@
+"""Rows of a batch that have one number, as of one adapter, gathered and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Indices(NamedTuple):
+    rows: list[Tensor]  # of each group, in the order of numbers
+    back: Tensor  # of each row: its place in all groups on end
+
+
+class RowGroups:
+    """Which rows have which number: made once for the ids of a route, for all layers and devices.
+
+    Args:
+        numbers: of the rows.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = tuple(numbers)
+        self.rows: dict[int, list[int]] = {}
+        for row, number in enumerate(self.numbers):
+            self.rows.setdefault(number, []).append(row)
+        self._on: dict[torch.device, _Indices] = {}
+
+    def apply(
+        self, run: Callable[..., Tensor], x: Tensor, terms: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """``run(number, x, terms)`` of each number's rows; where there are several, of copies.
+
+        Args:
+            x, terms: rows first. A term that is x itself is it in each group too.
+        """
+        if len(self.rows) <= 1:
+            return run(next(iter(self.rows), -1), x, terms)
+        indices, parts = self._indices(x.device), []
+        for number, rows in zip(self.rows, indices.rows, strict=True):
+            part = x.index_select(0, rows)
+            of = tuple(part if term is x else term.index_select(0, rows) for term in terms)
+            parts.append(run(number, part, of))
+        return torch.cat(parts).index_select(0, indices.back)
+
+    def _indices(self, device: torch.device) -> _Indices:
+        if torch.compiler.is_compiling():
+            return self._made(device)  # compiled code may write over it at its next call
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "rows of several adapters can't be captured in a CUDA graph, which would go on "
+                "with the rows of now: capture a batch whose rows all have one adapter"
+            )
+        found = self._on.get(device)
+        if found is None:
+            found = self._on[device] = self._made(device)
+        return found
+
+    @torch.inference_mode(False)
+    def _made(self, device: torch.device) -> _Indices:
+        order = [row for rows in self.rows.values() for row in rows]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        rows = [torch.tensor(chosen, device=device) for chosen in self.rows.values()]
+        return _Indices(rows, torch.tensor(back, device=device))
