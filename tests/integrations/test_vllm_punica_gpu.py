@@ -1,4 +1,4 @@
-"""The wrapper of GPUs on a CPU, its kernels interpreted: products, and steps replayed as captured.
+"""The wrapper of GPUs on a CPU, its kernels interpreted: steps replayed as captured.
 
 A captured graph is what was launched, on the tensors it was launched on: launches are recorded and
 run again after another step was written.
@@ -6,22 +6,18 @@ run again after another step was written.
 
 import pytest
 import torch
-from errors import assert_as_good_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("vllm")
 
-from vllm_layers import embedding, expected, fill, linear, logits, random_adapter, step, wrapper
+from vllm_layers import DTYPES, K, check, fill, filled, linear, random_adapter, step, wrapper
 
 import peft_kernels
-from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.punica_gpu import PunicaWrapperPEFTKernelsGPU
 from peft_kernels.triton.common import launch
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [8, 16, 3]
 IDS = [0, -1, 2, 1, 1, -1, 2, 0, 0, 2, 1, 0, -1, 0, 2, 1, 1, 0]
-K = 40
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,21 +28,9 @@ def interpreted():
         yield
 
 
-def filled(layer, widths, dtype, ranks=RANKS, k=K):
-    adapters = [random_adapter(r, k, widths, dtype) for r in ranks]
-    made = wrapper(layer, kind=PunicaWrapperPEFTKernelsGPU)
-    fill(layer, adapters)
-    return made, adapters
-
-
-def check(y, before, x, adapters, ids, name):
-    rest = before, x, adapters, ids
-    assert_as_good_as(y, expected(*rest, y.dtype), expected(*rest, torch.float64), name)
-
-
 def made_linear(widths=(24, 8), dtype=torch.float32, ranks=RANKS, most=16):
     layer = linear(len(ranks), most, K, widths, dtype)
-    return layer, *filled(layer, widths, dtype, ranks)
+    return layer, *filled(layer, widths, dtype, ranks, kind=PunicaWrapperPEFTKernelsGPU)
 
 
 def add(made, layer, y, x, **options):
@@ -54,7 +38,7 @@ def add(made, layer, y, x, **options):
     made.add_lora_linear(y, x, *stacks, options.pop("scale", 1.0), layer.output_slices, **options)
 
 
-# ---- products ----------------------------------------------------------------------------------
+# ---- linear layers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,104 +53,6 @@ def test_linear_layers_and_packed_ones(rows, dtype):
     check(y, before, x, adapters, ids, "y")
     without = torch.tensor(ids) < 0
     assert torch.equal(y[without], before[without])
-
-
-def test_a_scale_and_a_y_that_is_written_anew():
-    layer, made, adapters = made_linear()
-    step(made, IDS, [0])
-    x, y = torch.randn(len(IDS), K), torch.randn(len(IDS), 32)
-    add(made, layer, y, x, scale=0.25, add_inputs=False)
-    check(4 * y, torch.zeros_like(y), x, adapters, IDS, "y")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("y_dtype", [None, torch.float32], ids=str)
-@pytest.mark.parametrize("rows", [7, 18])
-def test_logits_as_wide_as_a_padded_vocabulary(rows, y_dtype, dtype):
-    layer = logits(len(RANKS), 16, K, 50, dtype)
-    made, adapters = filled(layer, (50,), dtype)
-    ids = IDS[:rows]
-    step(made, [2, -1, 0], ids)
-    x = torch.randn(rows, K).to(dtype)
-    y = torch.randn(rows, 57).to(y_dtype or dtype)
-    before = y.clone()
-    made.add_lora_logits(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0)
-    check(y, before, x, adapters, ids, "logits")
-    assert torch.equal(y[:, 50:], before[:, 50:])
-
-
-def test_other_rows_than_the_steps_have_logits_if_no_adapter_of_it_changes_them():
-    layer = logits(2, 8, K, 50, torch.float32)
-    made, _ = filled(layer, (50,), torch.float32, ranks=[8])
-    stacks = layer.lora_a_stacked, layer.lora_b_stacked
-    step(made, [1, 1, -1], [1, -1])
-    y = torch.randn(5, 50)
-    before = y.clone()
-    made.add_lora_logits(y, torch.randn(5, K), *stacks, 1.0)
-    assert torch.equal(y, before)
-    step(made, [1, 1, 0], [1, 0])
-    with pytest.raises(ValueError, match="2 rows of logits; it has 1"):
-        made.add_lora_logits(y[:1], torch.randn(1, K), *stacks, 1.0)
-
-
-def test_logits_of_prompts_are_slices_of_a_steps_hidden_states():
-    """As vLLM's runner asks for them."""
-    layer = logits(len(RANKS), 16, K, 50, torch.float32)
-    made, adapters = filled(layer, (50,), torch.float32)
-    step(made, IDS, [0])
-    states, y = torch.randn(len(IDS), K), torch.zeros(5, 50)
-    stacks = layer.lora_a_stacked, layer.lora_b_stacked
-
-    def ask(runner, hidden_states):
-        made.add_lora_logits(y, hidden_states[3:8], *stacks, 1.0)
-        with pytest.raises(ValueError, match="slice of the step's hidden states"):
-            made.add_lora_logits(y, hidden_states[3:8].clone(), *stacks, 1.0)
-
-    prompt_rows._watched(ask, 1)(None, states)
-    check(y, torch.zeros_like(y), states[3:8], adapters, IDS[3:8], "logits")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_embeddings(dtype):
-    layer = embedding(len(RANKS), 16, 30, 56, dtype)
-    made, adapters = filled(layer, (56,), dtype, k=30)
-    step(made, IDS, [0])
-    tokens = torch.randint(30, (len(IDS),))
-    rows = tokens + made._embeddings_indices[: len(IDS)] // 100 * 30
-    y = torch.randn(len(IDS), 56).to(dtype)
-    before = y.clone()
-    made.add_lora_embedding(y, layer.lora_a_stacked_2d[rows], layer.lora_b_stacked)
-    x = torch.nn.functional.one_hot(tokens, 30).to(dtype)
-    check(y, before, x, adapters, IDS, "embeddings")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shrink_and_expand_by_themselves_make_the_whole(dtype):
-    """As where adapters are shared out: A has fewer rank rows here than B."""
-    widths = 24, 8
-    layer = linear(len(RANKS), 16, K, widths, dtype)
-    layer.lora_a_stacked = tuple(a[:, :, :8].contiguous() for a in layer.lora_a_stacked)
-    adapters = [random_adapter(r, K, widths, dtype) for r in (8, 5, 3)]
-    made = wrapper(layer, kind=PunicaWrapperPEFTKernelsGPU)
-    fill(layer, adapters)
-    step(made, IDS, [0])
-    x, y = torch.randn(len(IDS), K).to(dtype), torch.randn(len(IDS), 40).to(dtype)
-    before = y.clone()
-    s = torch.zeros(2, len(IDS), 8)
-    made.add_shrink(s, x, layer.lora_a_stacked, 1.0)
-    s = torch.cat([s, torch.zeros_like(s)], 2)
-    made.add_expand(y, s, layer.lora_b_stacked, widths, offset_start=5, add_inputs=True)
-    own = slice(5, 37)
-    check(y[:, own], before[:, own], x, adapters, IDS, "y")
-    assert torch.equal(y[:, :5], before[:, :5]) and torch.equal(y[:, 37:], before[:, 37:])
-
-
-def test_adapters_of_no_layer_that_is_known_are_refused():
-    made = wrapper(kind=PunicaWrapperPEFTKernelsGPU)
-    step(made, [0], [0])
-    a, b = torch.zeros(1, 1, 8, K), torch.zeros(1, 1, 56, 8)
-    with pytest.raises(RuntimeError, match="PEFT_KERNELS_VLLM=0"):
-        made.add_lora_linear(torch.zeros(1, 56), torch.zeros(1, K), (a,), (b,), 1.0, (56,))
 
 
 # ---- steps -------------------------------------------------------------------------------------

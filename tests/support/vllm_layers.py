@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
+from errors import assert_as_good_as
 from torch import Tensor, nn
 from vllm.lora.layers import (
     LogitsProcessorWithLoRA,
@@ -15,10 +16,13 @@ from vllm.lora.layers import (
     VocabParallelEmbeddingWithLoRA,
 )
 
-from peft_kernels.integrations.vllm.layers import PunicaWrapperOfLayers
 from peft_kernels.integrations.vllm.punica import PunicaWrapperPEFTKernels
+from peft_kernels.integrations.vllm.wrapper import PunicaWrapperOfLayers
 
-ROWS = 64
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = 64  # the most of a step
+RANKS = [8, 64, 16, 3]
+K = 40
 
 
 def linear(slots: int, rank: int, k: int, widths: Sequence[int], dtype: torch.dtype) -> nn.Module:
@@ -99,3 +103,26 @@ def expected(
             y[i, column : column + len(b)] += b.to(dtype) @ (a.to(dtype) @ x[i])
             column += len(b)
     return y
+
+
+def filled(
+    layer: nn.Module,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    ranks: Sequence[int] = RANKS,
+    k: int = K,
+    kind: type[PunicaWrapperOfLayers] = PunicaWrapperPEFTKernels,
+) -> tuple[PunicaWrapperOfLayers, list[Adapter]]:
+    """A wrapper that the layer was given, and the adapters in the layer's slots."""
+    adapters = [random_adapter(r, k, widths, dtype) for r in ranks]
+    made = wrapper(layer, kind=kind)
+    fill(layer, adapters)
+    return made, adapters
+
+
+def check(
+    y: Tensor, before: Tensor, x: Tensor, adapters: Sequence[Adapter], ids: Sequence[int], name: str
+) -> None:
+    """That y, which was ``before``, is as near float64's as torch's own products are."""
+    rest = before, x, adapters, ids
+    assert_as_good_as(y, expected(*rest, y.dtype), expected(*rest, torch.float64), name)

@@ -1,4 +1,4 @@
-"""What vLLM's LoRA layers and our wrappers have to do with each other, whatever the device."""
+"""vLLM's LoRA layers over pages, and told to the wrapper that they are given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
@@ -19,6 +18,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from peft_kernels.integrations.vllm import pages as paged
 from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.pages import Pages
+from peft_kernels.integrations.vllm.wrapper import PunicaWrapperOfLayers
 
 _WITH_A = BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA
 
@@ -40,26 +40,6 @@ class Pair(NamedTuple):
         They aren't where an adapter's A is shared out, and has fewer rank rows here than B.
         """
         return self.a is not None and self.a.rank == self.b.rank
-
-
-class PunicaWrapperOfLayers(PunicaWrapperBase):
-    """One that is told of each layer which is given it, by way of ``set_mapping``."""
-
-    def adopt(self, layer: BaseLayerWithLoRA) -> None:
-        raise NotImplementedError
-
-    def apply_lora_full_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        weight_stacked: Tensor,
-        bias_stacked: Tensor,
-        module_enabled: Tensor,
-    ) -> None:
-        # A few requests by a few labels: gathering the weights costs nothing that matters.
-        weights = weight_stacked[self.sampler_indices.clamp_min(0), 0].float()
-        own = torch.bmm(weights, x.float().unsqueeze(2)).squeeze(2)
-        y.copy_(self._select_full_linear_output(y, own, bias_stacked, module_enabled))
 
 
 def pairs_of(layer: BaseLayerWithLoRA) -> list[Pair]:
@@ -95,18 +75,6 @@ def _put_on_pages(layer: BaseLayerWithLoRA) -> list[Pair]:
 
 def _as_tuple(stacked: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (stacked,) if isinstance(stacked, Tensor) else tuple(stacked)
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
-
-
-def not_ours(stacked: Tensor) -> RuntimeError:
-    return RuntimeError(
-        "peft_kernels serves vLLM's linear layers, embeddings and logits, and was called "
-        f"with adapters of shape {tuple(stacked.shape)} of another layer; start vLLM with "
-        "PEFT_KERNELS_VLLM=0 to serve this model on vLLM's own code"
-    )
 
 
 def _like(single: bool, stacked: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -10,15 +10,10 @@ from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 
 from peft_kernels.integrations.vllm import pages as paged
-from peft_kernels.integrations.vllm.layers import (
-    PunicaWrapperOfLayers,
-    not_ours,
-    pairs_of,
-    rows_of,
-)
+from peft_kernels.integrations.vllm.layers import pairs_of
 from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
-from peft_kernels.integrations.vllm.prompt_rows import tokens_of
+from peft_kernels.integrations.vllm.wrapper import PunicaWrapperOfLayers, not_ours, rows_of
 
 
 class RowIds:
@@ -28,18 +23,18 @@ class RowIds:
         self.ids = torch.full((most,), -1, dtype=torch.int32)
         self.count, self.what = 0, what
         self.own = self.ids[:0]
-        self.slots = self.ids[:0].long()  # those that rows have
+        self.present: list[int] = []
 
     def assign(self, given: Tensor) -> None:
         self.count = len(given)
         self.own = self.ids[: self.count]
         self.own.copy_(given)
         self.ids[self.count :] = -1
-        self.slots = given[given >= 0].unique()
+        self.present = given[given >= 0].unique().tolist()
 
     @property
     def any(self) -> bool:
-        return len(self.slots) > 0
+        return bool(self.present)
 
     def of(self, x: Tensor) -> Tensor:
         """Those of x's rows: rows beyond the step's own have none."""
@@ -53,6 +48,9 @@ class RowIds:
             )
         return self.ids[: len(x)]
 
+    def part(self, rows: slice) -> Tensor:
+        return self.ids[rows]
+
 
 class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
     """What vLLM's ``PunicaWrapperBase`` asks for, in ``multi_lora_linear``'s kernels.
@@ -63,6 +61,9 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
     is added to a row doesn't depend on others.
     """
 
+    _tokens: RowIds
+    _prompts: RowIds
+
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self._tokens = RowIds(max_num_batched_tokens, "tokens")
@@ -70,7 +71,6 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
         self._pages: dict[int, Pages] = {}  # by the id() of the stacked tensor, which they hold
         self._slices: dict[int, Slices] = {}  # by that of the first B: with A
         self._expands: dict[int, Slices] = {}  # by that of B: without
-        self._units: dict[tuple[int, int], Tensor] = {}
         init_logger(LOGGER).info_once("peft_kernels serves LoRA requests on its CPU kernels.")
 
     # ---- layers ------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
             a = [pages.rows for pages, _ in pairs if pages]
             self._slices[id(b[0].stacked)] = paged.slices_of(a, b)
 
-    def _of(self, stacked: Tensor) -> Pages:
+    def _pages_of(self, stacked: Tensor) -> Pages:
         return _known(self._pages, stacked)
 
     def _slices_of(self, stacked: Tensor) -> Slices:
@@ -92,11 +92,8 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
 
     def _expand_of(self, stacked: Tensor) -> Slices:
         if id(stacked) not in self._expands:
-            b = self._of(stacked)
-            key = b.slots, b.rank
-            if key not in self._units:
-                self._units[key] = paged.units(b)
-            self._expands[id(stacked)] = paged.slices_of([self._units[key]], [b])
+            b = self._pages_of(stacked)
+            self._expands[id(stacked)] = paged.slices_of([self._units_of(b)], [b])
         return self._expands[id(stacked)]
 
     # ---- steps -------------------------------------------------------------------------------
@@ -135,24 +132,6 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
             slices = self._slices_of(lora_b_stacked[0])
             paged.add_(y, x, slices, self._tokens.of(x), scale=scale)
 
-    def add_lora_logits(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Tensor,
-        lora_b_stacked: Tensor,
-        scale: float,
-        *,
-        buffer: Tensor | None = None,
-        **kwargs: Any,
-    ) -> None:
-        own = tokens_of(x)
-        step = self._prompts if own is None else self._tokens
-        if step.any and self._of(lora_b_stacked).ranks[step.slots].any():
-            y, x = rows_of(y), rows_of(x)
-            ids = step.of(x) if own is None else step.ids[own]
-            paged.add_(y, x, self._slices_of(lora_b_stacked), ids, scale=scale)
-
     def add_shrink(
         self,
         y: tuple[Tensor, ...] | Tensor,
@@ -165,41 +144,15 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
             return
         x = rows_of(x)
         for part, stacked in zip(y, lora_a_stacked, strict=True):
-            s = paged.shrunk(x, self._of(stacked), self._tokens.of(x))
+            s = paged.shrunk(x, self._pages_of(stacked), self._tokens.of(x))
             part.add_(s.view_as(part), alpha=scale)
 
-    def add_expand(
-        self,
-        y: Tensor,
-        x: tuple[Tensor, ...] | Tensor,
-        lora_b_stacked: tuple[Tensor, ...],
-        output_slices: tuple[int, ...],
-        offset_start: int = 0,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        y, column = rows_of(y), offset_start
-        for s, stacked, width in zip(x, lora_b_stacked, output_slices, strict=True):
-            self._expand(y, s, stacked, column, width, add_inputs)
-            column += width
+    def _add_whole(self, y: Tensor, x: Tensor, b: Tensor, rows: Tensor, scale: float) -> None:
+        paged.add_(y, x, self._slices_of(b), rows, scale=scale)
 
-    def add_lora_embedding(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_b_stacked: Tensor,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        y = rows_of(y)
-        self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
-
-    def _expand(self, y, s, stacked, column: int, width: int, add_inputs: bool) -> None:
-        if not add_inputs:
-            y[:, column : column + width] = 0
+    def _add_expanded(self, y: Tensor, s: Tensor, b: Tensor, column: int) -> None:
         if self._tokens.any:
-            s = rows_of(s)
-            paged.add_(y, s, self._expand_of(stacked), self._tokens.of(s), column=column)
+            paged.add_(y, s, self._expand_of(b), self._tokens.of(s), column=column)
 
 
 Found = TypeVar("Found")

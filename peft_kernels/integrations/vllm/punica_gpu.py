@@ -9,17 +9,12 @@ from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 
 from peft_kernels.integrations.vllm import pages as paged
-from peft_kernels.integrations.vllm.layers import (
-    PunicaWrapperOfLayers,
-    not_ours,
-    pairs_of,
-    rows_of,
-)
+from peft_kernels.integrations.vllm.layers import pairs_of
 from peft_kernels.integrations.vllm.pages import Pages, Slices
 from peft_kernels.integrations.vllm.plugin import LOGGER
-from peft_kernels.integrations.vllm.prompt_rows import tokens_of
 from peft_kernels.integrations.vllm.routes import Routes
 from peft_kernels.integrations.vllm.traced import lora_add, lora_shrink
+from peft_kernels.integrations.vllm.wrapper import PunicaWrapperOfLayers, not_ours, rows_of
 
 
 class Held(NamedTuple):
@@ -47,13 +42,15 @@ class PunicaWrapperPEFTKernelsGPU(PunicaWrapperOfLayers):
     nothing where a step, or the one that was captured, has no adapter. Experts' LoRA is vLLM's own.
     """
 
+    _tokens: Routes
+    _prompts: Routes
+
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         slots = kwargs["lora_config"].max_loras
         self._own = max_num_batched_tokens, max_batches, device, kwargs
         self._tokens = Routes(max_num_batched_tokens, slots, device)
         self._prompts = Routes(max_num_batched_tokens, slots, device)
-        self._units: dict[tuple[int, int], Tensor] = {}
         self._experts: Any = None
         init_logger(LOGGER).info_once("peft_kernels serves LoRA requests on its Triton kernels.")
 
@@ -71,17 +68,11 @@ class PunicaWrapperPEFTKernelsGPU(PunicaWrapperOfLayers):
         for i, b in enumerate(all_b):
             whole = expand = None
             if not is_whole:
-                expand = paged.slices_of([self._units_of(b)], [b])
+                b.units[:] = [self._units_of(b)]
+                expand = paged.slices_of(b.units, [b])
             elif i == 0:
                 whole = paged.slices_of([a.rows for a in all_a], all_b)
             _attach(Held(b, expand=expand, whole=whole))
-
-    def _units_of(self, b: Pages) -> Tensor:
-        key = b.slots, b.rank
-        if key not in self._units:
-            self._units[key] = paged.units(b)
-        b.units[:] = [self._units[key]]
-        return self._units[key]
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -118,32 +109,7 @@ class PunicaWrapperPEFTKernelsGPU(PunicaWrapperOfLayers):
     ) -> None:
         if not add_inputs:
             y.zero_()
-        held = _held(lora_b_stacked[0])
-        _add(rows_of(y), rows_of(x), held.whole, self._tokens, scale=scale)
-
-    def add_lora_logits(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Tensor,
-        lora_b_stacked: Tensor,
-        scale: float,
-        *,
-        buffer: Tensor | None = None,
-        **kwargs: Any,
-    ) -> None:
-        own, held = tokens_of(x), _held(lora_b_stacked)
-        routes = self._prompts if own is None else self._tokens
-        if any(held.pages.known[slot] for slot in routes.present):
-            y, x = rows_of(y), rows_of(x)
-            if own is not None:
-                routes = routes.part(own)
-            elif len(x) < routes.rows:
-                raise ValueError(
-                    f"x must have a row for each of the step's {routes.rows} rows of logits; it "
-                    f"has {len(x)}, so that they can't be told which LoRA is theirs"
-                )
-            _add(y, x, held.whole, routes, scale=scale)
+        self._add_whole(rows_of(y), rows_of(x), lora_b_stacked[0], self._tokens, scale)
 
     def add_shrink(
         self,
@@ -160,36 +126,14 @@ class PunicaWrapperPEFTKernelsGPU(PunicaWrapperOfLayers):
             routes.ids, routes.order, routes.starts, routes.count, scale,
         )  # fmt: skip
 
-    def add_expand(
-        self,
-        y: Tensor,
-        x: tuple[Tensor, ...] | Tensor,
-        lora_b_stacked: tuple[Tensor, ...],
-        output_slices: tuple[int, ...],
-        offset_start: int = 0,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        y, column = rows_of(y), offset_start
-        for i, stacked in enumerate(lora_b_stacked):
-            self._expand(y, x[i], stacked, column, output_slices[i], add_inputs)
-            column += output_slices[i]
+    def _pages_of(self, stacked: Tensor) -> Pages:
+        return _held(stacked).pages
 
-    def add_lora_embedding(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_b_stacked: Tensor,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        y = rows_of(y)
-        self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
+    def _add_whole(self, y: Tensor, x: Tensor, b: Tensor, rows: Routes, scale: float) -> None:
+        _add(y, x, _held(b).whole, rows, scale=scale)
 
-    def _expand(self, y, s, stacked, column: int, width: int, add_inputs: bool) -> None:
-        if not add_inputs:
-            y[:, column : column + width] = 0
-        _add(y, rows_of(s), _held(stacked).expand, self._tokens, column=column)
+    def _add_expanded(self, y: Tensor, s: Tensor, b: Tensor, column: int) -> None:
+        _add(y, s, _held(b).expand, self._tokens, column=column)
 
     # ---- experts -----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from copy import copy
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from peft_kernels.ops.multi_lora_linear import sort_by_adapter
@@ -47,6 +48,15 @@ class Routes:
         self.present = slots[slots >= 0].tolist()
         self.rows = len(inverse)
         self.count.fill_(int(starts[self.slots]))
+
+    def of(self, x: Tensor) -> Routes:
+        """Those of x's rows, which are the step's and perhaps some beyond."""
+        if len(x) < self.rows:
+            raise ValueError(
+                f"x must have a row for each of the step's {self.rows} rows of logits; it has "
+                f"{len(x)}, so that they can't be told which LoRA is theirs"
+            )
+        return self
 
     def part(self, rows: slice) -> Routes:
         """Those of some of the step's rows, in buffers of their own."""
