@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -225,11 +226,18 @@ def callables() -> dict[str, object]:
     for name in documented():
         thing = resolved(name)
         found[name] = thing
-        for key, method in vars(thing).items() if inspect.isclass(thing) else ():
+        for key, method in own_members(thing) if inspect.isclass(thing) else ():
             method = inspect.unwrap(getattr(method, "__func__", method))
             if inspect.isfunction(method) and not key.startswith("_") and method.__doc__:
                 found[f"{name}.{key}"] = method
     return found
+
+
+def own_members(kind: type) -> Iterator[tuple[str, object]]:
+    """Of the class and of those of ours that it inherits from, the nearest last."""
+    for owner in reversed(kind.__mro__):
+        if owner.__module__.startswith("peft_kernels"):
+            yield from vars(owner).items()
 
 
 CALLABLES = callables()
