@@ -17,18 +17,10 @@ from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.replaced import Origin, check_stored, take_over
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
-from peft_kernels.nn._gathered import (
-    HandsOn,
-    beside_rows,
-    in_call,
-    share_parameters,
-)
+from peft_kernels.nn._gathered import HandsOn, beside_rows, in_call, share_parameters
 from peft_kernels.nn._lora_values import warn_of_base_weights
 from peft_kernels.nn._mergeable import Mergeable
-from peft_kernels.nn._sharded import (
-    draw_whole,
-    lay_beside,
-)
+from peft_kernels.nn._sharded import draw_whole, lay_beside
 from peft_kernels.nn.lora_settings import (
     adapter_dtype_for,
     alpha_of,
