@@ -75,6 +75,14 @@ def define(
         OPS.append(op.removesuffix("_fwd"))
 
 
+def launcher_of(target: str) -> Callable:
+    """A Triton launcher that is no op's, by its name as in :func:`define`.
+
+    Its first argument is a tensor where it runs; it does nothing that autocast would change.
+    """
+    return _on_a_gpu_or_interpreted(_imported_at_first_call(target))
+
+
 def _imported_at_first_call(target: str) -> Callable:
     module, function = target.split(":")
 

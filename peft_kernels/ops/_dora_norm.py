@@ -17,39 +17,11 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
-from peft_kernels.ops._dtypes import acc_dtype, scale_of
+from peft_kernels.ops._dtypes import acc_dtype
 from peft_kernels.ops._transforms import is_recorded, wants_composition
 
-# kept_a [r, k], kept_b [n, r] and diagonal [min(n, k)] are what the norms [n] are of, in float32.
-SCHEMA = (
-    "(Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? scale_t,"
-    " Tensor(a!) norm, Tensor(b!) kept_a, Tensor(c!) kept_b, Tensor(d!) diagonal) -> ()"
-)
-
-
-def dora_norm_kept_ref(
-    weight, lora_a, lora_b, scale, scale_t, norm, kept_a, kept_b, diagonal
-) -> None:  # fmt: skip
-    b = lora_b.float() * scale_of(scale, scale_t, weight)
-    now, kept = (lora_a.float(), b, weight.diagonal().float()), (kept_a, kept_b, diagonal)
-    if all(map(torch.equal, now, kept)):
-        return
-    torch.linalg.vector_norm(weight.float() + b @ now[0], dim=1, out=norm)
-    for one, other in zip(kept, now, strict=True):
-        one.copy_(other)
-
-
-def _fake(weight, lora_a, lora_b, scale, scale_t, norm, kept_a, kept_b, diagonal) -> None:
-    pass
-
-
-_library.define(
-    "dora_norm_kept",
-    SCHEMA,
-    reference=dora_norm_kept_ref,
-    fake=_fake,
-    triton="peft_kernels.triton.dora_linear.norm_launch:dora_norm_kept",
-)
+# Called by itself: no graph records it, and an op costs a call more than all else of it.
+_update = _library.launcher_of("peft_kernels.triton.dora_linear.norm_launch:dora_norm_kept")
 
 
 class _State(NamedTuple):
@@ -75,10 +47,9 @@ class NormsOnDevice:
             if _is_captured(weight):  # memory of a graph's own would go with it
                 return None
             state = self._state = _state_of(source, weight, lora_a, lora_b, state)
-        number = (1.0, scale.detach()) if isinstance(scale, Tensor) else (float(scale), None)
-        update = _library.get_op("dora_norm_kept", _library.variant(weight.dtype))
+        factor = scale if isinstance(scale, Tensor) else float(scale)
         with torch._C._AutoDispatchBelowAutograd():  # as no_grad, in less time
-            update(weight, lora_a, lora_b, *number, state.norm, *state.kept)
+            _update(weight, lora_a, lora_b, factor, state.norm, *state.kept)
         return state.norm
 
 

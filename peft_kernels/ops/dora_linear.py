@@ -317,7 +317,7 @@ def _over_codes(
 
 def _gain(magnitude: Tensor, norm: Tensor, acc: torch.dtype) -> Tensor:
     """magnitude / norm, and 0 for a row without a length, which has no direction either."""
-    length = norm.detach()
+    length = norm.detach() if norm.requires_grad else norm
     length = torch.threshold(length if length.dtype is acc else length.to(acc), 0.0, torch.inf)
     return (magnitude if magnitude.dtype in _WIDENED else magnitude.to(acc)) / length
 

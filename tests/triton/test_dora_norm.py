@@ -15,7 +15,7 @@ import peft_kernels
 from peft_kernels.nn import LoRALinear
 from peft_kernels.nn.norms import Norms
 from peft_kernels.ops import _dora_norm, dora_norm
-from peft_kernels.ops._dora_norm import NormsOnDevice, dora_norm_kept_ref
+from peft_kernels.ops._dora_norm import NormsOnDevice
 from peft_kernels.triton.common import launch as launches
 from peft_kernels.triton.dora_linear import norm_kernels, norm_launch
 
@@ -154,18 +154,6 @@ def test_the_launches_are_those_of_a_first_call():
     for call, found in zip(calls, later, strict=True):
         norm_launch._launches.cache_clear()
         assert found == launched(*call) and len(found) == 3
-
-
-def test_the_reference_does_the_same():
-    weight, a, b = layer_of()
-    norm = torch.empty(37)
-    kept = [torch.full_like(t, torch.nan) for t in (a, b, weight.diagonal())]
-    for scale in (1.0, 1.0, 2.0):
-        dora_norm_kept_ref(weight, a, b, scale, None, norm, *kept)
-        torch.testing.assert_close(norm.double(), exact(weight, a, b, scale), rtol=2e-6, atol=0)
-    norm.zero_()
-    dora_norm_kept_ref(weight, a, b, 2.0, None, norm, *kept)
-    assert not norm.any()
 
 
 def test_nan_is_never_as_kept():

@@ -9,8 +9,8 @@ import torch
 from peft_kernels.tools.report.traffic import lora_linear as traffic
 from peft_kernels.triton.common import chips, launch
 from peft_kernels.triton.dora_linear import launch as dora_launchers
+from peft_kernels.triton.lora_linear import calls, persistent, tuning
 from peft_kernels.triton.lora_linear import launch as launchers
-from peft_kernels.triton.lora_linear import persistent, tuning
 from peft_kernels.triton.lora_linear import plans as lora_plans
 
 op = importlib.import_module("peft_kernels.ops.lora_linear")
@@ -83,7 +83,7 @@ def test_fewer_programs_than_tiles_take_one_after_the_other():
     inputs, results = inputs_of(300, 520, 72, 5), []
     x, w, b = inputs["x"], inputs["weight"].T, inputs["lora_b"]
     with patch.object(chips, "arch_name", lambda device: "sm_90"):
-        call = launchers.Call("fwd", x, 520, inputs["lora_a"], 0.0, None)
+        call = calls.call_of("fwd", x, 520, inputs["lora_a"], 0.0, None)
         s = launchers.shrink(call, x, inputs["lora_a"])
         for call.cores in (1, 2, 132):
             y = torch.full((300, 520), torch.nan, dtype=BF16)

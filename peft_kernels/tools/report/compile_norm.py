@@ -33,7 +33,7 @@ class NormCase:
             empty(N, self.r, dtype=self.adapter_dtype),
         )
         kept = empty(self.r, K), empty(N, self.r), empty(min(N, K))
-        dora_norm_kept(weight, a, b, 1.0, None, empty(N), *kept)
+        dora_norm_kept(weight, a, b, 1.0, empty(N), *kept)
 
 
 NORM_CASES = (

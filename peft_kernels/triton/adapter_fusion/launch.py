@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.triton.adapter_fusion import kernels, layouts
-from peft_kernels.triton.common.launch import launch, sum_partials
+from peft_kernels.triton.common.launch import launch, launch_prepared, sum_partials
 
 # A copy of M to aligned rows pays for itself from here on.
 MANY_ROWS = 512
@@ -40,10 +40,9 @@ def adapter_fusion_fwd(
     with torch.cuda.device_of(x):
         z, w = call.products((x, call.query), (down_weight, score_weight), (down_bias, score_bias))
         p, mixed = call.empty(call.m, call.adapters), torch.empty_like(z)
-        grid, settings = call.layout.once(layouts.weights_launch)
-        launch(
-            kernels.adapter_fusion_weights_kernel, grid,
-            z, w, call.starts, p, mixed, call.m, call.ranks, call.adapters, **settings,
+        launch_prepared(
+            kernels.adapter_fusion_weights_kernel, call.layout.once(layouts.weights_launch),
+            z, w, call.starts, p, mixed, call.m, call.ranks, call.adapters,
         )  # fmt: skip
         y = call.mix((mixed, call.mix_weight.T), (p, mix_bias), residual)
     return y, z, w, p
@@ -135,7 +134,7 @@ class _Call:
         self.layout = layouts.layout_of(x, parameters, sizes, activation)
 
     def empty(self, *shape: int) -> Tensor:
-        return self.x.new_empty(shape, dtype=torch.float32)
+        return self.x.new_empty(*shape, dtype=torch.float32)
 
     def products(
         self,
@@ -147,13 +146,12 @@ class _Call:
         columns = weights[0].shape[0], weights[1].shape[0]
         outs = self.empty(self.m, columns[0]), self.empty(self.m, columns[1])
         pair = (None, None) if biases is None else (biases[0].contiguous(), biases[1].contiguous())
-        grid, settings = self.layout.once(layouts.products_launch, *columns, biases is not None)
-        launch(
-            kernels.adapter_fusion_products_kernel, grid,
+        prepared = self.layout.once(layouts.products_launch, *columns, biases is not None)
+        launch_prepared(
+            kernels.adapter_fusion_products_kernel, prepared,
             *rows, weights[0], pair[0], weights[1], pair[1], *outs,
             self.m, rows[0].shape[1], rows[1].shape[1], *columns,
             *rows[0].stride(), *rows[1].stride(), *weights[0].stride(), *weights[1].stride(),
-            **settings,
         )  # fmt: skip
         return outs
 
@@ -167,14 +165,14 @@ class _Call:
         (p1, q1), (p2, q2) = first, first if second is None else second
         (ranks, n), ranks2 = q1.shape, q2.shape[0]
         out = self.x.new_empty(self.m, n)
-        grid, settings = self.layout.once(
+        prepared = self.layout.once(
             layouts.mix_launch, n, ranks, ranks2, second is not None, residual is not None
         )
-        launch(
-            kernels.adapter_fusion_mix_kernel, grid,
+        launch_prepared(
+            kernels.adapter_fusion_mix_kernel, prepared,
             p1, q1, p2, q2, residual, out, self.m, n, ranks, ranks2,
             p1.stride(0), *q1.stride(), p2.stride(0), *q2.stride(),
-            *((0, 0) if residual is None else residual.stride()), **settings,
+            *((0, 0) if residual is None else residual.stride()),
         )  # fmt: skip
         return out
 
@@ -183,12 +181,12 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         """g^T rows, or rows^T g if transposed, and g's sums over rows; g is [m, r] float32."""
         k, r = rows.shape[1], g.shape[1]
-        splits, chunk, (grid, settings) = self.layout.once(layouts.grad_launch, k, r, sums)
+        splits, chunk, prepared = self.layout.once(layouts.grad_launch, k, r, sums)
         shape, strides = ((k, r), (1, r)) if transposed else ((r, k), (k, 1))
         parts, sum_parts = self.empty(splits, *shape), self.empty(splits, r if sums else 0)
-        launch(
-            kernels.adapter_fusion_grad_kernel, grid,
-            rows, g, parts, sum_parts, self.m, k, r, chunk, *rows.stride(), *strides, **settings,
+        launch_prepared(
+            kernels.adapter_fusion_grad_kernel, prepared,
+            rows, g, parts, sum_parts, self.m, k, r, chunk, *rows.stride(), *strides,
         )  # fmt: skip
         gradient = sum_partials(parts, self.empty(*shape), 1.0)
         return gradient, sum_partials(sum_parts, self.empty(sum_parts.shape[1]), 1.0)

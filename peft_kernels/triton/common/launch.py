@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.triton.common import chips
+from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.common.sum_kernels import sum_partials_kernel
 from peft_kernels.triton.common.term_kernels import terms_kernel
@@ -20,6 +21,13 @@ MAX_SPLITS = 64
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    if 0 not in grid:
+        run(kernel, grid, args, options)
+
+
+def launch_prepared(kernel: Any, prepared: Prepared, *args: Any) -> None:
+    """The same with a grid and options that are kept, and not copied in each call."""
+    grid, options = prepared
     if 0 not in grid:
         run(kernel, grid, args, options)
 

@@ -1,6 +1,6 @@
 """The launcher of DoRA's norms: three launches, of which those that write do nothing by default.
 
-The maths and the schema are in ``peft_kernels/ops/_dora_norm.py``, the kernels in
+The maths is in ``peft_kernels/ops/_dora_norm.py``, the kernels in
 ``norm_kernels.py``.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.triton.common import chips
-from peft_kernels.triton.common.launch import argument, launch
+from peft_kernels.triton.common.launch import argument, launch_prepared
 from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
 from peft_kernels.triton.dora_linear import norm_kernels
@@ -27,17 +27,19 @@ def dora_norm_kept(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    scale: float,
-    scale_t: Tensor | None,
+    scale: Tensor | float,
     norm: Tensor,
     kept_a: Tensor,
     kept_b: Tensor,
     diagonal: Tensor,
 ) -> None:
-    """norm ``[n]`` of these, made again where they aren't as kept, and then kept."""
+    """norm ``[n]`` of these, made again where they aren't as kept, and then kept.
+
+    kept_a ``[r, k]``, kept_b ``[n, r]`` and diagonal ``[min(n, k)]`` are what it is of, in float32.
+    """
     (n, k), r, size = weight.shape, lora_a.shape[0], diagonal.numel()
     a, b = lora_a.contiguous(), lora_b.contiguous()
-    factor, on_device = argument(scale if scale_t is None else scale_t, 1.0)
+    factor, on_device = argument(scale, 1.0)
     chunks, looking, making = _launches(
         n, k, r, size, on_device, chips.float32_precision(weight.device)
     )
@@ -48,13 +50,12 @@ def dora_norm_kept(
         weight, a, b, kept_a, kept_b, diagonal, changed, factor, r * k, n * r, size, sum(strides),
     )  # fmt: skip
     with torch.cuda.device_of(weight):
-        grid, settings = looking
-        launch(norm_kernels.dora_changed_kernel, grid, *looked_at, **settings)
-        launch(
-            norm_kernels.dora_norm_kernel, making[0],
-            weight, a, b, changed, norm, factor, n, k, r, chunks, *strides, **making[1],
+        launch_prepared(norm_kernels.dora_changed_kernel, looking, *looked_at)
+        launch_prepared(
+            norm_kernels.dora_norm_kernel, making,
+            weight, a, b, changed, norm, factor, n, k, r, chunks, *strides,
         )  # fmt: skip
-        launch(norm_kernels.dora_keep_kernel, grid, *looked_at, **settings)
+        launch_prepared(norm_kernels.dora_keep_kernel, looking, *looked_at)
 
 
 @functools.lru_cache(maxsize=1024)

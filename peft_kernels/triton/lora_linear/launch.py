@@ -1,15 +1,13 @@
 """Launchers of the Triton kernels of ``lora_linear``: which kernel, on which grid, in which order.
 
 The maths and the schemas are in ``peft_kernels/ops/lora_linear.py``, the kernels in
-``kernels.py``, the plans in ``plans.py`` and the tiles in ``tilings.py`` and ``common/chips.py``.
+``kernels.py``, the plans in ``plans.py``, the grids and options in ``layouts.py`` and the tiles in
+``tilings.py`` and ``common/chips.py``.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,20 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.ops._dropout import threshold
 from peft_kernels.triton.common import chips, cost
-from peft_kernels.triton.common.launch import (
-    GROUP_M,
-    MAX_SPLITS,
-    argument,
-    chunks,
-    in_terms,
-    launch,
-    options,
-    sum_partials,
-)
-from peft_kernels.triton.common.sizes import cdiv
-from peft_kernels.triton.lora_linear import kernels, modelled, persistent, plans, tilings
+from peft_kernels.triton.common.launch import argument, in_terms, launch_prepared, sum_partials
+from peft_kernels.triton.lora_linear import kernels, layouts, modelled, persistent, plans
+from peft_kernels.triton.lora_linear.calls import Call, call_of
+from peft_kernels.triton.lora_linear.layouts import Added
 
 # ---- forward -----------------------------------------------------------------------------------
 
@@ -64,7 +53,7 @@ def with_gain(
 ) -> tuple[Tensor, Tensor]:
     """The same with ``y = gain (x W^T + scale S B^T) + bias``; gain ``[n]`` in float32."""
     factor = scale if scale_t is None else scale_t
-    call = Call("fwd", x, weight.shape[0], lora_a, dropout_p, seed, gain=gain is not None)
+    call = call_of("fwd", x, weight.shape[0], lora_a, dropout_p, seed, gain=gain is not None)
     bias = None if bias is None else bias.contiguous()
     run = functools.partial(_forward, call, x, weight, bias, gain, lora_a, lora_b, factor)
     with torch.cuda.device_of(x):
@@ -117,7 +106,7 @@ def lora_linear_bwd(
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx ``[m, k]``, dA ``[r, k]``, dB ``[n, r]``; of size 0 where not needed."""
-    call = Call("bwd", x, weight.shape[0], lora_a, dropout_p, seed)
+    call = call_of("bwd", x, weight.shape[0], lora_a, dropout_p, seed)
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     with torch.cuda.device_of(x):
         factor = scale if scale_t is None else scale_t
@@ -147,86 +136,6 @@ def _grad_x(
     return tile(call, dy, weight, None, None, ds, lora_a, dx, factor, masked=True)
 
 
-# ---- what the launches of one call share -------------------------------------------------------
-
-
-class Call:
-    """The sizes, tiles and dropout of one call of the op."""
-
-    def __init__(
-        self,
-        direction: str,
-        x: Tensor,
-        n: int,
-        lora_a: Tensor,
-        dropout_p: float,
-        seed: Tensor | None,
-        codes: str = "",
-        gain: bool = False,
-    ) -> None:
-        self.m, self.k = x.shape
-        self.n, self.r = n, lora_a.shape[0]
-        self.dropout = seed is not None
-        self.problem = _problem(
-            direction, x.dtype, lora_a.dtype, self.m, n, self.k, self.r, self.dropout, codes, gain
-        )
-        device = x.device
-        self.arch_name, self.cores = chips.arch_name(device), chips.cores(device)
-        self.chip = cost.of_device(self.arch_name, device)
-        self.block_r = chips.rank_block(self.r)
-        self.rank_blocks = cdiv(self.r, self.block_r)
-        self.inv_keep, self.threshold = (1.0, 0) if not dropout_p else _shares(dropout_p)
-        self.seed, self.seed_on_device = argument(seed, 0)
-        self.precision = chips.float32_precision(device)
-
-    def over_dense(self) -> Call:
-        """The same call where its weight isn't in codes."""
-        call = copy.copy(self)
-        call.problem = dataclasses.replace(self.problem, codes="")
-        return call
-
-    def tile(self, kernel: str) -> chips.Tile:
-        return chips.tile(self.arch_name, kernel, self.problem.dtype, self.m)
-
-    def tiling(self, kernel: str, product: cost.Product) -> tilings.Tiling:
-        return tilings.tiling(self.arch_name, kernel, self.problem.dtype, product, self.chip)
-
-    def slots(self, kernel: str) -> int:
-        """In how many slots a kernel joins the terms of S or dS."""
-        terms, dtype = self.problem.terms(), self.problem.dtype
-        return chips.joined_slots(self.arch_name, kernel, dtype, terms, self.block_r)
-
-    def slots_of_a(self, kernel: str, lora_a: Tensor) -> int:
-        """Those of A: [terms, r, k], or joined by the kernel."""
-        if lora_a.dim() == 3:
-            return chips.slots(lora_a.shape[0])
-        return self.slots(kernel) if lora_a.dtype is torch.float32 else 1
-
-    def chunks(self, length: int, block: int, programs: int) -> tuple[int, int]:
-        return chunks(self.cores, length, block, programs)
-
-    def column_groups(self, block: int) -> tuple[int, int]:
-        """Splits the columns of dy in groups: (blocks in a group, groups).
-
-        G groups and C chunks of rows fill the GPU when G C is about twice the cores; their partial
-        sums, (G m + C n) r numbers, are fewest at G / C = n / m.
-        """
-        blocks = cdiv(self.n, block)
-        wanted = 2 * self.cores / max(self.rank_blocks, 1)
-        groups = round(math.sqrt(wanted * self.n / max(self.m, 1)))
-        group = cdiv(blocks, min(max(groups, 1), MAX_SPLITS))
-        return group, cdiv(blocks, group) if blocks else 0
-
-
-_problem = functools.lru_cache(maxsize=4096)(plans.Problem)
-_in_loop_of = functools.lru_cache(maxsize=4096)(modelled.in_loop)
-
-
-def _shares(dropout_p: float) -> tuple[float, int]:
-    """What kept elements are multiplied by, and below what the words of dropped ones are."""
-    return 1.0 / (1.0 - dropout_p), threshold(dropout_p)
-
-
 # ---- launches ----------------------------------------------------------------------------------
 
 
@@ -252,30 +161,22 @@ def _sum_of(parts: Tensor) -> Tensor:
 
 def _shrink(call: Call, x: Tensor, lora_a: Tensor, splits: int = 0) -> Tensor:
     """Parts of S, [splits, m, r] in float32; as many as fill the GPU where it isn't said."""
-    tile = call.tile("shrink")
-    block_r = min(call.block_r, chips.MAX_TERMS_BLOCK_R if lora_a.dim() == 3 else call.block_r)
-    programs = cdiv(call.m, tile.m) * cdiv(call.r, block_r)
-    if splits:
-        chunk = _chunk(call.k, tilings.Tiling(tile, splits))
-    else:
-        chunk, splits = call.chunks(call.k, tile.k, programs)
-        splits = max(splits, 1)  # k = 0 still has an S, of zeros
+    splits, chunk, prepared = call.once(
+        layouts.shrink_launch, lora_a.dim() == 3, splits, call.seed_on_device
+    )
     parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
-    launch(
-        kernels.shrink_kernel,
-        (programs, splits),
+    launch_prepared(
+        kernels.shrink_kernel, prepared,
         x, lora_a, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(), *_strides(lora_a),
-        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
-        SLOTS=call.slots_of_a("shrink", lora_a), PRECISION=call.precision,
-        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=block_r, **options(tile),
     )  # fmt: skip
     return parts
 
 
 def _strides(lora_a: Tensor) -> tuple[int, ...]:
     """Of a term, a rank and a column."""
-    return (*(0,) * (3 - lora_a.dim()), *lora_a.stride())
+    strides = lora_a.stride()
+    return strides if len(strides) == 3 else (0, *strides)
 
 
 def _in_loop(
@@ -289,28 +190,24 @@ def _in_loop(
     scale: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """y and S from one loop over k, or from as many as its sum is split in, and what adds them."""
-    product = _in_loop_of(call.arch_name, call.problem, lora_a.dim() == 3)
-    tiling = call.tiling("in_loop", product)
-    tile, split = tiling.tile, tiling.splits > 1
-    y, s = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)
-    y_parts = s.new_empty(tiling.splits, *y.shape) if split else y
-    s_parts = s.new_empty(tiling.splits, *s.shape) if split else s
+    in_terms = lora_a.dim() == 3
+    tiling = call.tiling("in_loop", call.once(Call.product_in_loop, in_terms))
     factor, on_device = argument(scale, 1.0)
-    launch(
-        kernels.in_loop_kernel,
-        (cdiv(call.m, tile.m) * cdiv(call.n, tile.n), tiling.splits),
+    added = Added(bias is not None, gain is not None, on_device, call.seed_on_device)
+    splits, chunk, prepared = call.once(layouts.in_loop_launch, tiling, in_terms, added)
+    y, s = x.new_empty(call.m, call.n), x.new_empty(call.m, call.r, dtype=torch.float32)
+    y_parts, s_parts = y, s
+    if splits > 1:
+        y_parts, s_parts = s.new_empty(splits, *y.shape), s.new_empty(splits, *s.shape)
+    by_input, by_output = weight.stride()[::-1]
+    launch_prepared(
+        kernels.in_loop_kernel, prepared,
         x, weight, bias, gain, lora_a, lora_b, y_parts, s_parts, factor,
         call.seed, call.threshold, call.inv_keep,
-        call.m, call.n, call.k, call.r, _chunk(call.k, tiling),
-        *x.stride(), weight.stride(1), weight.stride(0), *_strides(lora_a), *lora_b.stride(),
-        HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
-        DROPOUT=call.dropout, SCALE_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
-        SLOTS=call.slots_of_a("in_loop", lora_a),
-        PRECISION=call.precision, SPLIT=split, GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
+        call.m, call.n, call.k, call.r, chunk,
+        *x.stride(), by_input, by_output, *_strides(lora_a), *lora_b.stride(),
     )  # fmt: skip
-    if split:
+    if splits > 1:
         low_rank = LowRank(s_parts, lora_b.T, scale, masked=False, total=s)
         _add_low_rank(call, y_parts, low_rank, y, bias, gain)
     return y, s
@@ -338,34 +235,20 @@ def _tile(
     dropout = masked and call.dropout
     # A gain takes registers as a mask does.
     narrow = dropout or (gain is not None and call.m > chips.FEW_ROWS)
-    m, n = out.shape
-    product = cost.Product(m, n, a.shape[1])
-    tiling = call.tiling("tile_masked" if narrow else "tile", product)
-    tile, split = tiling.tile, tiling.splits > 1
-    parts = p.new_empty(tiling.splits, *out.shape) if split else out
+    (m, n), depth = out.shape, a.shape[1]
+    tiling = call.tiling("tile_masked" if narrow else "tile", cost.Product(m, n, depth))
     value, on_device = argument(factor, 1.0)
-    launch(
-        kernels.tile_kernel,
-        (cdiv(m, tile.m) * cdiv(n, tile.n), tiling.splits),
+    added = Added(bias is not None, gain is not None, on_device, call.seed_on_device)
+    splits, chunk, prepared = call.once(layouts.tile_launch, tiling, n, depth, dropout, added)
+    parts = p.new_empty(splits, *out.shape) if splits > 1 else out
+    launch_prepared(
+        kernels.tile_kernel, prepared,
         a, w, bias, gain, p, q, parts, value, call.seed, call.threshold,
-        m, n, a.shape[1], call.r, _chunk(a.shape[1], tiling),
-        *a.stride(), *w.stride(), *q.stride(),
-        HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
-        DROPOUT=dropout, FACTOR_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision,
-        SPLIT=split, GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
+        m, n, depth, call.r, chunk, *a.stride(), *w.stride(), *q.stride(),
     )  # fmt: skip
-    if split:
+    if splits > 1:
         _add_low_rank(call, parts, LowRank(p, q, factor, masked), out, bias, gain)
     return out
-
-
-def _chunk(length: int, tiling: tilings.Tiling) -> int:
-    """What each split sums over, in whole blocks; the last splits may have nothing left."""
-    block = tiling.tile.k
-    return block * cdiv(cdiv(length, block), tiling.splits)
 
 
 class LowRank(NamedTuple):
@@ -390,20 +273,14 @@ def _add_low_rank(
     m, n = out.shape
     parts = base.shape[0] if base.dim() > out.dim() else 1
     p, q, factor, masked, total = low_rank
-    tile = call.tile("add_low_rank") if total is None else tilings.ADDED_S
-    tile = tilings.ADDED if parts > 1 else tile
     value, on_device = argument(factor, 1.0)
-    launch(
-        kernels.add_low_rank_kernel,
-        (cdiv(m, tile.m) * cdiv(n, tile.n),),
+    added = Added(bias is not None, gain is not None, on_device, call.seed_on_device)
+    parts_of_p = 0 if total is None else p.shape[0]
+    prepared = call.once(layouts.add_launch, n, parts, parts_of_p, masked and call.dropout, added)
+    launch_prepared(
+        kernels.add_low_rank_kernel, prepared,
         base, bias, gain, p, q, total, out, value, call.seed, call.threshold, m, n, call.r,
         *q.stride(),
-        HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
-        DROPOUT=masked and call.dropout, FACTOR_ON_DEVICE=on_device,
-        SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision,
-        PARTS=parts, P_PARTS=1 if total is None else p.shape[0], GROUP_M=GROUP_M,
-        BLOCK_M=tile.m, BLOCK_N=tile.n,
-        BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
     )  # fmt: skip
     return out
 
@@ -419,39 +296,27 @@ def from_dy(
     db: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dS = scale dy B and dB = scale dy^T S; what isn't needed is left as it is."""
-    tile = call.tile("from_dy")
-    group, groups = call.column_groups(tile.n)
-    chunk, splits = call.chunks(call.m, tile.m, groups * call.rank_blocks)
+    groups, group, splits, chunk, prepared = call.once(layouts.from_dy_launch, needs_ds, needs_db)
     ds = s.new_empty(call.m if needs_ds else 0, call.r)
     ds_parts = s.new_empty(groups, *ds.shape)
     db = lora_b.new_empty(call.n if needs_db else 0, call.r) if needs_db else db
     db_parts = s.new_empty(splits, *db.shape)
     if needs_ds or needs_db:
-        launch(
-            kernels.from_dy_kernel,
-            (groups * call.rank_blocks, splits),
+        launch_prepared(
+            kernels.from_dy_kernel, prepared,
             dy, lora_b, s, ds_parts, db_parts, call.m, call.n, call.r, group, chunk,
             *dy.stride(), *lora_b.stride(),
-            NEEDS_DS=needs_ds, NEEDS_DB=needs_db, TERMS=call.problem.terms(),
-            SLOTS=call.slots("from_dy"), PRECISION=call.precision,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=call.block_r, **options(tile),
         )  # fmt: skip
     return sum_partials(ds_parts, ds, scale), sum_partials(db_parts, db, scale)
 
 
 def grad_a(call: Call, x: Tensor, ds: Tensor, lora_a: Tensor) -> Tensor:
     """dA = dS^T dropout(x)."""
-    tile = call.tile("grad_a")
-    programs = cdiv(call.k, tile.k) * call.rank_blocks
-    chunk, splits = call.chunks(call.m, tile.m, programs)
+    splits, chunk, prepared = call.once(layouts.grad_a_launch, call.seed_on_device)
     parts = ds.new_empty(splits, call.r, call.k)
-    launch(
-        kernels.grad_a_kernel,
-        (programs, splits),
+    launch_prepared(
+        kernels.grad_a_kernel, prepared,
         x, ds, parts, call.seed, call.threshold, call.inv_keep, call.m, call.k, call.r, chunk,
         *x.stride(),
-        DROPOUT=call.dropout, SEED_ON_DEVICE=call.seed_on_device, TERMS=call.problem.terms(),
-        SLOTS=call.slots("grad_a"), PRECISION=call.precision,
-        BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=call.block_r, **options(tile),
     )  # fmt: skip
     return sum_partials(parts, lora_a.new_empty(lora_a.shape), 1.0)

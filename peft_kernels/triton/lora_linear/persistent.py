@@ -19,7 +19,7 @@ from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import persistent_kernels
 
 if TYPE_CHECKING:
-    from peft_kernels.triton.lora_linear.launch import Call
+    from peft_kernels.triton.lora_linear.calls import Call
 
 # By chip. A mask of dropout, a gain and float16's powers of two take registers that a wide tile's
 # sums would need.

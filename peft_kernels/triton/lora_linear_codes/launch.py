@@ -17,8 +17,8 @@ from peft_kernels.triton.common import chips
 from peft_kernels.triton.common.launch import GROUP_M, argument, launch, options
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import plans
+from peft_kernels.triton.lora_linear.calls import Call, call_of
 from peft_kernels.triton.lora_linear.launch import (
-    Call,
     from_dy,
     grad_a,
     grad_x,
@@ -36,7 +36,7 @@ def lora_linear_codes(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """y ``[m, n]`` in x's dtype and S ``[m, r]`` in float32."""
     weight = _weight_of(rest[:WEIGHT_ARGUMENTS], x.shape[1])
     bias, lora_a, lora_b, _, _, dropout_p, seed = rest[WEIGHT_ARGUMENTS:]
-    call = Call("fwd", x, weight.n, lora_a, dropout_p, seed, weight.kind())
+    call = call_of("fwd", x, weight.n, lora_a, dropout_p, seed, weight.kind())
     run = functools.partial(_forward, call, x, weight, bias, lora_a, lora_b, rest[-4:])
     with torch.cuda.device_of(x):
         return run(plans.choose(x.device, call.problem, run))
@@ -68,7 +68,7 @@ def lora_linear_codes_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Te
     weight = _weight_of(rest[:WEIGHT_ARGUMENTS], x.shape[1])
     lora_a, lora_b, s, scale, scale_t, dropout_p, seed, *needs = rest[WEIGHT_ARGUMENTS:]
     needs_x, needs_a, needs_b = needs
-    call = Call("bwd", x, weight.n, lora_a, dropout_p, seed, weight.kind())
+    call = call_of("bwd", x, weight.n, lora_a, dropout_p, seed, weight.kind())
     with torch.cuda.device_of(x):
         dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
         factor = scale if scale_t is None else scale_t
