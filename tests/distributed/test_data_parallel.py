@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import parallel_models
 import pytest
 import torch
-import torch.distributed as dist
 from parallel_models import (
     STEPS,
     average_,
     bottleneck,
+    check_equal,
+    close,
     dora,
     dora_of_peft,
+    in_shards,
     llama,
     lora,
+    mine,
     of_peft,
     prefix,
     prompt,
@@ -23,7 +25,6 @@ from parallel_models import (
 )
 from processes import Cases, Wire
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,21 +47,6 @@ def in_bfloat16(make) -> nn.Module:
     return model
 
 
-def mine() -> slice:
-    """A process's rows of the batch."""
-    return slice(dist.get_rank(), None, dist.get_world_size())
-
-
-def check_equal(model: nn.Module, expected, within: float = 1e-6) -> None:
-    losses, parameters = trained(model, mine())
-    average_(losses)
-    torch.testing.assert_close((losses, parameters), expected, rtol=within, atol=within)
-
-
-def sharded(model: nn.Module, **options) -> nn.Module:
-    return parallel_models.sharded(model, init_device_mesh("cpu", (CASES.processes,)), **options)
-
-
 # ---- steps ---------------------------------------------------------------------------------------
 
 
@@ -69,22 +55,22 @@ def every_method_in_ddp_and_in_shards():
     for make in METHODS:
         expected = trained(make())
         check_equal(DistributedDataParallel(make()), expected)
-        check_equal(sharded(make()), expected)
+        check_equal(in_shards(make()), expected)
 
 
 @CASES.add
 def float32_adapters_on_a_bfloat16_base():
     for make in (lora, of_peft):
         expected = trained(in_bfloat16(make))
-        for wrap in (DistributedDataParallel, sharded):
+        for wrap in (DistributedDataParallel, in_shards):
             check_equal(wrap(in_bfloat16(make)), expected, within=1e-5)  # rounded to 4e-3 inside
 
 
 @CASES.add
 def shards_that_stay_whole_or_lie_elsewhere():
     expected = trained(lora())
-    check_equal(sharded(lora(), reshard_after_forward=False), expected)
-    check_equal(sharded(lora(), offload_policy=CPUOffloadPolicy(pin_memory=False)), expected)
+    check_equal(in_shards(lora(), reshard_after_forward=False), expected)
+    check_equal(in_shards(lora(), offload_policy=CPUOffloadPolicy(pin_memory=False)), expected)
 
 
 @CASES.add
@@ -92,7 +78,7 @@ def shards_that_are_cast_for_the_forward():
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for make in METHODS:
         in_one = trained(make())[0]
-        losses, parameters = trained(sharded(make(), mp_policy=policy), mine())
+        losses, parameters = trained(in_shards(make(), mp_policy=policy), mine())
         average_(losses)
         assert all(p.dtype is torch.float32 for p in parameters.values())
         torch.testing.assert_close(losses, in_one, rtol=1e-2, atol=0)
@@ -100,7 +86,7 @@ def shards_that_are_cast_for_the_forward():
 
 @CASES.add
 def only_the_gradients_of_adapters_are_sent():
-    model = sharded(lora())
+    model = in_shards(lora())
     loss = model(input_ids=text(), labels=text()).loss
     with Wire() as wire:
         loss.backward()
@@ -112,7 +98,7 @@ def only_the_gradients_of_adapters_are_sent():
 
 @CASES.add
 def layers_of_peft_in_shards_run_on_kernels():
-    model = sharded(of_peft())
+    model = in_shards(of_peft())
     report = peft_kernels.accelerate(model)
     trained(model, mine())
     assert all(layer.backend == "cpu" for layer in report.layers)
@@ -142,10 +128,10 @@ def in_a_pool(wrap, rows=slice(None), averages=False) -> tuple[torch.Tensor, lis
 @CASES.add
 def a_pool_whose_gradients_are_averaged_by_hand():
     expected = in_a_pool(lambda model: model)
-    for wrap in (lambda model: model, sharded):
+    for wrap in (lambda model: model, in_shards):
         losses, parameters = in_a_pool(wrap, mine(), averages=True)
         average_(losses)
-        torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
+        close((losses, parameters), expected)
 
 
 @CASES.tests

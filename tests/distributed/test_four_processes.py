@@ -13,8 +13,11 @@ from parallel_models import (
     STEPS,
     average_,
     bottleneck,
+    check_equal,
+    close,
     dora,
     dora_of_peft,
+    in_shards,
     llama,
     logits,
     lora,
@@ -63,20 +66,9 @@ def in_both(model: nn.Module) -> nn.Module:
     return sharded(parallel(model, both["tensor"]), both["data"])
 
 
-def in_shards(model: nn.Module) -> nn.Module:
-    return sharded(model, init_device_mesh("cpu", (4,)))
-
-
 def in_copies(model: nn.Module) -> nn.Module:
     """Two copies, each in two shards."""
     return sharded(model, mesh())
-
-
-def check_equal(model: nn.Module, expected, group) -> None:
-    rows = slice(dist.get_rank(group), None, dist.get_world_size(group))
-    losses, parameters = trained(model, rows)
-    average_(losses, group=group)
-    torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
 
 
 @CASES.add
@@ -113,7 +105,7 @@ def a_pool_in_shards_of_shards_trains_as_in_one_process():
     rows = slice(dist.get_rank(group), None, 2)
     losses, parameters = in_a_pool(in_both, rows, partial(average_, group=group))
     average_(losses, group=group)
-    torch.testing.assert_close((losses, parameters), expected, rtol=1e-6, atol=1e-6)
+    close((losses, parameters), expected)
 
 
 @CASES.add
@@ -132,13 +124,13 @@ def four_shards_are_merged_and_unloaded():
             model = wrap(make())
             before = [whole(p).clone() for p in model.parameters()]
             merge(model)
-            torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+            close(logits(model), expected)
             unmerge(model)
             after = list(model.parameters())
             assert all(torch.equal(whole(a), b) for a, b in zip(after, before, strict=True))
-            torch.testing.assert_close(logits(model), adapted, rtol=1e-6, atol=1e-6)
+            close(logits(model), adapted)
             unload(model, merge=True)
-            torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+            close(logits(model), expected)
 
 
 @CASES.add
@@ -157,7 +149,7 @@ def adapters_that_come_into_four_shards():
         unmerge(model)
         save_adapter(model, CASES.folder / f"{wrap.__name__}.late")
         again = load_adapter(wrap(llama()), CASES.folder / f"{wrap.__name__}.late")
-        torch.testing.assert_close(logits(again), adapted, rtol=1e-6, atol=1e-6)
+        close(logits(again), adapted)
 
 
 @CASES.add

@@ -9,10 +9,16 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from parallel_models import (
     average_,
+    check_equal,
+    close,
+    in_shards,
     llama,
     logits,
     lora,
+    mesh,
+    mine,
     parallel,
+    randomised,
     sharded,
     steps,
     text,
@@ -29,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from peft_kernels import (
     AdapterPool,
@@ -52,44 +58,9 @@ OPTIONS = (
 )
 
 
-def mesh():
-    return init_device_mesh("cpu", (CASES.processes,))
-
-
-def in_shards(model: nn.Module, **options) -> nn.Module:
-    return sharded(model, mesh(), **options)
-
-
-def mine() -> slice:
-    return slice(dist.get_rank(), None, CASES.processes)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """B as if trained, the same however it lies."""
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_b"):
-            values = torch.randn(parameter.shape) * 0.1
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                values = torch.distributed.tensor.distribute_tensor(values, mesh, placements)
-            parameter.data.copy_(values)
-    return model
-
-
 def swapped(model: nn.Module, **options) -> nn.Module:
     torch.manual_seed(5)
     return randomised(swap_linear(model, "all-linear", 4, alpha=8, **options))
-
-
-def check_equal(model: nn.Module, expected) -> None:
-    losses, parameters = trained(model, mine())
-    average_(losses)
-    close((losses, parameters), expected)
 
 
 # ---- trained -------------------------------------------------------------------------------------

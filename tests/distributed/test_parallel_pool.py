@@ -7,11 +7,21 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
-from parallel_models import PLAN, llama, logits, parallel, steps, text, whole
+from parallel_models import (
+    close,
+    llama,
+    logits,
+    mesh,
+    parallel,
+    placed,
+    steps,
+    text,
+    torch_parallel_llama,
+    whole,
+)
 from processes import Cases, Wire, everywhere
 from tiny_models import make_gpt2
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import parallel as torch_parallel
 from torch.distributed.tensor.parallel import parallelize_module
@@ -29,15 +39,6 @@ ROUTE = ["a", "b", None, "a"]
 pytestmark = pytest.mark.filterwarnings("ignore:a pool's parameters are its own")
 
 
-def mesh():
-    return init_device_mesh("cpu", (CASES.processes,))
-
-
-def torch_parallel_llama() -> nn.Module:
-    styles = {name: getattr(torch_parallel, type(style).__name__)() for name, style in PLAN.items()}
-    return parallelize_module(llama(), mesh(), styles)
-
-
 def attached(model: nn.Module, **options) -> AdapterPool:
     return AdapterPool.attach(model, TARGETS, capacity=32, max_rank=16, **options)
 
@@ -53,13 +54,6 @@ def create(pool: AdapterPool, dropout: float = 0.0, of: str = "down_proj") -> No
             if key.endswith("lora_B"):
                 values = torch.randn(parameter.shape, generator=generator) * 0.1
                 parameter.data.copy_(placed(values, parameter))
-
-
-def placed(values, parameter):
-    if not isinstance(parameter, DTensor):
-        return values
-    lies = parameter.device_mesh, parameter.placements
-    return torch.distributed.tensor.distribute_tensor(values, *lies)
 
 
 def pool_is_split(pool: AdapterPool) -> bool:
@@ -128,7 +122,7 @@ def adapters_train_as_in_one_process():
         model, pool = make()
         layer = model.model.layers[0].mlp.up_proj
         assert layer.pages_a.shape[1] == 16 and layer.pages_b.shape[1] == 12
-        torch.testing.assert_close(trained(model, pool), expected, rtol=1e-6, atol=1e-6)
+        close(trained(model, pool), expected)
         assert pool.memory().used < in_one()[1].memory().used
 
 
@@ -212,7 +206,7 @@ def layers_whose_weights_are_stored_transposed():
             parallelize_module(model, mesh(), plan)
         create(pool, of="c_proj")
         found.append(trained(model, pool))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    close(*found)
 
 
 @CASES.add
@@ -229,7 +223,7 @@ def what_is_computed_again_has_the_same_masks():
             model(input_ids=text(), labels=text()).loss.backward()
         parameters = pool.parameters("a") + pool.parameters("b")
         gradients.append([whole(parameter.grad) for parameter in parameters])
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    close(*gradients)
 
 
 @CASES.add

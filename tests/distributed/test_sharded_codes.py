@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parallel_models import in_shards, step
 from processes import Cases
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -57,30 +58,12 @@ def drawn(model):
     return model
 
 
-def sharded(model):
-    inner = getattr(model, "base_model", model)
-    for layer in [m for m in inner.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-def step(model):
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    found = [loss.detach()]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            grad, parameter.grad = parameter.grad, None
-            found.append(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
-    return found
-
-
 def check(make, **options):
     """Before an evaluation and after."""
-    expected = step(make(llama(**options)))
-    model = sharded(make(llama(**options)))
+    expected = step(make(llama(**options)), IDS)
+    model = in_shards(make(llama(**options)))
     for _ in range(2):
-        found = step(model)
+        found = step(model, IDS)
         assert len(found) == len(expected) > 1
         for one, other in zip(found, expected, strict=True):
             assert other.any()
@@ -127,7 +110,7 @@ def prefixes():
 
 @CASES.add
 def the_state_dict_has_the_scales():
-    model = sharded(swapped(llama()))
+    model = in_shards(swapped(llama()))
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole = swapped(llama())
     expected = whole.state_dict()
@@ -140,7 +123,7 @@ def the_state_dict_has_the_scales():
 
 @CASES.add
 def an_adapter_is_saved_and_read_in_one_process():
-    model = sharded(swapped(llama()))
+    model = in_shards(swapped(llama()))
     expected = swapped(llama())(IDS).logits
     peft_kernels.save_adapter(model, CASES.folder / "adapter")
     torch.distributed.barrier()
@@ -150,7 +133,7 @@ def an_adapter_is_saved_and_read_in_one_process():
 
 @CASES.add
 def codes_are_merged_before_they_are_sharded():
-    model = sharded(swapped(llama()))
+    model = in_shards(swapped(llama()))
     with pytest.raises(RuntimeError, match=r"q_proj: weight is in codes, which fully_shard holds"):
         peft_kernels.merge(model)
 
@@ -160,7 +143,7 @@ def layers_over_codes_leave_before_they_are_sharded():
     message = r"q_proj has a weight in codes, which fully_shard holds.*before sharding"
     model = llama()
     pool = peft_kernels.AdapterPool.attach(model, TARGETS, capacity=8)
-    in_a_pool, with_lora = sharded(model), sharded(swapped(llama()))
+    in_a_pool, with_lora = in_shards(model), in_shards(swapped(llama()))
     expected = [model(IDS).logits for model in (in_a_pool, with_lora)]
     with pytest.raises(RuntimeError, match=message):
         pool.detach()
@@ -180,7 +163,7 @@ def eight_bits_are_refused_by_name():
 
 @CASES.add
 def layers_that_are_sharded_already_are_refused():
-    model = sharded(llama())
+    model = in_shards(llama())
     with pytest.raises(TypeError, match=r"layers\.0\.self_attn\.q_proj has a weight that is shard"):
         swapped(model)
 

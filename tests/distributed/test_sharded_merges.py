@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parallel_models import dora, llama, logits, lora, sharded, whole
+from parallel_models import close, dora, in_shards, llama, logits, lora, mesh, whole
 from processes import Cases
 from tiny_models import make_gpt2
 from torch import nn
@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -36,18 +35,6 @@ WAYS = (
     {"reshard_after_forward": False},
     {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
 )
-
-
-def mesh():
-    return init_device_mesh("cpu", (CASES.processes,))
-
-
-def in_shards(model: nn.Module, **options) -> nn.Module:
-    return sharded(model, mesh(), **options)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def values(model: nn.Module) -> dict:

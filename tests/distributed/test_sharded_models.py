@@ -11,26 +11,28 @@ import transformers
 from parallel_models import (
     PLAN,
     bottleneck,
+    close,
     dora,
     dora_of_peft,
     llama,
     logits,
     lora,
+    mesh,
     of_peft,
     parallel,
     prefix,
     prompt,
+    randomised,
     sharded,
     text,
+    torch_parallel_llama,
     trained,
     whole,
 )
 from processes import Cases, everywhere
 from tiny_models import make_gpt2
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor import parallel as torch_parallel
 from torch.distributed.tensor.parallel import parallelize_module
 
 import peft_kernels
@@ -51,32 +53,8 @@ run = CASES.fixture()
 TARGETS = [name.rpartition(".")[2] for name in PLAN]
 
 
-def mesh():
-    return init_device_mesh("cpu", (CASES.processes,))
-
-
-def torch_parallel_llama():
-    """As a model comes from elsewhere, without a style of this package."""
-    styles = {name: getattr(torch_parallel, type(style).__name__)() for name, style in PLAN.items()}
-    return parallelize_module(llama(), mesh(), styles)
-
-
 def adapters_of(model) -> dict:
     return {n: whole(p).detach() for n, p in model.named_parameters() if ".lora_" in n}
-
-
-def randomised(model):
-    """B as if trained, the same in every process and however it is sharded."""
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_b"):
-            values = torch.randn(parameter.shape) * 0.1
-            if isinstance(parameter, DTensor):
-                values = torch.distributed.tensor.distribute_tensor(
-                    values, parameter.device_mesh, parameter.placements
-                )
-            parameter.data.copy_(values)
-    return model
 
 
 # ---- tensor parallelism --------------------------------------------------------------------------
@@ -98,7 +76,7 @@ def adapters_that_come_into_a_parallel_model():
     torch.testing.assert_close(adapters_of(model), of_the_first, rtol=0, atol=0)
     plain.load_state_dict(of_the_first, strict=False)
     expected = trained(randomised(plain))
-    torch.testing.assert_close(trained(randomised(model)), expected, rtol=1e-6, atol=1e-6)
+    close(trained(randomised(model)), expected)
 
 
 @CASES.add
@@ -111,7 +89,7 @@ def the_plan_of_a_model_of_transformers():
             p.requires_grad for p in make().parameters()
         ]
         assert sum(isinstance(p, DTensor) for p in model.parameters()) >= 14 * 3
-        torch.testing.assert_close(trained(model), trained(make()), rtol=1e-6, atol=1e-6)
+        close(trained(model), trained(make()))
     with pytest.raises(ValueError, match="Linear has none: write a plan"):
         plan_of(torch.nn.Linear(2, 2))
     model = llama().requires_grad_(True)
@@ -142,7 +120,7 @@ def a_model_that_transformers_has_sharded():
         torch.manual_seed(3)
         swap_linear(model, TARGETS, 4, alpha=8)
     expected, found = (trained(randomised(model)) for model in models)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    close(found, expected)
 
 
 @CASES.add
@@ -162,13 +140,13 @@ def dora_in_a_parallel_model():
         model, expected = make(), trained(make())
         parallelize_module(model, mesh(), plan_of(model))
         report = peft_kernels.accelerate(model)
-        torch.testing.assert_close(trained(model), expected, rtol=1e-6, atol=1e-6)
+        close(trained(model), expected)
         assert report.counts().keys() <= {"dora_linear"}
     first, later = llama(), torch_parallel_llama()
     for model in (first, later):
         torch.manual_seed(3)
         swap_linear(model, TARGETS, 4, alpha=8, use_dora=True)
-    torch.testing.assert_close(adapters_of(later), adapters_of(first), rtol=1e-6, atol=1e-6)
+    close(adapters_of(later), adapters_of(first))
     parallel(first, mesh())
     assert all(
         one.placements == other.placements
@@ -191,14 +169,14 @@ def rows_with_their_own_adapters_in_a_parallel_model():
         grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
         assert report.counts().keys() == {"multi_lora_linear"} and len(grads) == 4 * 14
         found.append((loss.detach(), grads))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    close(*found)
 
 
 @CASES.add
 def what_each_process_has_whole_in_a_parallel_model():
     for make in (prefix, prompt, bottleneck):
         model = parallel(make(), mesh())
-        torch.testing.assert_close(trained(model), trained(make()), rtol=1e-6, atol=1e-6)
+        close(trained(model), trained(make()))
 
 
 @CASES.add

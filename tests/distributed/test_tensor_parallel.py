@@ -7,6 +7,7 @@ import itertools
 import peft
 import pytest
 import torch
+from parallel_models import close, mesh, whole
 from processes import Cases, Wire, everywhere
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,14 +55,6 @@ def of_peft(second: bool = False, **options) -> nn.Module:
     return model.base_model.model
 
 
-def mesh():
-    return init_device_mesh("cpu", (CASES.processes,))
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def trained(model: nn.Module) -> tuple[list[float], dict]:
     """The losses of ten steps, and the adapters after them."""
     trains = [p for p in model.parameters() if p.requires_grad]
@@ -79,10 +72,6 @@ def trained(model: nn.Module) -> tuple[list[float], dict]:
     return losses, {name: whole(p).detach() for name, p in named if p.requires_grad}
 
 
-def check_equal(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
 # ---- models --------------------------------------------------------------------------------------
 
 
@@ -92,7 +81,7 @@ def a_swapped_block_trains_as_in_one_process():
     for plan in (PLAN, TORCH_PLAN):
         model = parallelize_module(swapped(), mesh(), plan)
         assert model.up.weight.to_local().shape == (N // 2, K)
-        check_equal(trained(model), expected)
+        close(trained(model), expected)
 
 
 @CASES.add
@@ -113,11 +102,11 @@ def the_adapters_of_a_swapped_block_lie_beside_their_bases():
 def layers_of_peft_run_on_kernels():
     expected = trained(of_peft())
     model = parallelize_module(of_peft(), mesh(), PLAN)
-    check_equal(trained(model), expected)
+    close(trained(model), expected)
     model = parallelize_module(of_peft(), mesh(), PLAN)
     report = peft_kernels.accelerate(model)
     assert [layer.backend for layer in report.layers] == ["cpu", "cpu"]
-    check_equal(trained(model), expected)
+    close(trained(model), expected)
     assert report.counts() == {"lora_linear": 20}
 
 
@@ -125,7 +114,7 @@ def layers_of_peft_run_on_kernels():
 def several_adapters_of_peft():
     model = parallelize_module(of_peft(second=True), mesh(), PLAN)
     report = peft_kernels.accelerate(model)
-    check_equal(trained(model), trained(of_peft(second=True)))
+    close(trained(model), trained(of_peft(second=True)))
     assert report.counts() == {"lora_linear": 20}
 
 
@@ -217,7 +206,7 @@ def rows_of_peft_with_their_own_adapters():
     peft_kernels.accelerate(plain)
     model = by_rows(parallelize_module(of_peft(second=True), mesh(), PLAN))
     report = peft_kernels.accelerate(model)
-    check_equal(results(model), results(plain))
+    close(results(model), results(plain))
     assert report.counts() == {"multi_lora_linear": 2}
     bare = sent_by(parallelize_module(Block().requires_grad_(False), mesh(), TORCH_PLAN), 4)
     forward, backward = sent_by(model, 4)
@@ -254,7 +243,7 @@ def a_compiled_block_trains_as_in_one_process():
     model = parallelize_module(swapped(), mesh(), PLAN)
     expected = trained(swapped())
     model.compile(backend="aot_eager")
-    check_equal(trained(model), expected)
+    close(trained(model), expected)
 
 
 # ---- the wire ------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from tiny_models import make_llama
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import parallel as torch_parallel
 from torch.distributed.tensor.parallel import parallelize_module
 
 import peft_kernels
@@ -78,6 +80,21 @@ def prompt() -> nn.Module:
     return model
 
 
+def torch_parallel_llama() -> nn.Module:
+    """As a model comes from elsewhere, without a style of this package."""
+    styles = {name: getattr(torch_parallel, type(style).__name__)() for name, style in PLAN.items()}
+    return parallelize_module(llama(), mesh(), styles)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """B as if trained, the same in every process and however it lies."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data.copy_(placed(torch.randn(parameter.shape) * 0.1, parameter))
+    return model
+
+
 def text(rows=slice(None)) -> torch.Tensor:
     return torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)[rows] * 7 % 32
 
@@ -89,6 +106,40 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if not isinstance(like, DTensor):
+        return values
+    return distribute_tensor(values, like.device_mesh, like.placements)
+
+
+def close(found, expected, within: float = 1e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=within, atol=within)
+
+
+def mine(group=None) -> slice:
+    """A process's rows of the batch."""
+    return slice(dist.get_rank(group), None, dist.get_world_size(group))
+
+
+def check_equal(model: nn.Module, expected, group=None, within: float = 1e-6) -> None:
+    """That each process trains on its rows as one does on all of them."""
+    losses, parameters = trained(model, mine(group))
+    average_(losses, group=group)
+    close((losses, parameters), expected, within)
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The loss, and the gradients of what is trained."""
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = [loss.detach()]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            grad, parameter.grad = parameter.grad, None
+            found.append(whole(grad))
+    return found
 
 
 def trained(model: nn.Module, rows=slice(None)) -> tuple[torch.Tensor, dict]:
@@ -119,6 +170,15 @@ def average_(*tensors: torch.Tensor, group=None) -> None:
     for tensor in tensors:
         dist.all_reduce(tensor, group=group)
         tensor /= dist.get_world_size(group)
+
+
+def mesh() -> DeviceMesh:
+    """Of all processes, in one dimension."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def in_shards(model: nn.Module, **options) -> nn.Module:
+    return sharded(model, mesh(), **options)
 
 
 def sharded(model: nn.Module, mesh, **options) -> nn.Module:
