@@ -242,17 +242,25 @@ def broken(folder: Path, what: str) -> Path:
     elif what == "half of the weights":
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     else:
-        changes = {"a rank too large": {"r": 128}, "DoRA": {"use_dora": True}}[what]
+        changes = CHANGES[what]
         config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     return made
 
 
+CHANGES = {
+    "a rank too large": {"r": 128},
+    "another rank": {"r": 8},
+    "DoRA": {"use_dora": True},
+    "modules to save": {"modules_to_save": ["lm_head"]},
+}
 BROKEN = {
     "no config": (404, "No adapter found for"),
     "no weights": (500, "doesn't contain tensors"),
     "half of the weights": (500, "file not fully covered"),
     "a rank too large": (500, "LoRA rank 128 is greater than max_lora_rank 64"),
+    "another rank": (500, "LoRA 'bad' can't be served: lora_A and lora_B of"),
     "DoRA": (500, "does not yet support DoRA"),
+    "modules to save": (500, "Unsupported modules_to_save: ['lm_head']"),
 }
 
 

@@ -1,6 +1,9 @@
 """A model served by vLLM with the plugin: its greedy tokens beside transformers and PEFT's."""
 
 import gc
+import json
+import logging
+import shutil
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
+from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 from vllm.platforms.cpu import CpuPlatform
 from vllm_models import (
@@ -156,3 +160,79 @@ def test_adapters_that_come_and_go_leave_nothing_behind(llm, folder, expected):
 def tensors():
     gc.collect()
     return [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def narrower(weights):
+    """A model of half the width."""
+    return {
+        key: w[:, : w.shape[1] // 2] if "lora_A" in key else w[: len(w) // 2]
+        for key, w in weights.items()
+    }
+
+
+def with_one(changed):
+    """The same in one layer alone."""
+
+    def change(weights):
+        key = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
+        return weights | {key: changed(weights[key].clone())}
+
+    return change
+
+
+def without_one(weights):
+    return {key: w for key, w in weights.items() if "layers.1.mlp.up_proj.lora_B" not in key}
+
+
+REFUSED = {
+    "narrower": (narrower, {}, r"lora_A and lora_B of .* must be \[16, .*; they are \[16, "),
+    "longer": (with_one(lambda b: torch.cat([b, b])), {}, r"k_proj must .* are .* \[128, 16\]"),
+    "rank": (dict, {"r": 8}, r"must be \[8, .* rank 8 of adapter_config.json; they are \[16, "),
+    "pattern": (dict, {"rank_pattern": {"v_proj": 4}}, r"v_proj must be \[4, 128\] and \[64, 4\]"),
+    "nan": (with_one(lambda b: b.index_fill(0, torch.tensor(63), torch.nan)), {}, "no finite"),
+    "inf": (with_one(lambda b: b.index_fill(0, torch.tensor(0), -torch.inf)), {}, "no finite"),
+    "half": (without_one, {}, r"layers.1.mlp.up_proj has no lora_B"),
+    "empty": (lambda weights: {}, {}, "no LoRA weights"),
+}
+
+
+def changed_folder(folder, name, change, settings):
+    """That of "r16", with other weights or settings."""
+    made = shutil.copytree(folder / "adapters/r16", folder / "changed" / name)
+    weights, config = made / "adapter_model.safetensors", made / "adapter_config.json"
+    own = {key: w.contiguous() for key, w in change(load_file(weights)).items()}
+    save_file(own, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    return str(made)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vllm_would_serve_as_another_adapter_is_refused(llm, folder, expected, name):
+    """In place of one that is served, which goes on."""
+    *change, says = REFUSED[name]
+    serve(llm, folder, ["french"], PROMPTS[:1])
+    path = changed_folder(folder, name, *change)
+    with pytest.raises(ValueError, match=f"LoRA 'bad' can't be served: .*{says}"):
+        llm.llm_engine.add_lora(LoRARequest("bad", IDS["french"], path, load_inplace=True))
+    assert IDS["french"] in llm.llm_engine.list_loras()
+    found = serve(llm, folder, ["french", None], PROMPTS[:2])
+    assert found == [expected["french"][0], expected[None][1]]
+
+
+def test_layers_that_the_model_has_not_are_named_in_a_warning(llm, folder, expected, caplog):
+    def deeper(weights):
+        return weights | {k.replace("layers.1", "layers.2"): w.clone() for k, w in weights.items()}
+
+    path = changed_folder(folder, "deeper", deeper, {})
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    try:
+        llm.llm_engine.add_lora(LoRARequest("deeper", 100, path))
+    finally:
+        logger.removeHandler(caplog.handler)
+    (line,) = (record.getMessage() for record in caplog.records if "deeper" in record.getMessage())
+    assert "without its weights of layers that the model hasn't: model.layers.2." in line
+    assert llm.llm_engine.remove_lora(100)

@@ -14,9 +14,10 @@ from vllm.lora.layers import (
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.worker_manager import WorkerLoRAManager
 
+from peft_kernels.integrations.vllm import loading, prompt_rows
 from peft_kernels.integrations.vllm import pages as paged
-from peft_kernels.integrations.vllm import prompt_rows
 from peft_kernels.integrations.vllm.pages import Pages
 from peft_kernels.integrations.vllm.wrapper import PunicaWrapperOfLayers
 
@@ -122,3 +123,4 @@ def _adopting(set_mapping):
 
 
 BaseLayerWithLoRA.set_mapping = _adopting(BaseLayerWithLoRA.set_mapping)
+WorkerLoRAManager._load_adapter = loading.checked(WorkerLoRAManager._load_adapter)
