@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import memray
+import _allocated
 import peft
 import torch
 import transformers
@@ -165,25 +164,12 @@ def one_token(model: nn.Module, case: Case) -> Callable[[], object]:
     return step
 
 
-def peak_megabytes(call: Callable[[], object]) -> float:
-    """The most that is out at once of what a call allocates, native code's too.
-
-    A token's differs by less than the pages in which the system counts. The least of three calls
-    has nothing that is made once.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / str(number) for number in range(3)]
-        for path in paths:
-            with memray.Tracker(path):
-                call()
-        return min(memray.FileReader(path).metadata.peak_memory for path in paths) / 1e6
-
-
 def measure(case: Case, budget: Budget) -> Row:
     make = training_step if case.task == "training step" else one_token
     calls = {name: make(model, case) for name, model in pairs(case).items()}
     found = interleaved(calls, PEFT, budget)
-    theirs, ours = (peak_megabytes(calls[name]) for name in (PEFT, OURS))
+    # A token's peaks differ by less than the pages in which the system counts.
+    theirs, ours = (_allocated.peak_bytes(calls[name]) / 1e6 for name in (PEFT, OURS))
     timing = found[OURS]
     milliseconds = 1e3 * found[PEFT].median
     return Row(

@@ -4,29 +4,15 @@ import copy
 
 import pytest
 import torch
+from peaks import of_torch
 from tiny_models import make_llama
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import peft_kernels
 
 peft = pytest.importorskip("peft")
 
 NAMES = ["first", "second"] * 2
-
-
-def peak_of(call):
-    """Above what was there before; the bytes of every allocation, in their order."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    assert most > 0
-    return most
 
 
 def pair(model, targets):
@@ -47,7 +33,7 @@ def test_a_layer_needs_less_for_a_token(options):
     )
     x = torch.randn(4, 512)
     with torch.no_grad():
-        assert peak_of(lambda: ours(x, **options)) < peak_of(lambda: theirs(x, **options))
+        assert of_torch(lambda: ours(x, **options)) < of_torch(lambda: theirs(x, **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"adapter_names": NAMES}], ids=["one", "mixed"])
@@ -56,7 +42,7 @@ def test_a_model_needs_no_more_for_a_token(options):
     ours, theirs = (model.eval() for model in pair(make_llama(), ["q_proj", "v_proj", "up_proj"]))
     ids = torch.zeros(4, 1, dtype=torch.long)
     with torch.no_grad():
-        assert peak_of(lambda: ours(ids, **options)) <= peak_of(lambda: theirs(ids, **options))
+        assert of_torch(lambda: ours(ids, **options)) <= of_torch(lambda: theirs(ids, **options))
 
 
 def test_a_step_needs_less():
@@ -67,4 +53,4 @@ def test_a_step_needs_less():
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
 
-    assert peak_of(lambda: step(ours)) < peak_of(lambda: step(theirs))
+    assert of_torch(lambda: step(ours)) < of_torch(lambda: step(theirs))
