@@ -3,6 +3,9 @@
 #include "adapter.h"
 
 #include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -200,10 +203,145 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
           up.tensor, up_sum.tensor, d_pre_norm.tensor, d_norm.tensor};
 }
 
+// ---- adapters by row ---------------------------------------------------------------------------
+
+// Which of a batch's parts, of so many rows each, have which adapter; -1: none.
+class PartsByAdapter {
+ public:
+  struct Run {
+    int64_t adapter, begin, count;  // in rows, of those that have an adapter
+  };
+
+  PartsByAdapter(const Tensor& ids, int64_t rows, int64_t adapters) {
+    STD_TORCH_CHECK(ids.is_cpu() && ids.is_contiguous() && ids.scalar_type() == ScalarType::Int,
+                    "ids must be contiguous int32 on the CPU");
+    const int64_t parts = ids.numel();
+    STD_TORCH_CHECK(rows == 0 || (parts && rows % parts == 0),
+                    "ids must serve the rows of x in equal parts");
+    size_ = parts ? rows / parts : 0;
+    const int32_t* id = ids.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < parts; i++) {
+      STD_TORCH_CHECK(id[i] >= -1 && id[i] < adapters, "ids must be in [-1, ", adapters, "); got ",
+                      id[i]);
+      if (id[i] >= 0) order_.push_back(i);
+    }
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int64_t a, int64_t b) { return id[a] < id[b]; });
+    for (size_t i = 0; i < order_.size(); i++) {
+      const int64_t adapter = id[order_[i]];
+      if (runs_.empty() || runs_.back().adapter != adapter)
+        runs_.push_back({adapter, int64_t(i) * size_, 0});
+      runs_.back().count += size_;
+    }
+  }
+
+  const std::vector<Run>& runs() const { return runs_; }
+  int64_t rows() const { return order_.size() * size_; }
+
+  // Those of all rows that have an adapter, by adapter: where they lie if that is their order, or
+  // copied.
+  Tensor own(const Tensor& all) const { return lie_in_order() ? view(all) : gathered(all); }
+  Tensor own_output(const Tensor& y) const {
+    return lie_in_order() ? view(y) : torch::stable::new_empty(y, {rows(), y.size(1)});
+  }
+  void put_back(const Tensor& own, const Tensor& y) const {
+    if (lie_in_order()) return;
+    each(y, own, [](char* to, char* from, int64_t bytes) { std::memcpy(to, from, bytes); });
+  }
+
+ private:
+  bool lie_in_order() const {
+    for (size_t i = 1; i < order_.size(); i++)
+      if (order_[i] != order_[i - 1] + 1) return false;
+    return true;
+  }
+  Tensor view(Tensor all) const {
+    return torch::stable::narrow(all, 0, order_.empty() ? 0 : order_[0] * size_, rows());
+  }
+  Tensor gathered(const Tensor& all) const {
+    Tensor own = torch::stable::new_empty(all, {rows(), all.size(1)});
+    each(all, own, [](char* from, char* to, int64_t bytes) { std::memcpy(to, from, bytes); });
+    return own;
+  }
+  template <class F>
+  void each(const Tensor& all, const Tensor& own, F copy) const {
+    const Matrix there = matrix_of(all, "rows"), here = matrix_of(own, "rows");
+    const int64_t bytes = here.cols * size_of(here.dtype);
+    for (size_t i = 0; i < order_.size(); i++)
+      for (int64_t j = 0; j < size_; j++)
+        copy(there.at(order_[i] * size_ + j, 0), here.at(i * size_ + j, 0), bytes);
+  }
+
+  int64_t size_;
+  std::vector<int64_t> order_;
+  std::vector<Run> runs_;
+};
+
+constexpr Parallel ONE_THREAD{1, [](int64_t tasks, void (*task)(void*, int64_t), void* ctx) {
+                               for (int64_t i = 0; i < tasks; i++) task(ctx, i);
+                             }};
+
+void run_forward(const Inputs& inputs, const Matrix& y, const Parallel& parallel) {
+  const auto z = std::make_unique_for_overwrite<float[]>(y.rows * inputs.r);
+  const auto statistics = std::make_unique_for_overwrite<float[]>(y.rows * inputs.statistics());
+  kernels().forward({.in = inputs.in, .y = y, .z = z.get(), .statistics = statistics.get()},
+                    parallel);
+}
+
+// Each thread takes whole adapters where none has more than a thread's share of the rows.
+void run_all(const std::deque<Inputs>& inputs, const std::vector<Matrix>& outputs, int64_t rows) {
+  const Parallel parallel = torch_threads();
+  const int64_t count = inputs.size();
+  int64_t most = 0;
+  for (const Matrix& y : outputs) most = std::max(most, y.rows);
+  if (most * parallel.threads <= rows)
+    return parallel(count, [&](int64_t i) { run_forward(inputs[i], outputs[i], ONE_THREAD); });
+  for (int64_t i = 0; i < count; i++) run_forward(inputs[i], outputs[i], parallel);
+}
+
+Tensor adapter_apart(
+    Tensor x, Maybe residual, std::vector<Tensor> down_weights, std::vector<Tensor> down_biases,
+    std::vector<Tensor> up_weights, std::vector<Tensor> up_biases, std::vector<double> scales,
+    std::vector<Maybe> scale_ts, std::vector<std::string> activations, Maybe pre_norm_weight,
+    Maybe pre_norm_bias, double pre_norm_eps, Maybe norm_weight, Maybe norm_bias, double norm_eps,
+    bool adds_x, Tensor ids) {
+  const size_t adapters = down_weights.size();
+  STD_TORCH_CHECK(adapters && down_biases.size() == adapters && up_weights.size() == adapters &&
+                      up_biases.size() == adapters && scales.size() == adapters &&
+                      scale_ts.size() == adapters && activations.size() == adapters,
+                  "there must be matrices, biases, a scale and an activation of each adapter");
+  const int64_t n = up_weights[0].size(0);
+  STD_TORCH_CHECK(!residual || residual->size(0) == x.size(0), "residual must be [m, n]");
+  const PartsByAdapter parts(ids, x.size(0), adapters);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), n});
+  if (parts.rows() < x.size(0)) torch::stable::zero_(y);
+  x = parts.own(with_unit_stride(x, true));
+  if (residual) residual = parts.own(with_unit_stride(*residual, true));
+  Tensor own_y = parts.own_output(y);
+  std::deque<Inputs> inputs;
+  std::vector<Matrix> outputs;
+  for (const auto& run : parts.runs()) {
+    const auto rows = [&](Tensor& all) {
+      return torch::stable::narrow(all, 0, run.begin, run.count);
+    };
+    const int64_t i = run.adapter;
+    STD_TORCH_CHECK(up_weights[i].size(0) == n, "all up_weights must have as many rows");
+    inputs.emplace_back(rows(x), residual ? Maybe(rows(*residual)) : Maybe(), down_weights[i],
+                        down_biases[i], up_weights[i], up_biases[i], scales[i], scale_ts[i],
+                        pre_norm_weight, pre_norm_bias, pre_norm_eps, norm_weight, norm_bias,
+                        norm_eps, activations[i], adds_x, 0.0, Maybe());
+    outputs.push_back(matrix_of(rows(own_y), "y"));
+  }
+  run_all(inputs, outputs, parts.rows());
+  parts.put_back(own_y, y);
+  return y;
+}
+
 }  // namespace
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
   library.impl("adapter_fwd", TORCH_BOX(&peft_kernels::adapter_fwd));
+  library.impl("adapter_apart", TORCH_BOX(&peft_kernels::adapter_apart));
   library.impl("adapter_bwd", TORCH_BOX(&peft_kernels::adapter_bwd));
 }

@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 class _Indices(NamedTuple):
-    rows: list[Tensor]  # of each group, in the order of numbers
+    rows: dict[int, Tensor]  # of each number
     back: Tensor  # of each row: its place in all groups on end
+    places: Tensor  # int32, of each row: the place of its number in ``present``; -1 for below 0
 
 
 class RowGroups:
@@ -26,6 +27,7 @@ class RowGroups:
         self.rows: dict[int, list[int]] = {}
         for row, number in enumerate(self.numbers):
             self.rows.setdefault(number, []).append(row)
+        self.present = [number for number in self.rows if number >= 0]
         self._on: dict[torch.device, _Indices] = {}
 
     def apply(
@@ -38,14 +40,20 @@ class RowGroups:
         """
         if len(self.rows) <= 1:
             return run(next(iter(self.rows), -1), x, terms)
-        indices, parts = self._indices(x.device), []
-        for number, rows in zip(self.rows, indices.rows, strict=True):
-            part = x.index_select(0, rows)
-            of = tuple(part if term is x else term.index_select(0, rows) for term in terms)
-            parts.append(run(number, part, of))
+        indices = self.indices(x.device)
+        parts = [run(number, *_chosen(rows, x, terms)) for number, rows in indices.rows.items()]
         return torch.cat(parts).index_select(0, indices.back)
 
-    def _indices(self, device: torch.device) -> _Indices:
+    def write_below_0(
+        self, y: Tensor, run: Callable[..., Tensor], x: Tensor, terms: tuple[Tensor, ...] = ()
+    ) -> None:
+        """Writes ``run(-1, x, terms)`` of the rows numbered -1 into those of y."""
+        if -1 in self.rows:
+            rows = self.indices(x.device).rows[-1]
+            y.index_copy_(0, rows, run(-1, *_chosen(rows, x, terms)))
+
+    def indices(self, device: torch.device) -> _Indices:
+        """The rows as tensors."""
         if torch.compiler.is_compiling():
             return self._made(device)  # compiled code may write over it at its next call
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -62,5 +70,18 @@ class RowGroups:
     def _made(self, device: torch.device) -> _Indices:
         order = [row for rows in self.rows.values() for row in rows]
         back = sorted(range(len(order)), key=order.__getitem__)
-        rows = [torch.tensor(chosen, device=device) for chosen in self.rows.values()]
-        return _Indices(rows, torch.tensor(back, device=device))
+        places = {number: place for place, number in enumerate(self.present)}
+        return _Indices(
+            {number: torch.tensor(rows, device=device) for number, rows in self.rows.items()},
+            torch.tensor(back, device=device),
+            torch.tensor(
+                [places.get(number, -1) for number in self.numbers],
+                dtype=torch.int32,
+                device=device,
+            ),
+        )
+
+
+def _chosen(rows: Tensor, x: Tensor, terms: tuple[Tensor, ...]) -> tuple:
+    part = x.index_select(0, rows)
+    return part, tuple(part if term is x else term.index_select(0, rows) for term in terms)

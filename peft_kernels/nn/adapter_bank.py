@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.modules.checks import check_kind
+from peft_kernels.nn._adapters_apart import factors_of
 from peft_kernels.nn._named import Named
 from peft_kernels.nn._row_groups import RowGroups
-from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm, _added, _call
+from peft_kernels.nn.bottleneck import BottleneckAdapter, Norm, _added, _arguments, _call
+from peft_kernels.ops._adapter_apart import adapter_apart
 
 
 class Rows(Protocol):
@@ -31,7 +33,9 @@ class AdapterBank(Named):
         y_i = norm(residual_i)                                                           a = -1
 
     Rows of one adapter are one call of :func:`peft_kernels.ops.adapter`: as many calls as the batch
-    has adapters, over copies of their rows where there are several. Adapters may differ in
+    has adapters, over copies of their rows where there are several. On a CPU without gradients they
+    are one call together, with the same bits, which reads each adapter where it lies; not where one
+    of them has hooks, norms of its own, a gate or dropout in training. Adapters may differ in
     everything but their hidden size. All that is given is differentiable, and an adapter that no
     row asks for gets no gradient. A state dict says the names, and is an error in a bank that has
     others.
@@ -91,7 +95,15 @@ class AdapterBank(Named):
         def run(number: int, x: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
             return self._one(number, x, terms, pre_norm, norm)
 
-        return groups.apply(run, x, terms)
+        adapters = list(self.adapters)
+        chosen = [adapters[number] for number in groups.present]
+        factors = factors_of(chosen, x, terms, pre_norm, norm)
+        if factors is None:
+            return groups.apply(run, x, terms)
+        norms = {**_arguments("pre_norm", pre_norm), **_arguments("norm", norm)}
+        y = adapter_apart(x, factors, groups.indices(x.device).places, residual=terms, **norms)
+        groups.write_below_0(y, run, x, terms)
+        return y
 
     def _checked(
         self, x: Tensor, terms: tuple[Tensor, ...], ids: Tensor | Sequence[int] | None
@@ -115,8 +127,9 @@ class AdapterBank(Named):
                 f"ids must have one entry for each row of x {list(x.shape)}; "
                 f"got {len(groups.numbers)}"
             )
-        if wrong := [number for number in groups.rows if not -1 <= number < len(self.adapters)]:
-            raise ValueError(f"ids must be in [-1, {len(self.adapters)}); got {wrong[0]}")
+        count = len(self.adapters)
+        if wrong := [number for number in groups.rows if not -1 <= number < count]:
+            raise ValueError(f"ids must be in [-1, {count}); got {wrong[0]}")
         return groups
 
     def _one(

@@ -61,6 +61,16 @@ def wants_function(*inputs) -> bool:
     return _wants_gradient(inputs) and not is_special()
 
 
+def wants_cpu_forward(x: Tensor) -> bool:
+    """Whether an op that only CPUs have, and that has no gradient, may serve x now.
+
+    It may where gradients are off, without autocast, transforms or tracers, whose ways it isn't.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return False
+    return not is_special() and variant(x.dtype) != "_triton"
+
+
 def _wants_gradient(inputs: Iterable) -> bool:
     return torch.is_grad_enabled() and any(map(_requires_grad, inputs))
 

@@ -125,4 +125,4 @@ def test_a_state_dict_goes_into_a_bank_of_the_same_names():
 def test_a_capture_of_several_adapters_rows_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph"):
-        RowGroups([0, 1])._indices(torch.device("cuda"))
+        RowGroups([0, 1]).indices(torch.device("cuda"))
