@@ -3,8 +3,10 @@
 #include "prefix_attention.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <optional>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -172,6 +174,29 @@ std::tuple<Tensor, Tensor> prefix_attention_fwd(Tensor q, Tensor k, Tensor v, Te
   return {out, lse};
 }
 
+// Prefixes of several lengths: those of one length together, whose rows are read where they lie.
+Tensor prefix_attention_lengths(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v,
+                                Tensor prefix_ids, std::vector<int64_t> prefix_lengths, Maybe mask,
+                                bool is_causal, double scale) {
+  const Inputs inputs(q, k, v, prefix_k, prefix_v, prefix_ids, mask, {}, {}, is_causal, scale);
+  PrefixAttentionInputs in = inputs.in;
+  STD_TORCH_CHECK(int64_t(prefix_lengths.size()) == in.prefixes,
+                  "prefix_lengths must have one entry for each of ", in.prefixes, " prefixes");
+  for (int64_t length : prefix_lengths)
+    STD_TORCH_CHECK(length >= 0 && length <= in.length, "prefix_lengths must be in [0, ",
+                    in.length, "]; got ", length);
+  std::map<int64_t, std::vector<Segment>> by_length;
+  for (const Segment& one : std::span(in.segments, in.segment_count))
+    by_length[one.prefix < 0 ? 0 : prefix_lengths[one.prefix]].push_back(one);
+  Tensor out = rows_first(q, in.rows, in.heads, in.queries, in.dim);
+  Tensor lse = torch::stable::new_empty(q, {in.rows, in.heads, in.queries}, ScalarType::Float);
+  for (const auto& [length, segments] : by_length) {
+    in.length = length, in.segments = segments.data(), in.segment_count = segments.size();
+    kernels().forward({in, heads_of(out, "out"), lse.mutable_data_ptr<float>()}, torch_threads());
+  }
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Maybe prefix_ids,
     Maybe mask, Maybe starts, Maybe ends, Tensor out, Tensor lse, bool is_causal, double scale,
@@ -207,5 +232,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
   library.impl("prefix_attention_fwd", TORCH_BOX(&peft_kernels::prefix_attention_fwd));
+  library.impl("prefix_attention_lengths", TORCH_BOX(&peft_kernels::prefix_attention_lengths));
   library.impl("prefix_attention_bwd", TORCH_BOX(&peft_kernels::prefix_attention_bwd));
 }

@@ -27,7 +27,8 @@ class PrefixBank(Named, PrefixTuning):
     without dropout, in the dtype and on the device of the first. ``[P, Hkv, L, D]`` are its keys
     and values of a layer, L the largest length, and what is beyond a prefix's own is never read.
     Rows of one length are one call of :func:`peft_kernels.ops.prefix_attention`, over copies of
-    their queries, keys and values where the batch has several lengths. It trains as any other.
+    their queries, keys and values where the batch has several lengths. On a CPU without gradients
+    all rows are one call with the same bits, which copies nothing. It trains as any other.
     A state dict says the names and lengths, and is an error in a bank that has others.
 
     Attributes:

@@ -20,6 +20,7 @@ from torch import nn
 
 from peft_kernels.formats.peft_prompts import load_prompt, save_prompt
 from peft_kernels.integrations.transformers import add_prefix, prefix_for, remove_prefix
+from peft_kernels.integrations.transformers.attention import by_length
 from peft_kernels.nn import PrefixBank, PrefixTuning
 
 LENGTHS = {"a": 2, "b": 5, "c": 2}
@@ -185,3 +186,36 @@ def test_positions_that_all_rows_share_take_one_length(name):
     with pytest.raises(ValueError, match=r"one length where the positions of .* are shifted"):
         add_prefix(base, PrefixBank(prefixes), shift_positions=True)
     add_prefix(base, PrefixBank({x: prefixes[x] for x in "ac"}), shift_positions=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("names", ROWS, ids=str)
+def test_without_gradients_a_layer_is_one_call_with_the_same_bits(name, names, monkeypatch):
+    counts = {"prefix_attention": 0, "prefix_attention_lengths": 0}
+
+    def counted(op):
+        kernel = getattr(by_length, op)
+
+        def call(*args, **kwargs):
+            counts[op] += 1
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(by_length, op, call)
+
+    for op in counts:
+        counted(op)
+    model, bank, _ = with_bank(name)
+    model.float()
+    inputs = inputs_of(name, rows=4)
+    inputs["attention_mask"] = torch.ones(inputs["input_ids"].shape, dtype=torch.long)
+    inputs["attention_mask"][0, :2] = 0
+    lengths = {LENGTHS[key] for key in names if key is not None}
+    with torch.no_grad():
+        found = hidden(model(**inputs, prefix_ids=bank.ids(names)))
+    together = dict(counts)
+    assert together["prefix_attention" if len(lengths) > 1 else "prefix_attention_lengths"] == 0
+    expected = hidden(model(**inputs, prefix_ids=bank.ids(names)))
+    each = counts["prefix_attention"] - together["prefix_attention"]
+    assert each == sum(together.values()) * max(len(lengths), 1) > 0
+    assert counts["prefix_attention_lengths"] == together["prefix_attention_lengths"]
+    assert torch.equal(found, expected.detach())

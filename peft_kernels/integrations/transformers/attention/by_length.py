@@ -1,4 +1,4 @@
-"""Rows whose prefixes differ in length: a call of the kernel for each length."""
+"""Rows whose prefixes differ in length: one call of the kernel, or one for each length."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_kernels.ops._dispatch import wants_cpu_forward
+from peft_kernels.ops._prefix_lengths import prefix_attention_lengths
 from peft_kernels.ops.prefix_attention import prefix_attention
 
 
@@ -20,6 +22,7 @@ class Lengths:
     """
 
     def __init__(self, ids: Tensor, lengths: Sequence[int]) -> None:
+        self._ids, self._lengths = ids.to(torch.int32), tuple(lengths)
         self.of_rows = torch.tensor([*lengths, 0], device=ids.device)[ids.long()]  # -1 is the last
         rows: dict[int, list[int]] = {}
         without: list[int] = []
@@ -51,6 +54,10 @@ class Lengths:
         **options: Any,
     ) -> Tensor:
         """:func:`prefix_attention`, as ``[B, S, Hq, D]``."""
+        if len(self.groups) > 1 and wants_cpu_forward(q):
+            options |= {"prefix_ids": self._ids, "prefix_lengths": self._lengths}
+            out = prefix_attention_lengths(q, k, v, prefix_k, prefix_v, attn_mask=mask, **options)
+            return out.transpose(1, 2)
         parts = []
         for length, rows in self.groups:
             bank = prefix_k[..., :length, :], prefix_v[..., :length, :]
