@@ -105,7 +105,7 @@ def _tune(args: argparse.Namespace, console: Console) -> int:
     from peft_kernels.tools import tune
 
     options = args.shapes, args.model, args.rank, args.dropout, args.dtype, args.weights
-    if args.list and any(option is not None for option in options):
+    if args.list and (args.dora or any(option is not None for option in options)):
         raise UserError("--list shows what is cached; it takes nothing but --json")
     if args.list:
         cached = tune.cached()
@@ -121,7 +121,9 @@ def _tune(args: argparse.Namespace, console: Console) -> int:
     if args.weights:
         weights = tuple("" if kind == "dense" else kind for kind in args.weights)
     dropout_p = args.dropout or 0.0
-    measurements = tune.tune(shapes, dtypes, weights=weights, dropout_p=dropout_p, console=console)
+    measurements = tune.tune(
+        shapes, dtypes, weights=weights, dropout_p=dropout_p, dora=args.dora, console=console
+    )
     if args.json:
         _print_json(tune.to_document(measurements))
     return 0
@@ -251,6 +253,8 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", nargs="+", metavar="NAME", help=text)
     add("--rank", nargs="+", type=int, metavar="R", help="default: 16")
     add("--dropout", type=float, metavar="P", help="with dropout, which has plans of its own")
+    text = "DoRA's forward over dense weights too, which has plans of its own"
+    add("--dora", action="store_true", help=text)
     text = "of x, with adapters in float32 and in the same; default: bfloat16"
     add("--dtype", type=_dtype, help=text)
     text = "dense, nf4, fp4, int8 or fp8; default: dense nf4 int8"

@@ -1,8 +1,8 @@
 """``peft-kernels tune``: measures `lora_linear`'s plans on the present GPU and caches the best.
 
 The plans are in ``peft_kernels/triton/lora_linear/plans.py``. Every measured bucket of
-(direction, dtypes, m, n, k, r, dropout, the weight's codes) goes into the tune cache, which later
-processes on this kind of GPU read.
+(direction, dtypes, m, n, k, r, dropout, the weight's codes, DoRA's gain) goes into the tune cache,
+which later processes on this kind of GPU read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ from peft_kernels.tools import UserError
 from peft_kernels.tools.outputs import check_file, unwritable
 from peft_kernels.tools.printing import show
 from peft_kernels.triton.common import chips, cost
+from peft_kernels.triton.dora_linear import launch as dora_launchers
 from peft_kernels.triton.lora_linear import launch as launchers
 from peft_kernels.triton.lora_linear import plan_cache, plans, tuning
 from peft_kernels.triton.lora_linear_codes import launch as codes_launchers
@@ -100,6 +101,7 @@ def tune(
     *,
     weights: Iterable[str] = WEIGHTS,
     dropout_p: float = 0.0,
+    dora: bool = False,
     device: torch.device | str | None = None,
     timer: tuning.Timer | None = None,
     console: Console | None = None,
@@ -112,6 +114,8 @@ def tune(
         weights: what the weight is in, ``""`` or a kind of ``ops.quantize``; codes are measured up
             to `ROWS_OVER_CODES` rows.
         dropout_p: dropout has a bucket of its own; give its p to measure that.
+        dora: whether `dora_linear`'s forward over a dense weight, which has buckets of its own, is
+            measured too; its backward and what it does over codes are `lora_linear`'s.
         device: the GPU, by default the current one.
         timer: milliseconds of a call; by default `tuning.gpu_timer`.
         console: where the table is printed.
@@ -135,7 +139,7 @@ def tune(
     for codes, (dtype, adapter_dtype), shape in itertools.product(weights, dtypes, shapes):
         if codes and shape[0] > ROWS_OVER_CODES:
             continue
-        found = _measure(shape, dtype, adapter_dtype, codes, dropout_p, device, timer)
+        found = _measure(shape, dtype, adapter_dtype, codes, dropout_p, dora, device, timer)
         # At once: what was measured stays if this is interrupted, and "scratch" over codes takes
         # the best plan over the dense weight.
         best = {m.problem.bucket(): m.best for m in found}
@@ -174,17 +178,20 @@ def _measure(
     adapter_dtype: torch.dtype,
     codes: str,
     dropout_p: float,
+    dora: bool,
     device: torch.device,
     timer: tuning.Timer,
 ) -> list[Measurement]:
-    """The forward's measurement and the backward's."""
+    """The forward's measurement and the backward's, and that of DoRA's forward."""
     inputs = _inputs(shape, dtype, adapter_dtype, codes, device)
     kind = kind_of(inputs["weight"]) if codes else ""
     found = []
-    for direction, call in _calls(inputs, dropout_p).items():
-        problem = plans.Problem(direction, dtype, adapter_dtype, *shape, dropout_p > 0, kind)
+    for measured in _calls(inputs, dropout_p, dora):
+        problem = plans.Problem(
+            measured.direction, dtype, adapter_dtype, *shape, dropout_p > 0, kind, measured.gain
+        )
         with torch.cuda.device_of(inputs["x"]):
-            run = functools.partial(_run_by, call)
+            run = functools.partial(_run_by, measured.call)
             able = problem.able(chips.arch_name(device))
             times = tuning.time_plans(able, run, timer, ROUNDS)
         if not times.milliseconds:
@@ -212,7 +219,15 @@ def _inputs(
     return inputs
 
 
-def _calls(inputs: dict[str, Any], dropout_p: float) -> dict[str, Callable[[], object]]:
+class _Measured(NamedTuple):
+    """A call whose plans are timed, and what its bucket says of it."""
+
+    direction: str
+    gain: bool
+    call: Callable[[], object]
+
+
+def _calls(inputs: dict[str, Any], dropout_p: float, dora: bool) -> list[_Measured]:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     a, b = inputs["lora_a"], inputs["lora_b"]
     dy = x.new_empty(x.shape[0], b.shape[0]).normal_()
@@ -232,7 +247,14 @@ def _calls(inputs: dict[str, Any], dropout_p: float) -> dict[str, Callable[[], o
     def backward() -> object:
         return bwd(dy, x, *parts, a, b, s, *options, True, True, True)
 
-    return {"fwd": forward, "bwd": backward}
+    found = [_Measured("fwd", False, forward), _Measured("bwd", False, backward)]
+    if dora and not isinstance(weight, QuantizedWeight):
+        gain = torch.ones(b.shape[0], device=x.device)
+        with_gain = functools.partial(
+            dora_launchers.dora_linear_fwd, x, weight, bias, a, b, gain, *options
+        )
+        found.append(_Measured("fwd", True, with_gain))
+    return found
 
 
 # ---- what is cached, and the tables ------------------------------------------------------------

@@ -164,10 +164,11 @@ def tuned_with(capsys, monkeypatch, *flags):
 @needs_triton
 def test_tune_measures_the_shapes_that_it_is_given(capsys, monkeypatch):
     flags = "--shapes 5x12x9 70x12x9 --rank 3 8 --dropout 0.1 --dtype float16 --weights dense fp8"
+    flags += " --dora"
     shapes, dtypes, options = tuned_with(capsys, monkeypatch, *flags.split())
     assert shapes == [(5, 12, 9, 3), (5, 12, 9, 8), (70, 12, 9, 3), (70, 12, 9, 8)]
     assert dtypes == [(torch.float16, torch.float32), (torch.float16, torch.float16)]
-    assert (options["weights"], options["dropout_p"]) == (("", "fp8"), 0.1)
+    assert (options["weights"], options["dropout_p"]) == (("", "fp8"), 0.1) and options["dora"]
 
 
 @needs_triton
@@ -177,6 +178,7 @@ def test_tune_without_options_measures_its_own(capsys, monkeypatch):
     shapes, dtypes, options = tuned_with(capsys, monkeypatch)
     assert (tuple(shapes), tuple(dtypes)) == (tune.SHAPES, tune.DTYPES)
     assert (options["weights"], options["dropout_p"]) == (tune.WEIGHTS, 0.0)
+    assert not options["dora"]
     assert tuned_with(capsys, monkeypatch, "--dtype", "float32")[1] == [(torch.float32,) * 2]
 
 
@@ -196,6 +198,7 @@ def test_tune_takes_models_by_name(capsys, monkeypatch):
         (["--weights", "dense", "int3"], "weights must be among dense, nf4, fp4, int8, fp8; got"),
         (["--model", "gpt-9"], "model must be among llama-3-8b, "),
         (["--list", "--rank", "8"], "--list shows what is cached"),
+        (["--list", "--dora"], "--list shows what is cached"),
     ],
 )
 def test_tune_refuses_what_it_cant_do(capsys, flags, names):

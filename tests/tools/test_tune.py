@@ -15,7 +15,7 @@ from tune_caches import own_cache
 
 from peft_kernels.tools import UserError
 from peft_kernels.tools import tune as tuning
-from peft_kernels.triton.common import chips, cost
+from peft_kernels.triton.common import chips, cost, launch
 from peft_kernels.triton.lora_linear import modelled, plan_cache, plans
 
 CPU = torch.device("cpu")
@@ -194,6 +194,33 @@ def test_weights_in_codes_have_plans_of_their_own(cache):
     assert plans.choose(CPU, case) == "library"
     assert plans.choose(CPU, replace(case, codes="int8/row")) == "scratch"
     assert plans.choose(CPU, replace(case, codes="q4_K")) == "fused"
+
+
+def test_doras_forward_is_measured_where_asked(cache):
+    """Over a dense weight, in a bucket of its own, by launches that multiply by a gain."""
+    launched = []
+
+    def timer(call):
+        launched.clear()
+        call()
+        gained = any(options.get("HAS_GAIN") for options in launched)
+        return {"library": 3.0, "i": 2.0 - gained, "ii": 1.0 + gained}.get(call.args[-1], 9.0)
+
+    def note(kernel, grid, args, options):
+        launched.append(options)
+
+    with patch.object(launch, "run", note):
+        without, _ = run_tune(timer, ((5, 12, 128, 3),))
+        buckets = json.loads(cache.read_text())[plan_cache.device_key(CPU)]
+        assert not any("gain" in bucket for bucket in buckets) and len(without) == 2
+        found, _ = run_tune(timer, ((5, 12, 128, 3),), weights=("", "int8"), dora=True)
+    assert [m.problem.gain for m in found] == [False, False, True, False, False]
+    buckets = json.loads(cache.read_text())[plan_cache.device_key(CPU)]
+    assert buckets["fwd bfloat16/float32 m8 n16 k128 r4"] == "ii"
+    assert buckets["fwd bfloat16/float32 m8 n16 k128 r4 gain"] == "i"
+    case = problem(m=5, n=12, k=128, r=3, adapter=F32)
+    assert plans.choose(CPU, case) == "ii"
+    assert plans.choose(CPU, replace(case, gain=True)) == "i"
 
 
 def test_the_default_over_codes_goes_by_rows():
