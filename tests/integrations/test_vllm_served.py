@@ -12,17 +12,20 @@ pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file
+from vllm.config import CompilationMode
 from vllm.lora.request import LoRARequest
 from vllm.platforms.cpu import CpuPlatform
 from vllm_models import (
     ADAPTERS,
     IDS,
+    OPTIONS,
     PROMPTS,
     SETTINGS,
     options,
     outputs,
     rotations,
     serve,
+    write_adapter,
     write_folders,
 )
 
@@ -69,6 +72,11 @@ def test_the_wrapper_is_in_place(llm):
     assert {type(one) for one in wrappers.values()} == {PunicaWrapperPEFTKernels}
 
 
+def test_vllm_compiles_no_model_with_lora_on_a_cpu(llm):
+    assert not llm.llm_engine.vllm_config.model_config.enforce_eager
+    assert llm.llm_engine.vllm_config.compilation_config.mode is CompilationMode.NONE
+
+
 def test_the_adapters_tell_prompts_apart(expected):
     """Else a wrong adapter would show in no token."""
     for row in zip(*expected.values(), strict=True):
@@ -78,6 +86,15 @@ def test_the_adapters_tell_prompts_apart(expected):
 @pytest.mark.parametrize("name", [None, *ADAPTERS], ids=str)
 def test_every_adapter_alone(llm, folder, expected, name):
     assert serve(llm, folder, [name] * len(PROMPTS)) == expected[name]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_adapter_of_another_kind_beside_others(llm, folder, expected, name):
+    own = write_adapter(folder, name, std=0.3, **OPTIONS[name])
+    assert own != expected[None]
+    names = [name, "r16", None, name, "r8-all", name, None, name]
+    found = serve(llm, folder, names)
+    assert found == [(expected | {name: own})[each][i] for i, each in enumerate(names)]
 
 
 @pytest.mark.parametrize("names", rotations(), ids=str)

@@ -21,7 +21,21 @@ ADAPTERS = {
     "r32-head": (32, [*LINEAR, "lm_head"]),
     "r8-all": (8, [*LINEAR, "lm_head", "embed_tokens"]),
 }
-IDS = {name: i + 1 for i, name in enumerate(ADAPTERS)}
+OPTIONS = {
+    "rank 1": {"r": 1, "target_modules": LINEAR},
+    "rank-stabilised": {"r": 16, "target_modules": LINEAR, "use_rslora": True},
+    "patterns": {
+        "r": 8,
+        "target_modules": LINEAR,
+        "rank_pattern": {"q_proj": 32, "layers.1.mlp.up_proj": 3},
+        "alpha_pattern": {"v_proj": 40},
+    },
+    "last layer": {"r": 8, "target_modules": LINEAR, "layers_to_transform": [1]},
+    "one slice": {"r": 5, "target_modules": ["k_proj"]},
+    "head alone": {"r": 8, "target_modules": ["lm_head"]},
+    "embedding alone": {"r": 8, "target_modules": ["embed_tokens"]},
+}
+IDS = {name: i + 1 for i, name in enumerate([*ADAPTERS, *OPTIONS])}
 PROMPTS = [[1, 2], *([1, 5, 9, 20 + i, *range(30, 30 + 3 * i)] for i in range(7))]
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -57,14 +71,19 @@ def write_folders(folder: Path) -> dict[str | None, Tokens]:
     tokenizer().save_pretrained(folder / "models/small")
     found: dict[str | None, Tokens] = {None: tokens_of(base())}
     for name, (rank, targets) in ADAPTERS.items():
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-        model = peft.get_peft_model(base(), config)
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                nn.init.normal_(parameter, std=0.05)
-        model.save_pretrained(folder / "adapters" / name)
-        found[name] = tokens_of(model.eval())
+        found[name] = write_adapter(folder, name, r=rank, target_modules=targets)
     return found
+
+
+def write_adapter(folder: Path, name: str, std: float = 0.05, **options) -> Tokens:
+    """Writes adapters/<name> with PEFT's options; returns its tokens."""
+    config = peft.LoraConfig(lora_alpha=2 * options["r"], **options)
+    model = peft.get_peft_model(base(), config)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder / "adapters" / name)
+    return tokens_of(model.eval())
 
 
 def tokens_of(model: nn.Module) -> Tokens:
