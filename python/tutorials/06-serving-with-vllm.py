@@ -57,7 +57,7 @@ class Settings:
     steps: int
     tests: int  # texts of a task that are served and compared
     counts: tuple[int, ...]  # of different adapters among timed requests
-    timed: int  # requests by way, and the tokens of each
+    timed: int  # requests with each count, and the tokens of each
     timed_tokens: int
 
 
@@ -203,7 +203,8 @@ def train(
     optimizer = torch.optim.AdamW(own, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     losses, start = [], time.perf_counter()
-    for names, rows in batches(writer.tokenizer, tasks, steps, seed):
+    drawn = batches(writer.tokenizer, tasks, steps, seed)
+    for step, (names, rows) in enumerate(drawn, 1):
         with pool.route(names):
             loss = writer.loss(rows)
             loss.backward()
@@ -211,6 +212,8 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.item())
+        if step % 10 == 0:
+            console.print(f"step {step} of {steps}: loss {losses[-1]:.2f}")
     seconds = (time.perf_counter() - start) / max(1, steps)
     mean = statistics.mean(losses[-5:]) if losses else math.nan
     console.print(
