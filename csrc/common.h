@@ -30,7 +30,7 @@ inline Tensor with_unit_stride(const Tensor& tensor, bool rows_only) {
   return rows || (cols && !rows_only) ? tensor : torch::stable::contiguous(tensor);
 }
 
-// The strides of a dimension of size 1 mean nothing; they are set to what contiguity would make them.
+// The strides of a dimension of size 1 mean nothing; they are set to those of a contiguous tensor.
 inline Matrix matrix_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions");
   Matrix m{tensor.mutable_data_ptr(), dtype_of(tensor, name), tensor.size(0), tensor.size(1),

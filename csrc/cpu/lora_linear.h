@@ -26,7 +26,7 @@ struct LoRALinearBackward {
   bool has_base;               // dx holds dy W already
 };
 
-// What a gain on y adds to the backward, before the rest: dz = gain dy, and the gain's own gradient.
+// What a gain on y adds to the backward, before the rest: dz = gain dy, and its own gradient.
 struct GainBackward {
   Matrix dy, y, x, weight, lora_b;  // y = gain z + bias with z = x W^T + scale S B^T
   const Matrix* bias;               // [1, n], or null

@@ -1,4 +1,4 @@
-// Which adapter each row has, and where the adapters lie: tensors checked, as the kernels take them.
+// Which adapter each row has, and where the adapters lie: tensors that are checked, for kernels.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -133,7 +133,7 @@ inline std::vector<Group> groups_of(const Bank& bank, const Routes& routes) {
 
 // ---- adapters that lie apart ------------------------------------------------------------------
 
-// The adapters of one layer, each in tensors of its own, A [r, k] and B [n, r], read where they lie.
+// The adapters of one layer, each in tensors of its own, A [r, k] and B [n, r], read in place.
 struct Apart {
   std::vector<const void*> a, b;
   std::vector<int32_t> ranks;

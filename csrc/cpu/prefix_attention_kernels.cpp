@@ -161,7 +161,7 @@ struct BackwardBuffers {
   }
 };
 
-// Sums by key of a task's prefix and of one row's text, [key][row]; dk is 1 / ln(2) times its value.
+// Sums by key of a task's prefix and of one row's text, [key][row]; dk is kept as dk / ln(2).
 struct KeySums {
   int64_t row, size;
   Scratch k, v;  // the totals

@@ -1,4 +1,4 @@
-// What the torch side of an op over codes reads from a QuantizedWeight's fields (ops/_quantized.py).
+// What the torch side of an op over codes reads of a QuantizedWeight's fields (ops/_quantized.py).
 #pragma once
 #include <array>
 #include <optional>

@@ -193,9 +193,9 @@ PK_DEVICE Tile find_tile(const Params<T, A>& p, int index) {
   return tile;
 }
 
-// Sends for columns [k0, k0 + k_chunk) of the rows of x, with zeros beyond its ends. A lane has VECTOR
-// columns, which it multiplies a PIECE at a time; all lanes' first pieces lie side by side, then all
-// second ones, so that a warp reads shared memory without conflicts.
+// Sends for columns [k0, k0 + k_chunk) of the rows of x, with zeros beyond its ends. A lane has
+// VECTOR columns, which it multiplies a PIECE at a time; all lanes' first pieces lie side by side,
+// then all second ones, so that a warp reads shared memory without conflicts.
 template <bool WHOLE, int ROWS, class T, class A>
 PK_DEVICE void stage_x(const Params<T, A>& p, int first, int k0, T* staged) {
   constexpr int N = VECTOR<T>;

@@ -1,5 +1,5 @@
-// Weights in the blocks of GGUF files, widened to floats: each has its codes and its scales together.
-// The layouts are in ops/_gguf_blocks.py. All are widened 32 elements at a time.
+// Weights in the blocks of GGUF files, widened to floats: each has its codes and its scales
+// together. The layouts are in ops/_gguf_blocks.py. All are widened 32 elements at a time.
 #pragma once
 #include "tile.h"
 

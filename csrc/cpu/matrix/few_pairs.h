@@ -6,7 +6,7 @@
 #if defined(__AVX512F__)
 namespace peft_kernels::PK_ISA {
 
-constexpr int64_t GROUP = 128;  // codes in a vector; each quarter of it has 32 that follow each other
+constexpr int64_t GROUP = 128;  // codes in a vector; each quarter of it has 32 in their order
 constexpr int64_t QUARTER = GROUP / 4;
 
 // Rows of bfloat16 in the order in which codes are looked up, a group of each row after the other:

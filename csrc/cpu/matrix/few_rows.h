@@ -40,7 +40,7 @@ struct Sweep {
 constexpr int64_t FEW_ROWS_DOT = 8;  // two blocks of 4; over codes one
 constexpr int64_t FEW_ROWS_AXPY = 8;
 constexpr int64_t LINES_OF_X = 16;       // in codes, that read a part of x while it lies in L1
-constexpr int64_t WAY = 1024;  // floats after which lines take the same place in L1; rows lie between
+constexpr int64_t WAY = 1024;  // floats after which lines share a place in L1; rows lie between
 constexpr int64_t AXPY_SUMS = 4 * 1024;  // floats: sums of one block of columns stay in L1
 constexpr int64_t MIN_AXPY_COLUMNS = 256;
 constexpr int64_t AXPY_RUN = 128;
@@ -66,9 +66,9 @@ inline void end_sums(const Sweep& s, int64_t j, int64_t count, float* values) {
   add_bias(s, j, count, values);
 }
 
-// totals[i][j] + dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g: what fills vectors
-// into totals, by lanes, and the rest into dots. The C rows after these are fetched ahead, from line
-// `ahead` on each EVERY-th: rows are too short for the processor to see where the next ones begin.
+// totals[i][j] + dots[i][j] += sum_p x[i][p] g[j][p], R rows of x by C rows of g: what fills
+// vectors into totals, by lanes, and the rest into dots. The C rows after these are fetched ahead,
+// from line `ahead` on each EVERY-th: rows are too short for the processor to see the next ones.
 template <int R, int C, int EVERY = 0, class T>
 PK_INLINE void add_dots(int64_t depth, const float* x, int64_t x_row, const T* g, int64_t g_row,
                         Vec (&totals)[R][C], float (&dots)[4][4], int64_t ahead = 0) {

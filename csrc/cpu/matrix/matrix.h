@@ -26,9 +26,9 @@ struct Matrix {
 // Where codes and what they are scaled by lie: apart, or in blocks of GGUF's.
 enum class Layout { nibbles, bytes, e4m3, q8_0, q4_0, q4_1, q4_K, q6_K };
 
-// A weight in codes, of so many columns. Apart, element (i, j) is value(code) scale + shift, with the
-// scale and the shift of its block: e / block for element e counted row by row, or where blocks have
-// several rows the one that holds row i and column j.
+// A weight in codes, of so many columns. Apart, element (i, j) is value(code) scale + shift, with
+// the scale and the shift of its block: e / block for element e counted row by row, or where blocks
+// have several rows the one that holds row i and column j.
 struct Codes {
   Layout layout;
   const uint8_t* data;  // nibbles: two codes a byte, the first in the high half

@@ -1,6 +1,6 @@
 // bfloat16 with a weight in codes, in products of the processor's own: two elements that follow one
 // another in the depth are a word, and an instruction adds 16 sums of both products (AVX512-BF16).
-// The weight's elements are rounded to bfloat16 as they are widened, as if it had been kept in that.
+// The weight's elements are rounded to bfloat16 as they are widened, as if it were kept in that.
 #pragma once
 #include "isa.h"
 #include "low_rank.h"

@@ -1,4 +1,4 @@
-// Philox 4x32-10 (Salmon et al. 2011), V / 2 counters at a time: the same words as in every backend.
+// Philox 4x32-10 (Salmon et al. 2011), V / 2 counters at a time: the words of every backend.
 #pragma once
 #if defined(__SSE2__)
 #include <immintrin.h>

@@ -4,9 +4,9 @@
 //
 // F holds the dropout factors (or is 1), gain one factor a column (or is 1). The forward is X = x,
 // G = W^T, Z = scale S, H = B^T; the backward to x is X = dy, G = W, Z = dS, H = A. Each element of
-// out is stored once. G's layout chooses the form: with d contiguous the vector lanes are rows of X,
-// with c contiguous they are columns of G, so a weight is never transposed; with few rows nothing is
-// packed at all, and bfloat16 with a weight in codes goes by pairs where the processor takes those.
+// out is stored once. G's layout chooses the form: with d contiguous the vector lanes are rows of
+// X, with c contiguous they are columns of G, so a weight is never transposed; with few rows
+// nothing is packed, and bfloat16 with a weight in codes goes by pairs if the processor has those.
 #pragma once
 #include "few_pairs.h"
 #include "sweep_lanes.h"

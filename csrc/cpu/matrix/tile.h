@@ -1,7 +1,7 @@
 // The register tile every product is made of, and the buffers that feed it.
 //
-// A tile is ROWS broadcast rows by LANES vector lanes: tile[i][j] += sum_p a(i, p) * b(p, j), with a
-// read where it lies (or from a panel converted to float) and b from a packed [p][LANES] panel.
+// A tile is ROWS broadcast rows by LANES vector lanes: tile[i][j] += sum_p a(i, p) * b(p, j), with
+// a read where it lies (or from a panel converted to float) and b from a packed [p][LANES] panel.
 #pragma once
 #include <cstdlib>
 #include <new>
@@ -11,7 +11,7 @@
 
 namespace peft_kernels::PK_ISA {
 
-// The accumulators, VECS vectors of b and a broadcast fill the registers: 16 on AVX2, 32 on AVX-512.
+// The accumulators, VECS vectors of b and a broadcast fill the registers: AVX2 has 16, AVX-512 32.
 #if defined(__AVX512F__)
 constexpr int ROWS = 12;
 #else
@@ -143,7 +143,7 @@ PK_INLINE void transpose(Block (&v)[B]) {
 }
 #endif
 
-// B x B elements of a panel, of which so many columns are filled: panel[p * LANES + j] = from(p, j).
+// B x B elements of a panel, with so many columns filled: panel[p * LANES + j] = from(p, j).
 template <class T>
 PK_INLINE void pack_block(const T* from, int64_t col_stride, int64_t filled, float* panel) {
   Block block[B]{};
@@ -152,7 +152,7 @@ PK_INLINE void pack_block(const T* from, int64_t col_stride, int64_t filled, flo
   for (int p = 0; p < B; p++) std::memcpy(panel + p * LANES, &block[p], B * 4);
 }
 
-// One panel: panel[p * LANES + j] = from(p, j) for count <= LANES columns whose depth is contiguous.
+// One panel: panel[p * LANES + j] = from(p, j) for count <= LANES columns of contiguous depth.
 // Cache lines are used up one after the other: columns a power of 2 apart evict each other from L1.
 template <class T>
 PK_INLINE void pack_transposed(const T* from, int64_t col_stride, int64_t depth, int64_t count,
