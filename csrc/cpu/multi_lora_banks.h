@@ -2,7 +2,9 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../common.h"
@@ -104,6 +106,43 @@ inline Banks banks_of(const Tensors& a, const Tensors& b, const Tensors& tables,
   return all;
 }
 
+// ---- prepared banks --------------------------------------------------------------------------
+
+// Banks that were checked once, in the bytes of a tensor: this, and then as many of Bank. They
+// point into the tensors that they were made of.
+struct Prepared {
+  static constexpr int64_t MARK = 0x736b6e6162;
+  int64_t mark, count, slots, rank_columns, columns, depth;
+};
+static_assert(std::is_trivially_copyable_v<Bank> && alignof(Bank) <= alignof(Prepared));
+
+inline Tensor prepared_of(const Banks& banks, int64_t depth, const Tensor& like) {
+  const int64_t count = banks.banks.size(), size = sizeof(Prepared) + count * sizeof(Bank);
+  Tensor bytes = torch::stable::new_empty(like, {size}, ScalarType::Byte);
+  char* to = static_cast<char*>(bytes.mutable_data_ptr());
+  const Prepared head{Prepared::MARK, count, banks.slots, banks.rank_columns, banks.columns, depth};
+  std::memcpy(to, &head, sizeof head);
+  std::memcpy(to + sizeof head, banks.banks.data(), count * sizeof(Bank));
+  return bytes;
+}
+
+inline Banks banks_of(const Tensor& prepared, int64_t depth) {
+  const int64_t size = prepared.numel();
+  const char* from = static_cast<const char*>(prepared.const_data_ptr());
+  Prepared head{};
+  if (size >= int64_t(sizeof head)) std::memcpy(&head, from, sizeof head);
+  STD_TORCH_CHECK(head.mark == Prepared::MARK && prepared.is_contiguous() &&
+                      size == int64_t(sizeof head + head.count * sizeof(Bank)),
+                  "prepared must be what multi_lora_linear_prepare has made");
+  STD_TORCH_CHECK(head.depth == depth, "x must have ", head.depth, " columns; it has ", depth);
+  Banks banks{{}, head.slots, head.rank_columns, head.columns};
+  banks.banks.resize(head.count);
+  std::memcpy(banks.banks.data(), from + sizeof head, head.count * sizeof(Bank));
+  return banks;
+}
+
+// ---- groups ----------------------------------------------------------------------------------
+
 inline Dropout dropout_of(const Bank& bank, int64_t slot) {
   if (!bank.seeds || bank.dropout_p[slot] == 0) return {};
   const double p = bank.dropout_p[slot];
@@ -114,7 +153,7 @@ inline Dropout dropout_of(const Bank& bank, int64_t slot) {
 
 // The adapters of a bank that have rows and a rank. A page that the table sends outside of the
 // arena would be read from wherever it lies, so it is looked at first.
-inline std::vector<Group> groups_of(const Bank& bank, const Routes& routes) {
+inline std::vector<Group> groups_of(const Bank& bank, const Routes& routes, float scale) {
   std::vector<Group> groups;
   for (int64_t slot = 0; slot < bank.slots; slot++) {
     const int64_t rank = bank.ranks[slot], begin = routes.begin[slot], end = routes.begin[slot + 1];
@@ -126,7 +165,7 @@ inline std::vector<Group> groups_of(const Bank& bank, const Routes& routes) {
       STD_TORCH_CHECK(row >= 0 && row + PAGE <= bank.a.data.rows, "table has page ", row / PAGE,
                       " for slot ", slot, ", but there are ", bank.a.data.rows / PAGE);
     }
-    groups.push_back({slot, rank, begin, end, bank.scales[slot], dropout_of(bank, slot)});
+    groups.push_back({slot, rank, begin, end, bank.scales[slot] * scale, dropout_of(bank, slot)});
   }
   return groups;
 }

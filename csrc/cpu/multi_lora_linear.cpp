@@ -49,6 +49,7 @@ struct Units {
   // come of that, the size(group) parts of each are divided too, at multiples of step.
   template <class Size>
   void cut(int64_t rows_each, int64_t step, int64_t wanted, Size size) {
+    units.reserve(groups.size());
     for (size_t g = 0; g < groups.size(); g++) {
       const int64_t begin = groups[g].begin, count = groups[g].end - begin;
       const int64_t pieces = (count + rows_each - 1) / rows_each;
@@ -102,9 +103,10 @@ struct Call {
   std::vector<std::vector<Group>> groups;  // of each bank
   Parallel parallel;
 
-  Call(const Banks& of_banks, const Routes& of_rows)
+  Call(const Banks& of_banks, const Routes& of_rows, float scale = 1)
       : banks(of_banks), routes(of_rows), parallel(torch_threads()) {
-    for (const Bank& bank : banks.banks) groups.push_back(groups_of(bank, routes));
+    groups.reserve(count());
+    for (const Bank& bank : banks.banks) groups.push_back(groups_of(bank, routes, scale));
   }
 
   int64_t count() const { return banks.banks.size(); }
@@ -118,25 +120,65 @@ struct Call {
 
   // S = dropout(x) A^T, or dS = scale dy B: x [m, columns] or the bank's columns of it.
   void shrink(const Matrix& x, bool from_y, FloatRows s) const {
+    const Shrinks of = shrinks_of(x, from_y, s);
+    kernels(of.isa).shrink(of.of_banks.data(), count(), parallel);
+  }
+
+  // dx += dropout'(dS A): banks add to one and the same dx, one after the other.
+  void expand_to_x(FloatRows s, const Matrix& dx) const {
+    const Expands of = expands_of(s, true, dx);
+    for (const Expand& one : of.of_banks) kernels().expand(&one, 1, parallel);
+  }
+
+  // S, and y += scale S B^T.
+  void update(const Matrix& x, FloatRows s, const Matrix& y) const {
+    const Shrinks first = shrinks_of(x, false, s);
+    const Expands second = expands_of(s, false, y);
+    kernels(first.isa).update(first.of_banks.data(), second.of_banks.data(), count(), parallel);
+  }
+
+  struct Shrinks {
     std::vector<Units> units;
-    std::vector<Shrink> shrinks;
-    units.reserve(count());
-    bool in_pairs = false;
+    std::vector<Shrink> of_banks;
+    Isa isa = chosen_isa();
+  };
+
+  Shrinks shrinks_of(const Matrix& x, bool from_y, FloatRows s) const {
+    Shrinks found;
+    found.units.reserve(count()), found.of_banks.reserve(count());
     for (int64_t i = 0; i < count(); i++) {
       const Bank& bank = banks.banks[i];
       const Pages& pages = from_y ? bank.b : bank.a;
-      units.push_back(units_of(i));
-      units[i].cut(SHRINK_ROWS, 1, wanted(), pages_of);
-      shrinks.push_back({.work = units[i].work(),
-                         .x = from_y ? columns_of(x, bank.column, pages.data.cols) : x,
-                         .pages = pages,
-                         .scaled = from_y,
-                         .masked = !from_y,
-                         .in_pairs = multiplies_in_pairs(x, pages),
-                         .s = {s.data + bank.s_column, s.stride}});
-      in_pairs |= shrinks[i].in_pairs;
+      Units& units = found.units.emplace_back(units_of(i));
+      units.cut(SHRINK_ROWS, 1, wanted(), pages_of);
+      found.of_banks.push_back({.work = units.work(),
+                                .x = from_y ? columns_of(x, bank.column, pages.data.cols) : x,
+                                .pages = pages,
+                                .scaled = from_y,
+                                .masked = !from_y,
+                                .in_pairs = multiplies_in_pairs(x, pages),
+                                .s = {s.data + bank.s_column, s.stride}});
+      if (found.of_banks[i].in_pairs) found.isa = widest_isa();
     }
-    kernels(in_pairs ? widest_isa() : chosen_isa()).shrink(shrinks.data(), count(), parallel);
+    return found;
+  }
+
+  struct Expands {
+    std::vector<Units> units;
+    std::vector<Expand> of_banks;
+  };
+
+  Expands expands_of(FloatRows s, bool to_x, const Matrix& y) const {
+    Expands found;
+    found.units.reserve(count()), found.of_banks.reserve(count());
+    for (int64_t i = 0; i < count(); i++) {
+      const Bank& bank = banks.banks[i];
+      Units& units = found.units.emplace_back(units_of(i));
+      units.cut(EXPAND_ROWS, COLUMN_UNIT, wanted(),
+                [&](const Group&) { return (to_x ? bank.a : bank.b).data.cols; });
+      found.of_banks.push_back(expand_of(units, bank, s, to_x, y));
+    }
+    return found;
   }
 
   // y += scale S B^T, or dx += dropout'(dS A).
@@ -150,22 +192,6 @@ struct Call {
             .y = y,
             .column = to_x ? 0 : bank.column,
             .first_row = first_row};
-  }
-
-  // Banks that add to one and the same dx do so one after the other.
-  void expand(FloatRows s, bool to_x, const Matrix& y) const {
-    std::vector<Units> units;
-    std::vector<Expand> expands;
-    units.reserve(count());
-    for (int64_t i = 0; i < count(); i++) {
-      const Bank& bank = banks.banks[i];
-      units.push_back(units_of(i));
-      units[i].cut(EXPAND_ROWS, COLUMN_UNIT, wanted(),
-                   [&](const Group&) { return (to_x ? bank.a : bank.b).data.cols; });
-      expands.push_back(expand_of(units[i], bank, s, to_x, y));
-    }
-    if (!to_x) return kernels().expand(expands.data(), count(), parallel);
-    for (const Expand& one : expands) kernels().expand(&one, 1, parallel);
   }
 
   // out = x g + bias, then the low-rank part. Each element is rounded once, so 16-bit rows are held
@@ -282,9 +308,30 @@ Tensor multi_lora_linear_add(Tensor y, Tensor x, Tensors a, Tensors b, Tensors t
   x = with_unit_stride(x, true);
   Tensor s = zeros(x, x.size(0), banks.rank_columns, ScalarType::Float);
   const Call call(banks, routes);
-  call.shrink(matrix_of(x, "x"), false, float_rows_of(s));
-  call.expand(float_rows_of(s), false, matrix_of(y, "y"));
+  call.update(matrix_of(x, "x"), float_rows_of(s), matrix_of(y, "y"));
   return s;
+}
+
+Tensor multi_lora_linear_prepare(Tensors a, Tensors b, Tensors tables, Tensors ranks,
+                                 Tensors scales) {
+  STD_TORCH_CHECK(!a.empty(), "a, b, tables, ranks and scales must be given for each bank");
+  const int64_t depth = a[0].size(1);
+  return prepared_of(banks_of(a, b, tables, ranks, scales, {}, {}, depth), depth, a[0]);
+}
+
+void multi_lora_linear_add_prepared(Tensor y, Tensor x, Tensor prepared, Tensor ids, double scale) {
+  const int64_t m = x.size(0);
+  const Banks banks = banks_of(prepared, x.size(1));
+  const Matrix out = matrix_of(y, "y");
+  STD_TORCH_CHECK(out.rows == m && out.cols == banks.columns && out.col_stride == 1,
+                  "y must be [m, n], its rows contiguous, for n that the banks' widths add up to");
+  const Routes routes = route(ids, m, banks.slots);
+  if (routes.rows.empty()) return;
+  x = with_unit_stride(x, true);
+  // What isn't written of it isn't read.
+  const auto s = std::make_unique_for_overwrite<float[]>(m * banks.rank_columns);
+  const Call call(banks, routes, scale);
+  call.update(matrix_of(x, "x"), {s.get(), banks.rank_columns}, out);
 }
 
 std::tuple<Tensor, Tensors, Tensors> multi_lora_linear_bwd(
@@ -316,7 +363,7 @@ std::tuple<Tensor, Tensors, Tensors> multi_lora_linear_bwd(
   if (!needs_x) return {torch::stable::new_empty(x, {0}), da, db};
   if (!weight) {
     Tensor dx = zeros(x, m, x.size(1), x.scalar_type());
-    call.expand(ds, true, matrix_of(dx, "dx"));
+    call.expand_to_x(ds, matrix_of(dx, "dx"));
     return {dx, da, db};
   }
   const Tensor w = with_unit_stride(*weight, false);
@@ -332,5 +379,8 @@ STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, library) {
   library.impl("multi_lora_linear_fwd", TORCH_BOX(&peft_kernels::multi_lora_linear_fwd));
   library.impl("multi_lora_linear_apart", TORCH_BOX(&peft_kernels::multi_lora_linear_apart));
   library.impl("multi_lora_linear_add", TORCH_BOX(&peft_kernels::multi_lora_linear_add));
+  library.impl("multi_lora_linear_prepare", TORCH_BOX(&peft_kernels::multi_lora_linear_prepare));
+  library.impl("multi_lora_linear_add_prepared",
+               TORCH_BOX(&peft_kernels::multi_lora_linear_add_prepared));
   library.impl("multi_lora_linear_bwd", TORCH_BOX(&peft_kernels::multi_lora_linear_bwd));
 }

@@ -53,8 +53,9 @@ struct FloatRows {
   int64_t stride;
 };
 
-// s[i, q] = factor_g * sum_p mask_g(i, p) * x[i, p] A_g[q, p], for the units' pages. The factor is the
-// adapter's scale, or 1. In pairs, x and the pages are bfloat16 and the processor multiplies those.
+// s[i, q] = factor_g * sum_p mask_g(i, p) * x[i, p] A_g[q, p], for the units' pages. The factor is
+// the adapter's scale, or 1. In pairs, x and the pages are bfloat16 and the processor multiplies
+// those.
 struct Shrink {
   Work work;
   Matrix x;  // rows contiguous
@@ -85,8 +86,8 @@ struct Outer {
   Matrix out;
 };
 
-// out[m, c] = x g + bias, then each expand, whose y is out. Each row's sums go in one order, whatever
-// m is.
+// out[m, c] = x g + bias, then each expand, whose y is out. Each row's sums go in one order,
+// whatever m is.
 struct Base {
   Matrix x, g;
   const Matrix* bias;
@@ -99,6 +100,7 @@ struct MultiLoRALinearKernels {
   void (*base)(const Base&, const Parallel&);
   void (*shrink)(const Shrink* banks, int64_t count, const Parallel&);
   void (*expand)(const Expand* banks, int64_t count, const Parallel&);  // by units
+  void (*update)(const Shrink*, const Expand*, int64_t count, const Parallel&);  // in this order
   void (*outer)(const Outer&, const Parallel&);
   void (*narrow)(FloatRows from, const Matrix& to, const Parallel&);  // rounds once
 };

@@ -36,7 +36,7 @@ void multi_lora_narrow(FloatRows from, const Matrix& to, const Parallel& paralle
 #define PK_CONCAT(a, b) PK_CONCAT_(a, b)
 
 const MultiLoRALinearKernels PK_CONCAT(multi_lora_linear_, PK_ISA) = {
-    PK_ISA::multi_lora_base, PK_ISA::shrink, PK_ISA::expand, PK_ISA::outer,
+    PK_ISA::multi_lora_base, PK_ISA::shrink, PK_ISA::expand, PK_ISA::update, PK_ISA::outer,
     PK_ISA::multi_lora_narrow};
 
 }  // namespace peft_kernels

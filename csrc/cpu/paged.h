@@ -4,6 +4,8 @@
 // gradient by rows of its adapter. How rows and columns are blocked together changes no bit.
 #pragma once
 #include <atomic>
+#include <memory>
+#include <thread>
 #include <utility>
 
 #include "multi_lora_linear.h"
@@ -19,19 +21,66 @@ constexpr int64_t OUTER_ROWS = 64;             // gathered at once
 constexpr int64_t ACROSS_COLUMNS = 256;        // of a B that isn't transposed, at a time
 constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
 
-// Threads take the units of all banks one by one, as their ranks may differ much.
-template <class Bank, class F>
-void for_units(const Bank* banks, int64_t count, const Parallel& parallel, F f) {
+template <class Bank>
+int64_t units_of(const Bank* banks, int64_t count) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; i++) total += banks[i].work.unit_count;
-  std::atomic<int64_t> next{0};
-  parallel(std::min<int64_t>(parallel.threads, total), [&](int64_t) {
-    for (int64_t i; (i = next.fetch_add(1)) < total;) {
-      const Bank* bank = banks;
-      for (; i >= bank->work.unit_count; bank++) i -= bank->work.unit_count;
-      f(*bank, bank->work.units[i]);
+  return total;
+}
+
+// The units of all banks, each bank's shared out evenly. A thread that has done its own takes
+// others', as ranks may differ much; calls give a thread the same columns first, which its caches
+// may hold.
+template <class Bank, class F>
+class Shares {
+ public:
+  Shares(const Bank* of_banks, int64_t count, int64_t of_threads, F run_unit)
+      : banks(of_banks), banks_end(of_banks + count), threads(of_threads), f(run_unit),
+        next(new Next[of_threads]{}), left(units_of(of_banks, count)) {}
+
+  void run(int64_t thread) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < threads; i++) {
+      const int64_t share = (thread + i) % threads;
+      while (run_one(share, next[share].unit.fetch_add(1))) count++;
     }
-  });
+    left.fetch_sub(count);
+  }
+
+  // Until all are done. What isn't is in the hands of a thread that runs, however many do.
+  void wait() const {
+    while (left.load() > 0) std::this_thread::yield();
+  }
+
+ private:
+  struct alignas(64) Next {
+    std::atomic<int64_t> unit;
+  };
+
+  // The i-th unit of a share, if it has so many.
+  bool run_one(int64_t share, int64_t i) const {
+    for (const Bank* bank = banks; bank < banks_end; bank++) {
+      const int64_t count = bank->work.unit_count, first = count * share / threads;
+      const int64_t own = count * (share + 1) / threads - first;
+      if (i < own) return f(*bank, bank->work.units[first + i]), true;
+      i -= own;
+    }
+    return false;
+  }
+
+  const Bank *banks, *banks_end;
+  int64_t threads;
+  F f;
+  std::unique_ptr<Next[]> next;
+  std::atomic<int64_t> left;
+};
+
+template <class Bank, class F>
+void for_units(const Bank* banks, int64_t count, const Parallel& parallel, F f) {
+  const int64_t threads = std::min<int64_t>(parallel.threads, units_of(banks, count));
+  if (!threads) return;
+  Shares<Bank, F> shares(banks, count, threads, f);
+  parallel(threads, [&](int64_t thread) { shares.run(thread); });
 }
 
 inline int64_t page_rows(const Group& group, int64_t page) {
@@ -154,14 +203,13 @@ PK_INLINE void expand_tile(const Addend& to, const Columns& columns, const float
       for (int v = 0; v < VECS; v++) sums[a][v] += before[a][v];
 #pragma GCC unroll 6
   for (int a = 0; a < R; a++) {
-    alignas(64) float values[LANES];
     if (WHOLE && to.in_place) {
       with_type(to.t.y.dtype, to.t.y.at(to.row(i + a), to.t.column + col), [&](auto* y) {
-        for (int v = 0; v < VECS; v++) store(values + v * V, load(y + v * V) + sums[a][v]);
-        narrow_row(values, y, LANES);
+        for (int v = 0; v < VECS; v++) store(y + v * V, load(y + v * V) + sums[a][v]);
       });
       continue;
     }
+    alignas(64) float values[LANES];
     for (int v = 0; v < VECS; v++) store(values + v * V, sums[a][v]);
     to.add(i + a, col, cols, values);
   }
@@ -245,11 +293,13 @@ inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int6
   });
 }
 
+inline void expand_unit(const Expand& t, const Unit& unit) {
+  const Group& group = t.work.groups[unit.group];
+  expand_rows(t, group, unit.begin, unit.end, unit.part_begin, unit.part_end);
+}
+
 inline void expand(const Expand* banks, int64_t count, const Parallel& parallel) {
-  for_units(banks, count, parallel, [](const Expand& t, const Unit& unit) {
-    const Group& group = t.work.groups[unit.group];
-    expand_rows(t, group, unit.begin, unit.end, unit.part_begin, unit.part_end);
-  });
+  for_units(banks, count, parallel, expand_unit);
 }
 
 // to[q, j] = from[j, q] for from [n, r], by B x B blocks.

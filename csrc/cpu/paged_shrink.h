@@ -1,5 +1,5 @@
-// S = x A^T of rows that have different adapters: dot products by lanes of p, of a few rows of x by a
-// few of A, so that reading either pays more than once.
+// S = x A^T of rows that have different adapters: dot products by lanes of p, of a few rows of x by
+// a few of A, so that reading either pays more than once.
 #pragma once
 #include "paged.h"
 #include "matrix/pairs.h"
@@ -7,6 +7,15 @@
 namespace peft_kernels::PK_ISA {
 
 constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's registers hold
+
+// sums[j] = the sum of lanes[j].
+template <int C>
+PK_INLINE void add_up(const Vec (&lanes)[C], float (&sums)[DOT_COLS]) {
+  Vec all[DOT_COLS]{};
+  for (int j = 0; j < C; j++) all[j] = lanes[j];
+  const Four found = sums_of(all[0], all[1], all[2], all[3]);
+  std::memcpy(sums, &found, sizeof found);
+}
 
 // sums[i][j] = x[i] . g[j], R rows of x by C rows of g.
 template <int R, int C, class T>
@@ -27,12 +36,14 @@ PK_INLINE void dots(int64_t depth, const float* const* x, const T* g, int64_t g_
     for (int i = 0; i < R; i++)
       for (int j = 0; j < C; j++) totals[i][j] += acc[i][j];
   }
-  for (int i = 0; i < R; i++)
+  for (int i = 0; i < R; i++) {
+    add_up(totals[i], sums[i]);
     for (int j = 0; j < C; j++) {
       float rest = 0;
       for (int64_t q = whole; q < depth; q++) rest += x[i][q] * widen(g[j * g_row + q]);
-      sums[i][j] = sum(totals[i][j]) + rest;
+      sums[i][j] += rest;
     }
+  }
 }
 
 #if defined(__AVX512F__)
@@ -57,8 +68,11 @@ PK_PAIRS inline void dots(int64_t depth, const BFloat16* const* x, const BFloat1
     for (int i = 0; i < R; i++)
       for (int j = 0; j < C; j++) totals[i][j] = _mm512_add_ps(totals[i][j], acc[i][j]);
   }
-  for (int i = 0; i < R; i++)
-    for (int j = 0; j < C; j++) sums[i][j] = sum((Vec)totals[i][j]);
+  for (int i = 0; i < R; i++) {
+    Vec lanes[C];
+    for (int j = 0; j < C; j++) lanes[j] = (Vec)totals[i][j];
+    add_up(lanes, sums[i]);
+  }
 }
 #endif
 
@@ -102,25 +116,41 @@ inline void shrink_unit(const Shrink& t, const Unit& unit, const X* const* x) {
   }
 }
 
-inline void shrink(const Shrink* banks, int64_t bank_count, const Parallel& parallel) {
-  for_units(banks, bank_count, parallel, [](const Shrink& t, const Unit& unit) {
-    const Group& group = t.work.groups[unit.group];
-    const int64_t count = unit.end - unit.begin;
-    const bool drops = t.masked && group.dropout.threshold != 0;
+inline void shrink_any(const Shrink& t, const Unit& unit) {
+  const Group& group = t.work.groups[unit.group];
+  const int64_t count = unit.end - unit.begin;
+  const bool drops = t.masked && group.dropout.threshold != 0;
 #if defined(__AVX512F__)
-    if (t.in_pairs && !drops) {
-      const BFloat16* x[SHRINK_ROWS];
-      for (int64_t i = 0; i < count; i++)
-        x[i] = reinterpret_cast<const BFloat16*>(t.x.at(t.work.rows[unit.begin + i], 0));
-      return shrink_unit<BFloat16>(t, unit, x);
-    }
+  if (t.in_pairs && !drops) {
+    const BFloat16* x[SHRINK_ROWS];
+    for (int64_t i = 0; i < count; i++)
+      x[i] = reinterpret_cast<const BFloat16*>(t.x.at(t.work.rows[unit.begin + i], 0));
+    return shrink_unit<BFloat16>(t, unit, x);
+  }
 #endif
-    const bool copies = drops || t.x.dtype != DType::f32;
-    const Scratch buffer(copies ? count * t.x.cols : 0);
-    const float* x[SHRINK_ROWS];
-    float_pointers(t.x, group, drops, unit, t.work.rows, buffer, x);
-    with_type(t.pages.data.dtype, nullptr,
-              [&]<class T>(T*) { shrink_unit<T>(t, unit, x); });
+  const bool copies = drops || t.x.dtype != DType::f32;
+  const Scratch buffer(copies ? count * t.x.cols : 0);
+  const float* x[SHRINK_ROWS];
+  float_pointers(t.x, group, drops, unit, t.work.rows, buffer, x);
+  with_type(t.pages.data.dtype, nullptr, [&]<class T>(T*) { shrink_unit<T>(t, unit, x); });
+}
+
+inline void shrink(const Shrink* banks, int64_t count, const Parallel& parallel) {
+  for_units(banks, count, parallel, shrink_any);
+}
+
+// S, and then y += S B, in one call of the threads: none of them sleeps between the two.
+inline void update(const Shrink* shrinks, const Expand* expands, int64_t count,
+                   const Parallel& parallel) {
+  const int64_t most = std::max(units_of(shrinks, count), units_of(expands, count));
+  const int64_t threads = std::min<int64_t>(parallel.threads, most);
+  if (!threads) return;
+  Shares first(shrinks, count, threads, shrink_any);
+  Shares second(expands, count, threads, expand_unit);
+  parallel(threads, [&](int64_t thread) {
+    first.run(thread);
+    first.wait();
+    second.run(thread);
   });
 }
 

@@ -149,6 +149,40 @@ PK_INLINE float sum_of(const float* values) {
 
 PK_INLINE float sum(Vec v) { return sum_of<V>(reinterpret_cast<const float*>(&v)); }
 
+typedef float Four __attribute__((vector_size(16)));
+typedef float LooseFour __attribute__((vector_size(16), aligned(4)));
+
+// v by halves, until four are left.
+template <int N = V>
+PK_INLINE Four four_of(const float* values) {
+  if constexpr (N == 4) {
+    return *reinterpret_cast<const LooseFour*>(values);
+  } else {
+    typedef float Part __attribute__((vector_size(N * 2)));
+    Part low, high;
+    std::memcpy(&low, values, sizeof low);
+    std::memcpy(&high, values + N / 2, sizeof high);
+    const Part halves = low + high;
+    return four_of<N / 2>(reinterpret_cast<const float*>(&halves));
+  }
+}
+
+PK_INLINE Four four_of(Vec v) { return four_of(reinterpret_cast<const float*>(&v)); }
+
+// The sum of each, to the bits of sum().
+PK_INLINE Four sums_of(Vec a, Vec b, Vec c, Vec d) {
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+  const Four parts[4] = {four_of(a), four_of(b), four_of(c), four_of(d)};
+  Four pairs[2];
+  for (int i = 0; i < 2; i++) {
+    const Four first = parts[2 * i], second = parts[2 * i + 1];
+    pairs[i] = __builtin_shuffle(first, second, Lanes{0, 1, 4, 5}) +
+               __builtin_shuffle(first, second, Lanes{2, 3, 6, 7});
+  }
+  return __builtin_shuffle(pairs[0], pairs[1], Lanes{0, 2, 4, 6}) +
+         __builtin_shuffle(pairs[0], pairs[1], Lanes{1, 3, 5, 7});
+}
+
 // Calls f with a pointer of the type that dtype names.
 template <class F>
 PK_INLINE void with_type(DType dtype, void* data, F f) {
@@ -201,6 +235,39 @@ PK_INLINE void narrow_row(const float* from, BFloat16* to, int64_t count) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), both);
   }
   for (; i < count; i++) narrow(from[i], to + i);
+}
+#endif
+
+// to[0...V) = v, rounded once.
+PK_INLINE void store(Float* to, Vec v) { store(&to->value, v); }
+#if defined(__AVX512F__)
+PK_INLINE void store(Half* to, Vec v) {
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
+PK_INLINE void store(BFloat16* to, Vec v) {
+  const __m512i bits = (__m512i)v, high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(all));
+}
+#elif defined(__AVX2__)
+PK_INLINE void store(Half* to, Vec v) {
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+}
+PK_INLINE void store(BFloat16* to, Vec v) {
+  const __m256i words = narrowed((__m256)v);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+#else
+template <class T>
+PK_INLINE void store(T* to, Vec v) {
+  for (int i = 0; i < V; i++) narrow(v[i], to + i);
 }
 #endif
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
+from peft_kernels.ops._multi_lora_prepared import PreparedBanks
 from peft_kernels.ops.multi_lora_linear import PAGE
 
 
@@ -113,8 +114,13 @@ def slices_of(a: Sequence[Tensor], b: Sequence[Pages]) -> Slices:
     )
 
 
+def prepared(slices: Slices) -> PreparedBanks:
+    """The same for a CPU's kernels."""
+    return PreparedBanks(*slices[:5])
+
+
 def add_(
-    y: Tensor, x: Tensor, slices: Slices, ids: Tensor, *, scale: float = 1.0, column: int = 0
+    y: Tensor, x: Tensor, slices: PreparedBanks, ids: Tensor, *, scale: float = 1.0, column: int = 0
 ) -> None:
     """Adds each row's low-rank update, slice after slice of y's columns from ``column`` on.
 
@@ -122,37 +128,30 @@ def add_(
     ``g = ids[i]``. Sums are in float32, rounded once; nothing else of y is written.
 
     Args:
-        y: ``[m, n]`` in any strides, where n may be more than the slices have.
+        y: ``[m, n]`` of contiguous rows, where n may be more than the slices have.
         x: ``[m, k]``; its dtype, y's, A's and B's are each float32, float16 or bfloat16.
         ids: ``[m]`` int32, -1 for none.
 
     Raises:
         ValueError: the slices are wider than y.
     """
-    rest = y.shape[1] - column - sum(slices.widths)
-    if rest < 0:
-        raise ValueError(
-            f"y must have room for slices of {slices.widths} columns from column {column} on; "
-            f"it has {y.shape[1]}"
-        )
-    if scale != 1:
-        slices = slices._replace(scales=[scales * scale for scales in slices.scales])
-    banks: Sequence[list[Tensor]] = slices[:5]
-    if column or rest:
-        before, after = (_nothing(x, slices, columns) for columns in (column, rest))
-        banks = [
-            [*first, *own, *last] for first, own, last in zip(before, banks, after, strict=True)
-        ]
-    whole, (a, b, tables, ranks, scales) = y.contiguous(), banks
-    _run(whole, x, a, b, tables, ranks, scales, ids)
-    if whole is not y:
-        y.copy_(whole)
+    if y.shape[1] != slices.width:
+        end = column + slices.width
+        if end > y.shape[1]:
+            raise ValueError(
+                f"y must have room for slices of {slices.widths} columns from column {column} on; "
+                f"it has {y.shape[1]}"
+            )
+        y = y[:, column:end]
+    slices.add_to(y, x, ids, scale)
 
 
 def shrunk(x: Tensor, a: Pages, ids: Tensor) -> Tensor:
     """``S[i] = A_g x[i]``, ``[m, r]`` in float32; zero where a row has no adapter."""
     no_y, no_b = x.new_empty(len(x), 0), a.rows.new_empty(len(a.rows), 0)
-    s = _run(no_y, x, [a.rows], [no_b], [a.table], [a.ranks], [a.scales], ids)
+    op = _library.get_op("multi_lora_linear_add", _library.variant(x.dtype))
+    banks = [a.rows], [no_b], [a.table], [a.ranks], [a.scales]
+    s = op(no_y, x, *banks, ids, None, None, [], [], "auto")
     return s[:, : a.rank]
 
 
@@ -160,19 +159,3 @@ def units(pages: Pages) -> Tensor:
     """The A of rows that are multiplied by B alone: each rank row takes its own input."""
     own = torch.eye(pages.padded, pages.rank, dtype=torch.float32, device=pages.rows.device)
     return own.repeat(pages.slots, 1)
-
-
-def _nothing(x: Tensor, slices: Slices, columns: int) -> Sequence[list[Tensor]]:
-    """A bank of rank 0 for columns that no slice has."""
-    if not columns:
-        return [[]] * 5
-    ranks = torch.zeros_like(slices.ranks[0])
-    table = ranks.new_empty(len(ranks), 0)
-    bank = x.new_empty(0, x.shape[1]), x.new_empty(0, columns), table, ranks, slices.scales[0]
-    return [[tensor] for tensor in bank]
-
-
-def _run(y: Tensor, x: Tensor, a, b, tables, ranks, scales, ids: Tensor) -> Tensor:
-    """The op, with its S. Its kernels take each matrix in a dtype of its own."""
-    op = _library.get_op("multi_lora_linear_add", _library.variant(x.dtype))
-    return op(y, x, a, b, tables, ranks, scales, ids, None, None, [], [], "auto")

@@ -11,9 +11,10 @@ from vllm.lora.layers import BaseLayerWithLoRA
 
 from peft_kernels.integrations.vllm import pages as paged
 from peft_kernels.integrations.vllm.layers import pairs_of
-from peft_kernels.integrations.vllm.pages import Pages, Slices
+from peft_kernels.integrations.vllm.pages import Pages
 from peft_kernels.integrations.vllm.plugin import LOGGER
 from peft_kernels.integrations.vllm.wrapper import PunicaWrapperOfLayers, not_ours, rows_of
+from peft_kernels.ops._multi_lora_prepared import PreparedBanks
 
 
 class RowIds:
@@ -69,8 +70,8 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
         self._tokens = RowIds(max_num_batched_tokens, "tokens")
         self._prompts = RowIds(max_num_batched_tokens, "rows of logits")
         self._pages: dict[int, Pages] = {}  # by the id() of the stacked tensor, which they hold
-        self._slices: dict[int, Slices] = {}  # by that of the first B: with A
-        self._expands: dict[int, Slices] = {}  # by that of B: without
+        self._slices: dict[int, PreparedBanks] = {}  # by that of the first B: with A
+        self._expands: dict[int, PreparedBanks] = {}  # by that of B: without
         init_logger(LOGGER).info_once("peft_kernels serves LoRA requests on its CPU kernels.")
 
     # ---- layers ------------------------------------------------------------------------------
@@ -82,18 +83,19 @@ class PunicaWrapperPEFTKernels(PunicaWrapperOfLayers):
         if pairs and all(pair.is_whole for pair in pairs):
             b = [pages for _, pages in pairs]
             a = [pages.rows for pages, _ in pairs if pages]
-            self._slices[id(b[0].stacked)] = paged.slices_of(a, b)
+            self._slices[id(b[0].stacked)] = paged.prepared(paged.slices_of(a, b))
 
     def _pages_of(self, stacked: Tensor) -> Pages:
         return _known(self._pages, stacked)
 
-    def _slices_of(self, stacked: Tensor) -> Slices:
+    def _slices_of(self, stacked: Tensor) -> PreparedBanks:
         return _known(self._slices, stacked)
 
-    def _expand_of(self, stacked: Tensor) -> Slices:
+    def _expand_of(self, stacked: Tensor) -> PreparedBanks:
         if id(stacked) not in self._expands:
             b = self._pages_of(stacked)
-            self._expands[id(stacked)] = paged.slices_of([self._units_of(b)], [b])
+            slices = paged.slices_of([self._units_of(b)], [b])
+            self._expands[id(stacked)] = paged.prepared(slices)
         return self._expands[id(stacked)]
 
     # ---- steps -------------------------------------------------------------------------------
