@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peft_kernels import _library
 from peft_kernels.ops._dtypes import acc_dtype
@@ -58,6 +59,8 @@ def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     forced = _library.variant(weight.dtype) == "_triton"
     if not forced and weight.device.type == "cpu":
         return False  # the common case, at once
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return False  # there is nothing to look at
     if torch.compiler.is_compiling() or is_recorded() or wants_composition():
         return False
     if not forced and _library.backend_of("dora_linear", weight.device, weight.dtype) != "triton":

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from turns import launches_on
 
@@ -205,3 +206,10 @@ def test_layers_train_with_it_as_without():
             Norms().of(layer.weight, layer.lora_a, layer.lora_b, layer.scale),
             dora_norm(layer.weight, layer.lora_a, layer.lora_b, layer.scale),
         )
+
+
+def test_tensors_without_values_have_no_norms_that_are_kept():
+    with FakeTensorMode():
+        layer, x = LoRALinear(8, 6, 2, alpha=4, use_dora=True), torch.randn(3, 8)
+    with peft_kernels.backend("triton"):
+        assert layer(x).shape == (3, 6)
