@@ -32,7 +32,6 @@ SEQUENCES = 16  # as many as there are adapters, where those are more
 # The least of tokens a second, by adapters: prefill and decode over those without LoRA.
 FLOORS = {0: (0.99, 0.99), 1: (0.97, 0.95), 16: (0.93, 0.85)}
 OVER_STOCK = (15, 4)  # the same over vLLM's own, where there are adapters
-WARM = 4  # tokens of a prompt that isn't timed
 
 Rows = list[dict[str, Any]]
 
@@ -103,7 +102,7 @@ def _measure(cell: Cell, engines: dict[str, Process], rounds: int) -> dict[str, 
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in own}
     peaks = dict.fromkeys(own, 0)
     for engine in own.values():
-        engine.serve(Batch(batch.adapters, batch.sequences, WARM, 1))
+        engine.serve(Batch(batch.adapters, batch.sequences, batch.prompt, 1))
     for number in range(rounds):
         for way in list(own)[:: -1 if number % 2 else 1]:
             answer = own[way].serve(batch)
