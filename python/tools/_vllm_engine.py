@@ -47,6 +47,12 @@ class Batch:
     tokens: int
 
     @property
+    def mean_rank(self) -> float:
+        """Of its requests' adapters."""
+        ranks = [RANKS[name % len(RANKS)] for name in self.names if name is not None]
+        return sum(ranks) / self.sequences
+
+    @property
     def names(self) -> list[int | None]:
         """The adapter of each request; neighbours have different ones."""
         if not self.adapters:
@@ -80,7 +86,7 @@ def write_folders(folder: Path, model: str, dtype: str) -> None:
         (adapter / "adapter_config.json").write_text(json.dumps(_peft_config(shape, rank)))
 
 
-def _widths(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def widths(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the layers of a block, by name."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     own = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -91,7 +97,7 @@ def _widths(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _peft_config(shape: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    targets = sorted(name.partition(".")[2] for name in _widths(shape))
+    targets = sorted(name.partition(".")[2] for name in widths(shape))
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
 
 
@@ -99,7 +105,7 @@ def _adapter(shape: Mapping[str, Any], rank: int, dtype: str) -> dict[str, torch
     torch.manual_seed(rank)
     found = {}
     for layer in range(shape["num_hidden_layers"]):
-        for name, (k, n) in _widths(shape).items():
+        for name, (k, n) in widths(shape).items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             for part, size in (("lora_A", (rank, k)), ("lora_B", (n, rank))):
                 values = 0.02 * torch.randn(size)

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _vllm_engine import MODELS, NONE, OURS, STOCK, Batch, Process, write_folders
+from _vllm_engine import MODELS, NONE, OURS, STOCK, Batch, Process, widths, write_folders
 
 DTYPES = ("float32", "bfloat16")
 SEQUENCES = 16  # as many as there are adapters, where those are more
@@ -130,14 +130,16 @@ def _place(row: dict[str, Any]) -> tuple[int, ...]:
 def _beside_none(rows: Rows) -> str:
     own = [row for row in rows if not row["cell"]["beside_stock"]]
     lines = [
-        "| model | dtype | adapters | requests | prefill, tokens/s: no LoRA | ratio | must reach "
+        "| model | dtype | adapters | requests | LoRA's multiplications, of the layers' "
+        "| prefill, tokens/s: no LoRA | ratio | must reach "
         "| decode, tokens/s: no LoRA | ratio | must reach | peak, MB: no LoRA | ours |",
-        "| --- | --- | ---: | ---: |" + " ---: |" * 8,
+        "| --- | --- | ---: | ---: |" + " ---: |" * 9,
     ]
     for row in own:
         floors = FLOORS.get(row["cell"]["batch"]["adapters"], (None, None))
         timed = [_timed(row, phase, NONE, OURS, floors[phase]) for phase in (0, 1)]
-        lines.append(_line([*_head(row), *timed[0], *timed[1], *_peaks(row, NONE, OURS)]))
+        cells = [*_head(row), _share(row), *timed[0], *timed[1], *_peaks(row, NONE, OURS)]
+        lines.append(_line(cells))
     return "\n".join(lines) if own else ""
 
 
@@ -165,6 +167,13 @@ def _head(row: dict[str, Any]) -> list[str]:
     dtype = cell["dtype"] + (", compiled" if cell["compiled"] else "")
     requests = f"{batch['sequences']} of {batch['prompt']} + {batch['tokens']} tokens"
     return [cell["model"], dtype, str(batch["adapters"]), requests]
+
+
+def _share(row: dict[str, Any]) -> str:
+    """Of the linear layers' own: what no kernel can spare, at the mean rank of the batch."""
+    of_layers = widths(MODELS[row["cell"]["model"]]).values()
+    rank = Batch(**row["cell"]["batch"]).mean_rank
+    return f"{rank * sum(k + n for k, n in of_layers) / sum(k * n for k, n in of_layers):.1%}"
 
 
 def _timed(row: dict[str, Any], phase: int, base: str, way: str, floor: float | None) -> list[str]:
