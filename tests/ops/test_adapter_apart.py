@@ -53,6 +53,7 @@ def of_each(x, residual, factors, numbers, norms):
     return y
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("numbers", [IDS, [0, 0, 1, 1, 2, 2, 2], [1] * 7, [-1] * 7], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
@@ -67,6 +68,7 @@ def test_has_the_bits_of_each_alone(numbers, dtype, adapter_dtype, backend):
     assert y.dtype is dtype and torch.equal(y, expected)
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("rows", [7, 28])
 def test_the_number_of_threads_changes_no_bit(threads, rows):

@@ -32,9 +32,10 @@ def by_lists(y, x, banks, ids):
     return y
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [0, 1, 2, 16, 70])
-def test_bits_are_those_of_lists(m, dtype):
+def test_has_the_bits_of_lists(m, dtype):
     banks = banks_of(dtype)
     y, x, ids = rows(m, dtype)
     expected = by_lists(y.clone(), x, banks, ids)
@@ -72,17 +73,19 @@ def test_what_the_tensors_hold_may_change():
     assert torch.equal(y, expected) and not torch.equal(y, before)
 
 
-def test_rows_without_an_adapter_keep_their_bits_on_any_number_of_threads():
+@pytest.mark.builds
+def test_the_number_of_threads_changes_no_bit_and_no_row_of_the_base():
     banks = banks_of(torch.bfloat16)
     y, x, ids = rows(70, torch.bfloat16)
     y[ids < 0] = torch.nan
-    found = []
-    threads = torch.get_num_threads()
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        found.append(y.clone())
-        prepared(banks).add_to(found[-1], x, ids)
-    torch.set_num_threads(threads)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(y.clone())
+            prepared(banks).add_to(found[-1], x, ids)
+    finally:
+        torch.set_num_threads(threads)
     words = [own.view(torch.int16) for own in found]
     assert torch.equal(words[0], words[1]) and torch.equal(words[0], words[2])
     assert torch.equal(words[0][ids < 0], y.view(torch.int16)[ids < 0])

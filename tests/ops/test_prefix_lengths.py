@@ -45,6 +45,7 @@ def masks_of(inputs):
     return {"none": None, "bool": seen, "floats": torch.randn(shape[0], 1, 1, shape[3])}
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -79,6 +80,7 @@ def test_is_as_near_to_float64_as_the_reference(shape, dtype):
     assert_as_good_as(found, eager, of_each(wide), "out")
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_number_of_threads_changes_no_bit(threads):
     inputs, before = problem(*SHAPES[2]), torch.get_num_threads()
