@@ -22,6 +22,7 @@ from vllm_layers import (
 
 from peft_kernels import backend_of
 from peft_kernels.integrations.vllm import prompt_rows
+from peft_kernels.integrations.vllm.pages import pages_of_b
 from peft_kernels.integrations.vllm.punica import PunicaWrapperPEFTKernels
 
 IDS = [0, -1, 3, 1, 1, -1, 2, 0, 0, 3]
@@ -231,3 +232,14 @@ def test_shrink_and_expand_by_themselves_have_the_bits_of_the_whole(dtype):
     made.add_expand(y, s, layer.lora_b_stacked, widths)
     made.add_lora_linear(whole, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, widths)
     assert torch.equal(y, whole)
+
+
+@pytest.mark.parametrize("rank", [8, 5])
+def test_b_is_kept_in_the_memory_that_it_had(rank):
+    values = torch.randn(3, 1, 6, rank)
+    stacked = values.clone()
+    pages = pages_of_b(stacked)
+    assert torch.equal(pages.stacked, values)
+    assert torch.equal(pages.rows.view(3, -1, 6)[:, :rank], values[:, 0].mT)
+    lies_there = pages.rows.data_ptr() == stacked.data_ptr()
+    assert lies_there == (rank == 8)  # a whole page of rank rows

@@ -66,8 +66,17 @@ def pages_of_a(stacked: Tensor) -> Pages:
 
 
 def pages_of_b(stacked: Tensor) -> Pages:
-    """Of B ``[slots, 1, n, r]``, in new storage."""
-    pages = _allocated(stacked.transpose(2, 3))
+    """Of B ``[slots, 1, n, r]``, which is given as a view of its transpose.
+
+    That takes B's own storage if its ranks are whole pages: ``stacked`` isn't B from then on.
+    """
+    slots, _, n, rank = stacked.shape
+    if stacked.is_contiguous() and rank % PAGE == 0:
+        transposed = stacked.view(slots, 1, rank, n)
+        _write(transposed, stacked.transpose(2, 3))
+        pages = _pages(transposed, transposed.view(-1, n), slots, rank)
+    else:
+        pages = _allocated(stacked.transpose(2, 3))
     return pages._replace(stacked=pages.stacked.transpose(2, 3))
 
 
@@ -76,8 +85,14 @@ def _allocated(values: Tensor) -> Pages:
     padded = -(-rank // PAGE) * PAGE
     rows = values.new_zeros(slots * padded, columns)
     stacked = rows.view(slots, 1, padded, columns)[:, :, :rank]
-    stacked.copy_(values)
+    _write(stacked, values)
     return _pages(stacked, rows, slots, rank)
+
+
+def _write(to: Tensor, values: Tensor) -> None:
+    """Not where all are zero, as in new slots: memory that nothing wrote takes none."""
+    if values.any():
+        to.copy_(values.clone(memory_format=torch.contiguous_format))
 
 
 def _pages(stacked: Tensor, rows: Tensor, slots: int, rank: int) -> Pages:
