@@ -16,7 +16,9 @@ def banks_of(dtype=torch.float32):
 
 
 def prepared(banks) -> PreparedBanks:
-    return PreparedBanks(*([bank[i] for bank in banks] for i in range(5)))
+    found = PreparedBanks(*([bank[i] for bank in banks] for i in range(5)))
+    assert found.prepared is not None  # without the kernel, lists would be compared with lists
+    return found
 
 
 def rows(m: int, dtype=torch.float32):
