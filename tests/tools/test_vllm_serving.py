@@ -49,7 +49,7 @@ def test_a_ratio_is_judged_by_its_floor(ours, verdict):
     cell = next(vllm_serving.cells(options(adapters=[1], stock=[])))[0]
     seconds = {NONE: [[2.0, 4.0]] * 3, OURS: [[ours, 8.0]] * 3}
     line = vllm_serving.table([row(cell, seconds)]).splitlines()[-1]
-    assert "| 1 | 16 of 64 + 24 tokens | 512 |" in line and verdict in line
+    assert "| 1 | 16 of 64 + 24 tokens | 5.1% | 512 |" in line and verdict in line
     assert line.endswith("| 96 | 0.50 | ≥ 0.95 missed | 1000 | 2000 |")
 
 
