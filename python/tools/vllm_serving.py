@@ -131,15 +131,16 @@ def _beside_none(rows: Rows) -> str:
     own = [row for row in rows if not row["cell"]["beside_stock"]]
     lines = [
         "| model | dtype | adapters | requests | LoRA's multiplications, of the layers' "
-        "| prefill, tokens/s: no LoRA | ratio | must reach "
+        "| prefill, tokens/s: no LoRA | ratio | must reach | LoRA's weights, of the layers' "
         "| decode, tokens/s: no LoRA | ratio | must reach | peak, MB: no LoRA | ours |",
-        "| --- | --- | ---: | ---: |" + " ---: |" * 9,
+        "| --- | --- | ---: | ---: |" + " ---: |" * 10,
     ]
     for row in own:
         floors = FLOORS.get(row["cell"]["batch"]["adapters"], (None, None))
         timed = [_timed(row, phase, NONE, OURS, floors[phase]) for phase in (0, 1)]
-        cells = [*_head(row), _share(row), *timed[0], *timed[1], *_peaks(row, NONE, OURS)]
-        lines.append(_line(cells))
+        share, adapters = _share(row), row["cell"]["batch"]["adapters"]
+        cells = [*_head(row), f"{share:.1%}", *timed[0], f"{adapters * share:.1%}", *timed[1]]
+        lines.append(_line([*cells, *_peaks(row, NONE, OURS)]))
     return "\n".join(lines) if own else ""
 
 
@@ -169,11 +170,15 @@ def _head(row: dict[str, Any]) -> list[str]:
     return [cell["model"], dtype, str(batch["adapters"]), requests]
 
 
-def _share(row: dict[str, Any]) -> str:
-    """Of the linear layers' own: what no kernel can spare, at the mean rank of the batch."""
+def _share(row: dict[str, Any]) -> float:
+    """r (k + n) of k n: an adapter's multiplications for a row, and its weights, by the layers'.
+
+    No kernel can spare them. A prefill makes them for each row; a decode's step, of few rows, reads
+    those of all its adapters. At the mean rank of the batch.
+    """
     of_layers = widths(MODELS[row["cell"]["model"]]).values()
     rank = Batch(**row["cell"]["batch"]).mean_rank
-    return f"{rank * sum(k + n for k, n in of_layers) / sum(k * n for k, n in of_layers):.1%}"
+    return rank * sum(k + n for k, n in of_layers) / sum(k * n for k, n in of_layers)
 
 
 def _timed(row: dict[str, Any], phase: int, base: str, way: str, floor: float | None) -> list[str]:

@@ -50,7 +50,7 @@ def test_a_ratio_is_judged_by_its_floor(ours, verdict):
     seconds = {NONE: [[2.0, 4.0]] * 3, OURS: [[ours, 8.0]] * 3}
     line = vllm_serving.table([row(cell, seconds)]).splitlines()[-1]
     assert "| 1 | 16 of 64 + 24 tokens | 5.1% | 512 |" in line and verdict in line
-    assert line.endswith("| 96 | 0.50 | ≥ 0.95 missed | 1000 | 2000 |")
+    assert line.endswith("| 5.1% | 96 | 0.50 | ≥ 0.95 missed | 1000 | 2000 |")
 
 
 def test_beside_vllms_own_the_ratio_is_to_it():
