@@ -17,6 +17,7 @@ from peft_kernels.modules.fully_sharded import is_gathered
 from peft_kernels.modules.replaced import Origin, check_stored, take_over
 from peft_kernels.nn._drawn import Drawn
 from peft_kernels.nn._factor import KeptFactor
+from peft_kernels.nn._filled_in import FilledIn
 from peft_kernels.nn._gathered import HandsOn, beside_rows, in_call, share_parameters
 from peft_kernels.nn._lora_values import warn_of_base_weights
 from peft_kernels.nn._mergeable import Mergeable
@@ -44,7 +45,7 @@ def check_weight(value: Any, n: int, k: int, stored: Callable[[Tensor], Tensor])
         )
 
 
-class LoRALinear(Mergeable, KeptFactor, Drawn, HandsOn, nn.Linear):
+class LoRALinear(Mergeable, KeptFactor, FilledIn, Drawn, HandsOn, nn.Linear):
     """A frozen linear layer with a trainable low-rank update.
 
     ``y = x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T`` (Hu et al. 2021, "LoRA:
@@ -332,23 +333,21 @@ class LoRALinear(Mergeable, KeptFactor, Drawn, HandsOn, nn.Linear):
             self.merge(safe=False)
 
     def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Whether a state dict brings a weight and no adapter.
-
-        What it lacks, torch's ``set_model_state_dict`` fills up with the layer's own Parameters.
-        """
-        weight, lora_a = (state_dict.get(f"{prefix}{name}") for name in ("weight", "lora_a"))
-        brings_weight = weight is not None and weight is not self.weight
-        return brings_weight and (lora_a is None or lora_a is self.lora_a)
+        """Whether a state dict brings a weight and no adapter."""
+        return self._brings(state_dict, prefix, "weight") and not self._brings(
+            state_dict, prefix, "lora_a"
+        )
 
     def _of_unmerged(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """What a merged layer loads, where its own Parameters are among it.
 
-        torch's ``set_model_state_dict`` puts them there, those that the state dict lacks too, and
-        writes values for a shard into it, which unmerging writes into as well.
+        Values for a shard are in the merged weight itself then, which unmerging writes into.
         """
         found = {n: v for n, v in state_dict.items() if n != f"{prefix}unmerged_weight"}
         if found.get(f"{prefix}weight") is self.weight:
-            found[f"{prefix}weight"] = self.weight.detach().clone()
+            brought = self._brings(state_dict, prefix, "weight")
+            base = self.weight.detach().clone() if brought else self.unmerged_weight
+            found[f"{prefix}weight"] = base
         return found
 
     def extra_repr(self) -> str:

@@ -161,6 +161,17 @@ def a_merged_model_takes_over_a_whole_state_dict():
         close(logits(model), expected)
 
 
+WHOLE = (
+    StateDictOptions(full_state_dict=True, strict=False),
+    StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=True),
+)
+
+
+def take_over(model: nn.Module, state: dict, how: StateDictOptions) -> None:
+    has_it = not how.broadcast_from_rank0 or torch.distributed.get_rank() == 0
+    set_model_state_dict(model, dict(state) if has_it else {}, options=how)
+
+
 @CASES.add
 def a_plain_models_whole_state_dict_makes_doras_magnitudes_its_own():
     plain, whole_model = llama(), dora()
@@ -168,21 +179,36 @@ def a_plain_models_whole_state_dict_makes_doras_magnitudes_its_own():
         parameter.data.mul_(1.2)
     state = plain.state_dict()
     whole_model.load_state_dict(state, strict=False)
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    for model in (in_shards(dora()), dora()):
-        for is_merged in (False, True):
-            if is_merged:
-                merge(model)
-            set_model_state_dict(model, dict(state), options=options)
+    for how in WHOLE:
+        for model in (in_shards(dora()), dora()):
+            take_over(model, state, how)
             close(logits(model), logits(whole_model))
-        unmerge(model)
-        layer = model.model.layers[0].mlp.up_proj
-        trained = whole(layer.lora_magnitude).detach().clone().mul_(1.5)
-        layer.lora_magnitude.data.mul_(1.5)
-        head = {"lm_head.weight": state["lm_head.weight"]}
-        set_model_state_dict(model, head, options=options)
-        model.load_state_dict(model.state_dict(keep_vars=True))
-        close(whole(layer.lora_magnitude), trained)
+        for model in (in_shards(dora()), dora()):
+            merge(model)
+            take_over(model, state, how)
+            close(logits(model), logits(whole_model))
+            unmerge(model)
+            close(logits(model), logits(whole_model))
+
+
+@CASES.add
+def a_whole_state_dict_of_the_head_leaves_the_layers_as_they_are():
+    head = {"lm_head.weight": torch.ones_like(llama().lm_head.weight)}
+    for how in WHOLE:
+        for make in (lambda: in_shards(dora()), dora):
+            for is_merged in (False, True):
+                model = make()
+                for name, parameter in model.named_parameters():
+                    if name.endswith("lora_magnitude"):
+                        parameter.data.mul_(1.5)
+                before = values(model) | head
+                if is_merged:
+                    merge(model)
+                take_over(model, head, how)
+                model.load_state_dict(model.state_dict(keep_vars=True))
+                if is_merged:
+                    unmerge(model)
+                torch.testing.assert_close(values(model), before, rtol=0, atol=0)
 
 
 @CASES.add
