@@ -43,7 +43,9 @@ def compiling(check_and_update_config):
 @pytest.fixture(scope="module")
 def llm(folder, expected):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **SETTINGS}.items():
+        # The plugin, which vLLM finds where the package is installed, would take the CPU's wrapper.
+        own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PEFT_KERNELS_VLLM": "0"}
+        for name, value in {**own, **SETTINGS}.items():
             patch.setenv(name, value)
         patch.setattr(CpuPlatform, "get_punica_wrapper", classmethod(lambda cls: GPU_WRAPPER))
         settings = compiling(CpuPlatform.check_and_update_config)
