@@ -130,7 +130,6 @@ def swap_linear(
     Nothing is changed when one is raised. A key of ``rank_pattern`` or ``alpha_pattern`` that
     matches no target gets a RuntimeWarning, as in PEFT.
     """
-    check_task_type(task_type)
     targets = required_targets(
         model,
         target_modules,
@@ -204,7 +203,11 @@ def find_targets(
 def required_targets(
     model: nn.Module, target_modules: str | Iterable[str], **options: Any
 ) -> dict[str, nn.Module]:
-    """:func:`find_targets`, or a ValueError where a pattern of ``target_modules`` selects none."""
+    """:func:`find_targets`, or a ValueError where a pattern of ``target_modules`` selects none.
+
+    A ``task_type`` among the options must be one of PEFT's.
+    """
+    check_task_type(options.get("task_type"))
     target_modules = checked_names("target_modules", target_modules)
     targets = find_targets(model, target_modules, **options)
     if targets and not unmatched(target_modules, targets):

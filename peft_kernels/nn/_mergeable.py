@@ -170,14 +170,25 @@ class Mergeable(nn.Linear):
         """
         scale = self.scale if scale is None else scale
         self._check_adapter(lora_a, lora_b, magnitude, scale)
-        if self.unmerged_weight is not None:
-            adapter = lora_a, lora_b, magnitude
-            self.weight.copy_(self._merged_weight(self.unmerged_weight, *adapter, scale, safe))
+        if self.merged:
+            self._merge_anew(lora_a, lora_b, magnitude, scale, safe)
         self.lora_a = overwritten(self.lora_a, lora_a)
         self.lora_b = overwritten(self.lora_b, lora_b)
         if magnitude is not None:
             self.lora_magnitude = overwritten(self.lora_magnitude, magnitude)
         self.r, self.scale = lora_a.shape[0], scale
+
+    def _merge_anew(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None,
+        scale: float | Tensor,
+        safe: bool,
+    ) -> None:
+        """Puts another adapter into the base weight, in the memory of the merged one."""
+        adapter = lora_a, lora_b, magnitude
+        self.weight.copy_(self._merged_weight(self.base_weight, *adapter, scale, safe))
 
     def _check_adapter(
         self, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scale: float | Tensor

@@ -39,8 +39,8 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
     - While merged, ``weight`` is dense, ``[n, k]`` in the dtype that it had before it was put into
       codes, or with ``requantize`` in codes again. ``requantization_error`` is then
       ``||W' - M|| / ||M||``, with W' the new codes' values and M what was merged: the codes' own
-      error, which the adapter of a small step may be lost in. Unmerging puts the codes back, bit by
-      bit.
+      error, which the adapter of a small step may be lost in. Switching makes it anew, dense or in
+      codes as it was. Unmerging puts the codes back, bit by bit.
     - :func:`peft_kernels.unload` puts an ``nn.Linear`` in place of a layer that is merged dense.
     """
 
@@ -119,7 +119,7 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         self._require(merged=False)
         check_stored(self, own=["weight"], other=self.adapter_names)
         adapter = self.lora_a, self.lora_b, self.lora_magnitude if self.use_dora else None
-        self._put_merged(*self._merge_of(*adapter, self.scale, safe, requantize))
+        self._put_merged(*self._merge_of(*adapter, self.scale, safe, requantize=requantize))
 
     @torch.no_grad()
     def _merge_of(
@@ -129,6 +129,7 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         magnitude: Tensor | None,
         scale: float | Tensor,
         safe: bool,
+        *,
         requantize: bool,
     ) -> tuple[nn.Parameter, dict[str, Any], float | None]:
         """The merged weight, the library's attributes that go with it, and its codes' error."""
@@ -174,28 +175,11 @@ class QuantizedLoRALinear(OverCodes, LoRALinear):
         _set(self, self._before)
         self._put(base, {}, None)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def switch(
-        self,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        *,
-        magnitude: Tensor | None = None,
-        scale: float | Tensor | None = None,
-        safe: bool = True,
-    ) -> None:
-        """As of :class:`LoRALinear`; a merged weight is made anew, dense or in codes as it was."""
-        merged = None
-        if self.merged:
-            scale = self.scale if scale is None else scale
-            self._check_adapter(lora_a, lora_b, magnitude, scale)
-            again = self.requantization_error is not None
-            merged = self._merge_of(lora_a, lora_b, magnitude, scale, safe, again)
-            self.unmerge()
-        super().switch(lora_a, lora_b, magnitude=magnitude, scale=scale, safe=safe)
-        if merged is not None:
-            self._put_merged(*merged)
+    def _merge_anew(self, *adapter_and_safe: Any) -> None:
+        again = self.requantization_error is not None
+        merged = self._merge_of(*adapter_and_safe, requantize=again)
+        self.unmerge()
+        self._put_merged(*merged)
 
     def plain(self, *, merged: bool) -> nn.Module:
         """The layer whose place this took; with a dense merged weight an ``nn.Linear``."""

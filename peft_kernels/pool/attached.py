@@ -16,7 +16,6 @@ from peft_kernels.models.fast_paths import choose_fast_paths, has_adapters
 from peft_kernels.models.freezing import freeze
 from peft_kernels.models.in_place import keep_in_place, let_go
 from peft_kernels.models.input_grads import let_gradients_be, let_gradients_through
-from peft_kernels.models.modules_to_save import check_task_type
 from peft_kernels.models.resizing import choose_resizing
 from peft_kernels.models.swap import named, replace_modules, required_targets
 from peft_kernels.modules.bases import check_bases
@@ -92,7 +91,6 @@ class Attached:
 
         Nothing is changed when one is raised.
         """
-        check_task_type(task_type)
         given, model = model, unwrapped(model)
         targets = required_targets(
             model,
