@@ -20,6 +20,7 @@ constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
 constexpr int64_t ACROSS_COLUMNS = 256;        // of a B that isn't transposed, at a time
 constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
+constexpr int64_t LINE = 64;                   // bytes
 
 template <class Bank>
 int64_t units_of(const Bank* banks, int64_t count) {
@@ -132,6 +133,9 @@ struct Addend {
   bool masked, in_place;
 
   PK_INLINE int64_t row(int64_t i) const { return t.work.rows[begin + i] - t.first_row; }
+  PK_INLINE char* at(int64_t i, int64_t col) const {
+    return static_cast<char*>(t.y.at(row(i), t.column + col));
+  }
 
   // y[i, col...] += mask * sums.
   void add(int64_t i, int64_t col, int64_t cols, float* sums) const {
@@ -151,7 +155,10 @@ struct PageColumns {
   const Pages& pages;
   int64_t slot, col;
 
-  PK_INLINE const T* page(int64_t index) const { return pages.first<T>(slot, index) + col; }
+  static constexpr int64_t ON_END = PAGE;  // rank rows
+  static constexpr bool of_many_rows = false;
+
+  PK_INLINE const T* at(int64_t q) const { return pages.first<T>(slot, q / PAGE) + col; }
   PK_INLINE int64_t step() const { return pages.data.row_stride; }
 };
 
@@ -159,56 +166,74 @@ struct PageColumns {
 struct Panel {
   const Float* data;
 
-  PK_INLINE const Float* page(int64_t index) const { return data + index * PAGE * LANES; }
+  static constexpr int64_t ON_END = RUN;
+  static constexpr bool of_many_rows = true;
+
+  PK_INLINE const Float* at(int64_t q) const { return data + q * LANES; }
   PK_INLINE int64_t step() const { return LANES; }
 };
 
 template <class T>
 inline Panel copied(const PageColumns<T>& from, const Group& group, int64_t cols, float* to) {
   for (int64_t q = 0; q < group.rank; q++)
-    widen_row(from.page(q / PAGE) + q % PAGE * from.step(), to + q * LANES, cols);
+    widen_row(from.at(q) + q % PAGE * from.step(), to + q * LANES, cols);
   return {reinterpret_cast<const Float*>(to)};
 }
 
-// A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
-// B_g.
+// sums[a] += the products of z's row a and the rank rows [first, end), which are of one run.
 template <int R, bool WHOLE, class Columns>
-PK_INLINE void expand_tile(const Addend& to, const Columns& columns, const float* z, int64_t i,
-                           int64_t col, int64_t cols) {
-  const int64_t rank = to.group.rank, step = columns.step();
-  Vec sums[R][VECS], before[R][VECS];
-#pragma GCC unroll 6
-  for (int a = 0; a < R; a++)
-    for (int v = 0; v < VECS; v++) sums[a][v] = before[a][v] = Vec{};
-  for (int64_t page = 0; page * PAGE < rank; page++) {
-    if (page && page % RUN_PAGES == 0)
-#pragma GCC unroll 6
-      for (int a = 0; a < R; a++)
-        for (int v = 0; v < VECS; v++) before[a][v] += std::exchange(sums[a][v], Vec{});
-    const auto* b = columns.page(page);
-    for (int64_t q = 0; q < page_rows(to.group, page); q++, b += step) {
+PK_INLINE void add_run(const Columns& columns, const float* z, int64_t rank, int64_t first,
+                       int64_t end, int64_t cols, Vec (&sums)[R][VECS]) {
+  const int64_t step = columns.step();
+  for (int64_t q = first; q < end;) {
+    const auto* b = columns.at(q);
+    for (const int64_t stop = std::min(end, q + Columns::ON_END); q < stop; q++, b += step) {
       Vec lanes[VECS];
       for (int v = 0; v < VECS; v++)
         lanes[v] = WHOLE ? load(b + v * V) : load_part(b + v * V, cols - v * V);
 #pragma GCC unroll 6
       for (int a = 0; a < R; a++) {
-        const Vec factor = splat(z[(i + a) * rank + page * PAGE + q]);
+        const Vec factor = splat(z[a * rank + q]);
         for (int v = 0; v < VECS; v++) sums[a][v] += factor * lanes[v];
       }
     }
   }
-  if (rank > RUN)
+}
+
+// A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
+// B_g. Many rows of y don't stay in the caches, and a walk down their columns outruns the hardware
+// prefetcher. Rows are unrolled wherever sums are, which otherwise were in memory.
+template <int R, bool WHOLE, class Columns>
+PK_INLINE void expand_tile(const Addend& to, const Columns& columns, const float* z, int64_t i,
+                           int64_t col, int64_t cols) {
+  const int64_t rank = to.group.rank;
+  char* y[R];
+#pragma GCC unroll 6
+  for (int a = 0; a < R; a++) y[a] = to.at(i + a, col);
+  if constexpr (Columns::of_many_rows)
 #pragma GCC unroll 6
     for (int a = 0; a < R; a++)
-      for (int v = 0; v < VECS; v++) sums[a][v] += before[a][v];
+      for (int64_t line = 0; line < VECS; line++) __builtin_prefetch(y[a] + line * LINE, 1);
+  z += i * rank;
+  Vec sums[R][VECS]{};
+  add_run<R, WHOLE>(columns, z, rank, 0, std::min(rank, RUN), cols, sums);
+  for (int64_t first = RUN; first < rank; first += RUN) {
+    Vec run[R][VECS]{};
+    add_run<R, WHOLE>(columns, z, rank, first, std::min(rank, first + RUN), cols, run);
+#pragma GCC unroll 6
+    for (int a = 0; a < R; a++)
+      for (int v = 0; v < VECS; v++) sums[a][v] += run[a][v];
+  }
+  if (WHOLE && to.in_place)
+    return with_type(to.t.y.dtype, nullptr, [&]<class T>(T*) {
+#pragma GCC unroll 6
+      for (int a = 0; a < R; a++) {
+        T* row = reinterpret_cast<T*>(y[a]);
+        for (int v = 0; v < VECS; v++) store(row + v * V, load(row + v * V) + sums[a][v]);
+      }
+    });
 #pragma GCC unroll 6
   for (int a = 0; a < R; a++) {
-    if (WHOLE && to.in_place) {
-      with_type(to.t.y.dtype, to.t.y.at(to.row(i + a), to.t.column + col), [&](auto* y) {
-        for (int v = 0; v < VECS; v++) store(y + v * V, load(y + v * V) + sums[a][v]);
-      });
-      continue;
-    }
     alignas(64) float values[LANES];
     for (int v = 0; v < VECS; v++) store(values + v * V, sums[a][v]);
     to.add(i + a, col, cols, values);

@@ -6,7 +6,8 @@
 
 namespace peft_kernels::PK_ISA {
 
-constexpr int64_t DOT_ROWS = 3, DOT_COLS = 4;  // accumulators that AVX2's registers hold
+// Accumulators that the registers hold: AVX2 has 16, AVX-512 32.
+constexpr int64_t DOT_ROWS = V < 16 ? 3 : 4, DOT_COLS = 4;
 
 // sums[j] = the sum of lanes[j].
 template <int C>
