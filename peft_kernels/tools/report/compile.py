@@ -162,7 +162,8 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
         )
         stem = kernel.__name__.removesuffix("_kernel")
         tile = [f"{side}{bound[f'BLOCK_{side}']}" for side in "MNKR" if f"BLOCK_{side}" in bound]
-        tile += [f"{option.removeprefix('num_')[0]}{value}" for option, value in extra.items()]
+        counts = [option for option in extra if option.startswith("num_")]
+        tile += [f"{option.removeprefix('num_')[0]}{extra[option]}" for option in counts]
         yield Launch(
             target=name,
             module=kernel.fn.__module__,
@@ -187,15 +188,19 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
 # ---- compiling and reading the result ----------------------------------------------------------
 
 
-def compile_launch(launch: Launch) -> CompiledRow:
-    target = TARGETS[launch.target]
+def compiled(launch: Launch) -> Any:
+    """What Triton makes of it."""
     kernel = getattr(importlib.import_module(launch.module), launch.kernel + "_kernel")
     source = ASTSource(kernel, launch.signature, launch.constexprs, launch.attrs)
-    compiled = triton.compile(source, target=target.gpu, options=launch.options)
+    return triton.compile(source, target=TARGETS[launch.target].gpu, options=launch.options)
+
+
+def compile_launch(launch: Launch) -> CompiledRow:
+    target, made = TARGETS[launch.target], compiled(launch)
     if target.gpu.backend == "hip":
-        registers, spills, text = _read_amdgcn(compiled.asm["amdgcn"])
+        registers, spills, text = _read_amdgcn(made.asm["amdgcn"])
     else:
-        registers, spills, text = _read_cubin(compiled.asm["cubin"])
+        registers, spills, text = _read_cubin(made.asm["cubin"])
     pattern = target.narrow if launch.narrow else target.tensor_core
     return CompiledRow(
         target=launch.target,
@@ -205,7 +210,7 @@ def compile_launch(launch: Launch) -> CompiledRow:
         tile=launch.tile,
         registers=registers,
         spills=spills,
-        shared=compiled.metadata.shared,
+        shared=made.metadata.shared,
         shared_limit=target.shared_limit,
         tensor_core=dict(Counter(re.findall(pattern, text))),
         multiplies=launch.multiplies,

@@ -13,6 +13,23 @@ import triton.language as tl
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# ---- dependent launches: the rules are in ``dependent.py`` -------------------------------------
+
+
+@triton.jit
+def let_next_begin(PDL: tl.constexpr):
+    """Lets the launch after this one begin, as soon as all programs of this one have."""
+    if PDL and not INTERPRET:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_first(PDL: tl.constexpr):
+    """Waits until the launch before this one has ended, and its stores can be read."""
+    if PDL and not INTERPRET:
+        tl.extra.cuda.gdc_wait()
+
+
 # ---- scalars, tiles, rounding ------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ MAX_TERMS_BLOCK_R = 32
 # each product. The ranks up to which a kernel has registers for a float32 operand's terms in one.
 STAGED = ("sm_90", "sm_100")
 JOINED = {"shrink": 32, "in_loop": 16, "from_dy": 16, "grad_a": 32}
+# Chips with programmatic dependent launch, which compute capability 9.0 began.
+DEPENDENT = ("sm_90", "sm_100", "sm_120")
 MIN_BLOCK_R = 16  # the least depth of a tensor-core product
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, dependent
 from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.common.sum_kernels import sum_partials_kernel
@@ -61,14 +61,19 @@ def chunks(cores: int, length: int, block: int, programs: int) -> tuple[int, int
     return chunk, cdiv(length, chunk) if length else 0
 
 
-def sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
-    """out = factor (parts[0] + parts[1] + ...); zeros when there is none."""
+def sum_partials(parts: Tensor, out: Tensor, factor: Tensor | float, pdl: bool = False) -> Tensor:
+    """out = factor (parts[0] + parts[1] + ...); zeros when there is none.
+
+    Args:
+        pdl: the launch before is what makes ``parts``, and lets this one begin.
+    """
     value, is_pointer = argument(factor, 1.0)
     launch(
         sum_partials_kernel,
         (cdiv(out.numel(), SUM_BLOCK),),
         parts, out, value, parts.shape[0], out.numel(),
         FACTOR_ON_DEVICE=is_pointer, PARTS=SUM_PARTS, BLOCK=SUM_BLOCK,
+        **dependent.second(pdl),
     )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops._dropout import threshold
-from peft_kernels.triton.common import chips, cost, layouts
+from peft_kernels.triton.common import chips, cost, dependent, layouts
 from peft_kernels.triton.common.launch import MAX_SPLITS, argument, chunks
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import modelled, plans, tilings
@@ -53,6 +53,8 @@ class Call(layouts.Layout):
         self.block_r = chips.rank_block(self.r)
         self.rank_blocks = cdiv(self.r, self.block_r)
         self.precision = sizes.precision
+        # Without ranks there is no first launch.
+        self.pdl = self.r > 0 and dependent.launches(sizes.arch_name, sizes.device)
         self.dropout_p, self.inv_keep, self.threshold = 0.0, 1.0, 0
         self.seed: Any = 0
         self.seed_on_device = False

@@ -33,6 +33,7 @@ from peft_kernels.triton.common.blocks import (
     float_scalar,
     joined,
     kept_mask,
+    let_next_begin,
     pointers,
     rank_dot,
     rounded,
@@ -40,6 +41,7 @@ from peft_kernels.triton.common.blocks import (
     slots_of,
     step,
     tile_position,
+    wait_for_first,
     wide_dot,
 )
 
@@ -104,12 +106,14 @@ def shrink_kernel(
     DROPOUT: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
     SLOTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """S[split, i, c] = sum over split's chunk of k of dropout(x)[i, k] A[c, k].
 
     ``out`` is [splits, m, r] float32. Grid: (row blocks x rank blocks, splits); the rank blocks of
     a row block are neighbours, so that the second one finds x in L2.
     """
+    let_next_begin(PDL)
     rank_blocks = tl.cdiv(r, BLOCK_R)
     rows = tl.program_id(0) // rank_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     first_rank = tl.program_id(0) % rank_blocks * BLOCK_R
@@ -156,6 +160,7 @@ def tile_kernel(
     FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out = gain (a w + mask o (factor P Q)) + bias, one store; a [m, depth], w [depth, n].
 
@@ -164,7 +169,11 @@ def tile_kernel(
 
     Grid: (tiles, splits). With SPLIT, out[split] = a w over ``chunk`` of depth alone; ``out`` is
     [splits, m, n] float32, and what else y or dx has is left to add_low_rank_kernel.
+
+    With PDL, which a mask doesn't go with, P is read last: the base's product needs no wait for it.
     """
+    tl.static_assert(not (PDL and DROPOUT), "a mask applies to P Q before the base adds to it")
+    let_next_begin(PDL and SPLIT)
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
     )
@@ -177,11 +186,10 @@ def tile_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
 
     # 1. factor P Q, first: the mask applies to it alone, and the base then adds to the same tile
-    if SPLIT:
+    scale = float_scalar(factor, FACTOR_ON_DEVICE)
+    if SPLIT or PDL:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        out += split.to(tl.int64) * m * n
     else:
-        scale = float_scalar(factor, FACTOR_ON_DEVICE)
         acc = low_rank(
             p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_R,
@@ -203,7 +211,14 @@ def tile_kernel(
         w_ptrs += step(BLOCK_K, sw_k)
 
     # 3. gain and bias, and the only rounding and store
-    if not SPLIT:
+    wait_for_first(PDL)
+    if SPLIT:
+        out += split.to(tl.int64) * m * n
+    else:
+        if PDL:
+            acc = plus_low_rank(
+                acc, p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_R
+            )
         acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)
@@ -217,6 +232,7 @@ def in_loop_kernel(
     SCALE_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, TERMS: tl.constexpr,
     SLOTS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y = gain (x W^T + scale S B^T) + bias, S = dropout(x) A^T, one loop over k; r <= BLOCK_R.
 
@@ -226,6 +242,7 @@ def in_loop_kernel(
     Grid: (tiles, splits). With SPLIT, y[split] and s[split] are the sums over ``chunk`` of k alone;
     both are float32, and what else y has is left to add_low_rank_kernel.
     """
+    let_next_begin(PDL)
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M
     )
@@ -408,6 +425,7 @@ def add_low_rank_kernel(
     FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, P_PARTS: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out = gain (base + mask o (factor P Q)) + bias; base [PARTS, m, n] to be added up.
 
@@ -420,19 +438,30 @@ def add_low_rank_kernel(
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = out.dtype.element_ty
-
-    # 1. factor P Q
     scale = float_scalar(factor, FACTOR_ON_DEVICE)
-    acc = low_rank(
-        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_R, P_PARTS,
-    )  # fmt: skip
-    if DROPOUT:
-        key = scalar(seed, SEED_ON_DEVICE)
-        acc = tl.where(kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N), acc, 0.0)
+    # A library made the base before P. Scaling float16's P Q takes the registers that base is in.
+    BASE_FIRST: tl.constexpr = PDL and PARTS == 1 and not DROPOUT and dtype != tl.float16
 
-    # 2. read, add, write
-    acc += sum_of_parts(base, rows, cols, m, n, PARTS)
+    # 1. base and factor P Q
+    if BASE_FIRST:
+        acc = sum_of_parts(base, rows, cols, m, n, PARTS)
+        wait_for_first(PDL)
+        acc = plus_low_rank(
+            acc, p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_R, P_PARTS
+        )
+    else:
+        wait_for_first(PDL)
+        acc = low_rank(
+            p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_R, P_PARTS,
+        )  # fmt: skip
+        if DROPOUT:
+            key = scalar(seed, SEED_ON_DEVICE)
+            kept = kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
+            acc = tl.where(kept, acc, 0.0)
+        acc += sum_of_parts(base, rows, cols, m, n, PARTS)
+
+    # 2. end, write
     acc = ended(acc, gain, bias, cols, n, HAS_GAIN, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)

@@ -80,10 +80,10 @@ def _forward(
         early, late = (bias, None) if gain is None else (None, bias)
         y, (p, s) = F.linear(x, weight, early), _shrink_for_add(call, x, lora_a)
         low_rank = LowRank(p, lora_b.T, factor, masked=False, total=None if p is s else s)
-        return _add_low_rank(call, y, low_rank, y, late, gain), s
-    s = shrink(call, x, lora_a)
-    y = x.new_empty(call.m, call.n)
+        return _add_low_rank(call, y, low_rank, y, late, gain, pdl=call.pdl), s
     tile = _tile_of(plan, call, x, weight.T)
+    s = shrink(call, x, lora_a, pdl=call.pdl and tile is _tile)
+    y = x.new_empty(call.m, call.n)
     return tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
 
 
@@ -139,30 +139,32 @@ def _grad_x(
 # ---- launches ----------------------------------------------------------------------------------
 
 
-def shrink(call: Call, x: Tensor, lora_a: Tensor) -> Tensor:
-    """S = dropout(x) A^T; A is [r, k], or [terms, r, k]."""
-    return _sum_of(_shrink(call, x, lora_a))
+def shrink(call: Call, x: Tensor, lora_a: Tensor, pdl: bool = False) -> Tensor:
+    """S = dropout(x) A^T; A is [r, k], or [terms, r, k]. ``pdl``: what reads S is next."""
+    return _sum_of(_shrink(call, x, lora_a, pdl), pdl)
 
 
 def _shrink_for_add(call: Call, x: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor]:
     """S, or parts of it that the launch after the library's GEMM adds up, and where S is then."""
     in_terms = lora_a.dim() == 3
     splits = modelled.parts_of_s(call.arch_name, call.problem, in_terms, call.chip)
-    parts = _shrink(call, x, lora_a, splits)
+    parts = _shrink(call, x, lora_a, call.pdl, splits)
     if splits:
         return parts, torch.empty_like(parts[0])
-    s = _sum_of(parts)
+    s = _sum_of(parts, call.pdl)
     return s, s
 
 
-def _sum_of(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else sum_partials(parts, torch.empty_like(parts[0]), 1.0)
+def _sum_of(parts: Tensor, pdl: bool) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return sum_partials(parts, torch.empty_like(parts[0]), 1.0, pdl)
 
 
-def _shrink(call: Call, x: Tensor, lora_a: Tensor, splits: int = 0) -> Tensor:
+def _shrink(call: Call, x: Tensor, lora_a: Tensor, pdl: bool, splits: int = 0) -> Tensor:
     """Parts of S, [splits, m, r] in float32; as many as fill the GPU where it isn't said."""
     splits, chunk, prepared = call.once(
-        layouts.shrink_launch, lora_a.dim() == 3, splits, call.seed_on_device
+        layouts.shrink_launch, lora_a.dim() == 3, splits, call.seed_on_device, pdl
     )
     parts = x.new_empty(splits, call.m, call.r, dtype=torch.float32)
     launch_prepared(
@@ -209,7 +211,7 @@ def _in_loop(
     )  # fmt: skip
     if splits > 1:
         low_rank = LowRank(s_parts, lora_b.T, scale, masked=False, total=s)
-        _add_low_rank(call, y_parts, low_rank, y, bias, gain)
+        _add_low_rank(call, y_parts, low_rank, y, bias, gain, pdl=call.pdl)
     return y, s
 
 
@@ -239,7 +241,9 @@ def _tile(
     tiling = call.tiling("tile_masked" if narrow else "tile", cost.Product(m, n, depth))
     value, on_device = argument(factor, 1.0)
     added = Added(bias is not None, gain is not None, on_device, call.seed_on_device)
-    splits, chunk, prepared = call.once(layouts.tile_launch, tiling, n, depth, dropout, added)
+    # S is made in the launch before; what is before dx may have made dB.
+    pdl = call.pdl and not masked
+    splits, chunk, prepared = call.once(layouts.tile_launch, tiling, n, depth, dropout, added, pdl)
     parts = p.new_empty(splits, *out.shape) if splits > 1 else out
     launch_prepared(
         kernels.tile_kernel, prepared,
@@ -247,7 +251,7 @@ def _tile(
         m, n, depth, call.r, chunk, *a.stride(), *w.stride(), *q.stride(),
     )  # fmt: skip
     if splits > 1:
-        _add_low_rank(call, parts, LowRank(p, q, factor, masked), out, bias, gain)
+        _add_low_rank(call, parts, LowRank(p, q, factor, masked), out, bias, gain, pdl)
     return out
 
 
@@ -268,6 +272,7 @@ def _add_low_rank(
     out: Tensor,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """out = gain (base + mask o (factor P Q)) + bias; base is out, or float32 parts to add up."""
     m, n = out.shape
@@ -276,7 +281,8 @@ def _add_low_rank(
     value, on_device = argument(factor, 1.0)
     added = Added(bias is not None, gain is not None, on_device, call.seed_on_device)
     parts_of_p = 0 if total is None else p.shape[0]
-    prepared = call.once(layouts.add_launch, n, parts, parts_of_p, masked and call.dropout, added)
+    dropout = masked and call.dropout
+    prepared = call.once(layouts.add_launch, n, parts, parts_of_p, dropout, added, pdl)
     launch_prepared(
         kernels.add_low_rank_kernel, prepared,
         base, bias, gain, p, q, total, out, value, call.seed, call.threshold, m, n, call.r,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, dependent
 from peft_kernels.triton.common.launch import GROUP_M, options
 from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv
@@ -41,8 +41,10 @@ class Added(NamedTuple):
 # ---- forward -----------------------------------------------------------------------------------
 
 
-def shrink_launch(call: Call, in_terms: bool, splits: int, seed_on_device: bool) -> Summed:
-    """Of S in ``splits`` parts; 0: as many as fill the GPU."""
+def shrink_launch(
+    call: Call, in_terms: bool, splits: int, seed_on_device: bool, pdl: bool
+) -> Summed:
+    """Of S in ``splits`` parts; 0: as many as fill the GPU. ``pdl``: what reads S is next."""
     tile = call.tile("shrink")
     block_r = min(call.block_r, chips.MAX_TERMS_BLOCK_R) if in_terms else call.block_r
     programs = cdiv(call.m, tile.m) * cdiv(call.r, block_r)
@@ -55,6 +57,7 @@ def shrink_launch(call: Call, in_terms: bool, splits: int, seed_on_device: bool)
         "DROPOUT": call.dropout, "SEED_ON_DEVICE": seed_on_device, "TERMS": call.problem.terms(),
         "SLOTS": call.slots_of_a("shrink", in_terms), "PRECISION": call.precision,
         "BLOCK_M": tile.m, "BLOCK_K": tile.k, "BLOCK_R": block_r, **options(tile),
+        **dependent.first(pdl),
     }  # fmt: skip
     return Summed(splits, chunk, ((programs, splits), settings))
 
@@ -66,6 +69,7 @@ def in_loop_launch(call: Call, tiling: Tiling, in_terms: bool, added: Added) -> 
         **added.settings("SCALE"), "DROPOUT": call.dropout, "TERMS": call.problem.terms(),
         "SLOTS": call.slots_of_a("in_loop", in_terms),
         **_product(call, tiling), "BLOCK_R": call.block_r,
+        **dependent.first(call.pdl and splits > 1),
     }  # fmt: skip
     grid = cdiv(call.m, tile.m) * cdiv(call.n, tile.n), splits
     return Summed(splits, _chunk(call.k, tiling), (grid, settings))
@@ -75,22 +79,25 @@ def in_loop_launch(call: Call, tiling: Tiling, in_terms: bool, added: Added) -> 
 
 
 def tile_launch(
-    call: Call, tiling: Tiling, n: int, depth: int, dropout: bool, added: Added
+    call: Call, tiling: Tiling, n: int, depth: int, dropout: bool, added: Added, pdl: bool
 ) -> Summed:
-    """Of n columns, summed over ``depth``."""
+    """Of n columns, summed over ``depth``. ``pdl``: after what makes P."""
     tile = tiling.tile
     settings = {
         **added.settings(), "DROPOUT": dropout, **_product(call, tiling),
-        "BLOCK_R": min(call.block_r, chips.MAX_TILE_BLOCK_R),
+        "BLOCK_R": min(call.block_r, chips.MAX_TILE_BLOCK_R), **dependent.second(pdl),
     }  # fmt: skip
     grid = cdiv(call.m, tile.m) * cdiv(n, tile.n), tiling.splits
     return Summed(tiling.splits, _chunk(depth, tiling), (grid, settings))
 
 
 def add_launch(
-    call: Call, n: int, parts: int, parts_of_p: int, dropout: bool, added: Added
+    call: Call, n: int, parts: int, parts_of_p: int, dropout: bool, added: Added, pdl: bool
 ) -> Prepared:
-    """Of n columns; ``parts_of_p``: of S, which the launch adds up, 0 where it doesn't."""
+    """Of n columns; ``parts_of_p``: of S, which the launch adds up, 0 where it doesn't.
+
+    ``pdl``: after what makes P or the parts.
+    """
     tile = tilings.ADDED_S if parts_of_p else call.tile("add_low_rank")
     tile = tilings.ADDED if parts > 1 else tile
     return (cdiv(call.m, tile.m) * cdiv(n, tile.n),), {
@@ -98,6 +105,7 @@ def add_launch(
         "PARTS": parts, "P_PARTS": parts_of_p or 1, "GROUP_M": GROUP_M,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n,
         "BLOCK_R": min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
+        **dependent.second(pdl),
     }  # fmt: skip
 
 

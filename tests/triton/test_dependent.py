@@ -1,0 +1,241 @@
+"""Launches that may begin before the one ahead of them has ended: which, and when they wait."""
+
+import importlib
+from functools import cache
+from unittest.mock import patch
+
+import dependent_ptx
+import pytest
+import torch
+
+from peft_kernels.triton.common import chips, dependent, launch
+from peft_kernels.triton.lora_linear import calls, modelled, plans, tilings
+from peft_kernels.triton.lora_linear import launch as launchers
+
+op = importlib.import_module("peft_kernels.ops.lora_linear")
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+GPU, META = torch.device("cuda", 0), torch.device("meta")
+
+
+# ---- where they are ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*chips.ARCHS, "other", chips.NO_TENSOR_CORES])
+def test_chips_that_have_them(name):
+    since_hopper = name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
+    assert dependent.launches(name, META) == since_hopper
+
+
+@pytest.mark.parametrize(("driver", "has"), [(12020, False), (12030, True), (13000, True)])
+def test_the_driver_captures_them(driver, has):
+    version = patch.object(torch._C, "_cuda_getDriverVersion", lambda: driver, create=True)
+    with version:
+        assert dependent.launches("sm_90", GPU) == has
+
+
+def test_neither_without_a_version_nor_on_a_cpu():
+    """This torch, for CPUs, has no driver to ask."""
+    assert not dependent.launches("sm_90", GPU)
+    assert not dependent.launches("sm_90", torch.device("cpu"))
+
+
+def test_turned_off(monkeypatch):
+    monkeypatch.setenv("PEFT_KERNELS_PDL", "1")
+    assert dependent.launches("sm_90", META)
+    monkeypatch.setenv("PEFT_KERNELS_PDL", "0")
+    assert not dependent.launches("sm_90", META)
+
+
+# ---- which launches ----------------------------------------------------------------------------
+
+NONE, FIRST, SECOND = "none", "first", "second"  # a second one lets a third begin as well
+
+
+def role(options):
+    if options.get("launch_pdl"):
+        assert options["PDL"]
+        return SECOND
+    return FIRST if options.get("PDL") else NONE
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(kernel, role) of what a call launches on a chip, on tensors without data."""
+
+    def record(chip, plan, *, m=64, r=16, splits=1, parts_of_s=None, backward=False):
+        found = []
+
+        def note(kernel, grid, args, options):
+            assert 0 not in grid
+            found.append((kernel.__name__.removesuffix("_kernel"), role(options)))
+
+        def empty(*shape, dtype=BF16):
+            return torch.empty(shape, dtype=dtype, device=META)
+
+        def tiling(name, kernel, dtype, product, chip):
+            return tilings.Tiling(tilings.candidates(name, kernel, dtype, product.m)[0], splits)
+
+        monkeypatch.setattr(launch, "run", note)
+        monkeypatch.setattr(chips, "arch_name", lambda device: chip)
+        monkeypatch.setattr(tilings, "tiling", tiling)
+        if parts_of_s is not None:
+            monkeypatch.setattr(modelled, "parts_of_s", lambda *asked: parts_of_s)
+        calls._call.cache_clear()
+        x, weight, dy = empty(m, 4096), empty(1024, 4096), empty(m, 1024)
+        a, b = empty(r, 4096, dtype=F32), empty(1024, r, dtype=F32)
+        with plans.force(plan):
+            _, s = launchers.lora_linear_fwd(x, weight, None, a, b, 1.0, None, 0.0, None)
+            if backward:
+                found.clear()
+                rest = 1.0, None, 0.0, None, True, True, True
+                launchers.lora_linear_bwd(dy, x, weight, a, b, s, *rest)
+        return found
+
+    yield record
+    calls._call.cache_clear()
+
+
+SUMMED = [("shrink", FIRST), ("sum_partials", SECOND)]
+ADDED = ("add_low_rank", SECOND)
+
+
+@pytest.mark.parametrize("chip", chips.DEPENDENT)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"plan": "i"}, [*SUMMED, ("tile", SECOND)]),
+        ({"plan": "i", "m": 1 << 16}, [("shrink", FIRST), ("tile", SECOND)]),
+        ({"plan": "i", "splits": 2}, [*SUMMED, ("tile", SECOND), ADDED]),
+        ({"plan": "i_terms"}, [("terms", NONE), *SUMMED, ("tile", SECOND)]),
+        ({"plan": "ii"}, [("in_loop", NONE)]),
+        ({"plan": "ii", "splits": 2}, [("in_loop", FIRST), ADDED]),
+        ({"plan": "library", "parts_of_s": 0}, [*SUMMED, ADDED]),
+        ({"plan": "library", "parts_of_s": 4}, [("shrink", FIRST), ADDED]),
+    ],
+)
+def test_a_forward_is_a_chain(launched, chip, options, expected):
+    assert launched(chip, **options) == expected
+
+
+def test_without_ranks_there_is_no_first(launched):
+    """And what would be the second follows another call's launch."""
+    assert launched("sm_90", "i", r=0) == [("tile", NONE)]
+    assert launched("sm_90", "library", r=0) == [("add_low_rank", NONE)]
+
+
+def test_no_other_launches(launched):
+    backward = launched("sm_90", "i", backward=True)
+    assert ("tile", NONE) in backward and {role for _, role in backward} == {NONE}
+    for chip in set(chips.ARCHS) - set(chips.DEPENDENT):
+        assert {role for _, role in launched(chip, "i", splits=2)} == {NONE}, chip
+
+
+def test_programs_that_stay_come_after_an_ordinary_shrink(launched):
+    with patch.object(launchers.persistent, "serves", lambda *asked: True):
+        found = launched("sm_90", "persistent")
+    assert [kernel for kernel, _ in found] == ["shrink", "sum_partials", "persistent"]
+    assert {role for _, role in found} == {NONE}
+
+
+# ---- what they compute, in the interpreter, which runs one after the other ---------------------
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(BF16, F32), (F16, F16), (F32, F32)])
+@pytest.mark.parametrize(("plan", "splits"), [("i", 1), ("i", 2), ("library", 1), ("ii", 2)])
+def test_against_float64(plan, splits, dtype, adapter_dtype, gain):
+    """P Q is added last there."""
+    inputs = op.example_inputs(70, 75, 150, 5, dtype=dtype, adapter_dtype=adapter_dtype)
+    inputs = [inputs[name] for name in ("x", "weight", "bias", "lora_a", "lora_b")]
+    options, seconds = (0.7, None, 0.3, torch.tensor(11)), []
+    factor = torch.rand(75) + 0.5 if gain else None
+
+    def run(kernel, grid, args, options):
+        seconds.append(options.get("launch_pdl", False))
+        launch_run(kernel, grid, args, {k: v for k, v in options.items() if k != "launch_pdl"})
+
+    launch_run = launch.run
+    tiling = tilings.Tiling(chips.Tile(32, 64, 32, 4, 2), splits)
+    calls._call.cache_clear()
+    with (
+        patch.object(launch, "run", run),
+        patch.object(tilings, "tiling", lambda *asked: tiling),
+        patch.object(dependent, "launches", lambda name, device: True),
+        plans.force(plan),
+    ):
+        y, s = launchers.with_gain(*inputs[:3], factor, *inputs[3:], *options)
+    calls._call.cache_clear()
+    assert seconds[-1]
+
+    def reference(x, weight, bias, a, b):
+        out, s = op.lora_linear_fwd_ref(x, weight, None, a, b, *options)
+        out = out if factor is None else factor.to(out.dtype) * out
+        return out + bias, s
+
+    def error(out, exact):
+        return ((out.double() - exact).norm() / exact.norm()).item()
+
+    exact, eager = reference(*[one.double() for one in inputs]), reference(*inputs)
+    for out, wide, ours in zip((y, s), exact, eager, strict=True):
+        limit = max(1.5 * error(ours, wide), 1e-6)
+        assert error(out, wide) <= limit < error(torch.zeros_like(out), wide)
+
+
+# ---- what is compiled --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The launches of a target, compiled when it is first asked for."""
+    return cache(dependent_ptx.found)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["sm_90", *(pytest.param(name, marks=pytest.mark.long) for name in ("sm_100", "sm_120"))],
+)
+def test_every_second_waits_first(compiled, target):
+    """Before it reads what the launch before has made, and before any store."""
+    seconds = [ptx for ptx in compiled(target) if ptx.is_second()]
+    assert {ptx.kernel for ptx in seconds} == {"tile", "add_low_rank", "sum_partials"}
+    assert {ptx.constants["SPLIT"] for ptx in seconds if ptx.kernel == "tile"} == {False, True}
+    for ptx in seconds:
+        (wait,) = ptx.waits
+        assert ptx.stores and min(ptx.stores) > wait, ptx
+        made = {"parts", "p"} | ({"base"} if ptx.constants.get("PARTS", 1) > 1 else set())
+        read = {name: lines for name, lines in ptx.loads.items() if name in made and lines}
+        assert read or ptx.constants.get("SPLIT"), ptx
+        assert all(min(lines) > wait for lines in read.values()), ptx
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "sm_90",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("sm_100", "sm_80", "gfx942")),
+    ],
+)
+def test_no_other_waits_or_lets_go(compiled, target):
+    """A first launch lets the next begin before it reads; a third's second does both."""
+    for ptx in compiled(target):
+        assert bool(ptx.waits) == ptx.is_second(), ptx
+        lets_go = ptx.constants["PDL"] and (
+            ptx.kernel in ("shrink", "sum_partials") or ptx.constants.get("SPLIT", False)
+        )
+        assert len(ptx.begins) == lets_go, ptx
+        loads = [line for lines in ptx.loads.values() for line in lines]
+        assert max(ptx.begins, default=0) < min(loads, default=1), ptx
+    has = {ptx.kernel for ptx in compiled(target) if ptx.begins}
+    dependent_there = target in chips.DEPENDENT
+    assert has == ({"shrink", "sum_partials", "tile", "in_loop"} if dependent_there else set())
+
+
+def test_the_base_is_multiplied_before_the_wait(compiled):
+    """Or read, where a library has made it and float16's powers of two don't take its place."""
+    seconds = [ptx for ptx in compiled("sm_90") if ptx.is_second()]
+    tiles = [ptx for ptx in seconds if ptx.kernel == "tile"]
+    assert all(max(ptx.loads["a"] + ptx.loads["w"]) < ptx.waits[0] for ptx in tiles)
+    adds = [ptx for ptx in seconds if ptx.constants.get("PARTS") == 1]
+    early = {ptx.dtype: max(ptx.loads["base"]) < ptx.waits[0] for ptx in adds}
+    assert early == {"bfloat16": True, "float16": False}
