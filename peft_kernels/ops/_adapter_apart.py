@@ -16,8 +16,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from peft_kernels import _library
+from peft_kernels.ops._adapter_reference import adapter_fwd_ref
 from peft_kernels.ops._rows import in_shape_of, rows_of
-from peft_kernels.ops.adapter import _scale, adapter_fwd_ref
+from peft_kernels.ops.adapter import _scale
 
 # Fewer ids than rows serve equal parts each. What isn't of an adapter is as of adapter_fwd.
 SCHEMA = (

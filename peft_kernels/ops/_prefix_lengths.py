@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _library
+from peft_kernels.ops._prefix_reference import prefix_attention_fwd_ref, rows_first
 from peft_kernels.ops.prefix_attention import (
     _check_shapes,
     _check_types,
     _checked_mask,
-    _rows_first,
     _unit_stride,
-    prefix_attention_fwd_ref,
 )
 
 # [B, Hq, S, D], twice [B, Hkv, T, D], twice [P, Hkv, L, D], [B] int32, P numbers and, expanded,
@@ -77,7 +76,7 @@ def _lengths_ref(q, k, v, prefix_k, prefix_v, ids, lengths, mask, is_causal, sca
 
 
 def _lengths_fake(q, *_):
-    return _rows_first(q, q.shape)
+    return rows_first(q, q.shape)
 
 
 _library.define(
