@@ -34,7 +34,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from peft_kernels.formats.adapter_hub.folder import (
+from peft_kernels.formats.adapter_hub import (
     load_adapter,
     load_fusion,
     remove_adapter,

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from peft_kernels import AdapterPool, load_adapter, save_adapter, swap_linear
-from peft_kernels.formats.adapter_hub import folder as adapter_files
+from peft_kernels.formats import adapter_hub as adapter_files
 from peft_kernels.formats.peft_prompts.folder import load_prompt, save_prompt
 from peft_kernels.integrations.transformers.adapters import (
     adapters_of,

@@ -204,7 +204,7 @@ def test_adapterplus_is_theirs():
 
 def test_adapterplus_goes_to_their_folders_and_back(tmp_path):
     adapters = pytest.importorskip("adapters")
-    from peft_kernels.formats.adapter_hub.folder import load_adapter, save_adapter
+    from peft_kernels.formats.adapter_hub import load_adapter, save_adapter
 
     model = make_bert()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

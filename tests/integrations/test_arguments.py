@@ -8,7 +8,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels import AdapterPool, disabled, load_adapter, save_adapter, swap_linear
-from peft_kernels.formats.adapter_hub import folder
+from peft_kernels.formats import adapter_hub as hub
 from peft_kernels.formats.peft_prompts.folder import load_prompt, save_prompt
 from peft_kernels.integrations.transformers.prefix import add_prefix, prefix_for, prefix_ids
 from peft_kernels.integrations.transformers.soft_prompts import add_prompt, task_ids
@@ -56,10 +56,10 @@ NONE = {
     "pool.save": (lambda: with_pool().save("x", None), "folder must be the path"),
     "save_prompt": (lambda: save_prompt(None, PromptTuning(3, 16)), "folder must be the path"),
     "load_prompt": (lambda: load_prompt(None), "folder must be the path"),
-    "save the adapter": (lambda: folder.save_adapter(make_bert(), None, "x"), "folder must be"),
-    "load the adapter": (lambda: folder.load_adapter(make_bert(), None), "folder must be the"),
-    "save the fusion": (lambda: folder.save_fusion(make_bert(), None, ["x"]), "folder must be"),
-    "load the fusion": (lambda: folder.load_fusion(make_bert(), None), "folder must be the path"),
+    "save the adapter": (lambda: hub.save_adapter(make_bert(), None, "x"), "folder must be"),
+    "load the adapter": (lambda: hub.load_adapter(make_bert(), None), "folder must be the"),
+    "save the fusion": (lambda: hub.save_fusion(make_bert(), None, ["x"]), "folder must be"),
+    "load the fusion": (lambda: hub.load_fusion(make_bert(), None), "folder must be the path"),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft_kernels import AdapterPool, load_adapter, save_adapter, swap_linear
-from peft_kernels.formats.adapter_hub import folder as adapter_hub
+from peft_kernels.formats import adapter_hub
 from peft_kernels.integrations.transformers.adapters import (
     adapters_of,
     fuse_adapters,

@@ -5,7 +5,7 @@ import torch
 from tiny_models import make_bert
 from torch import nn
 
-from peft_kernels.formats.adapter_hub.folder import load_adapter, remove_adapter, save_adapter
+from peft_kernels.formats.adapter_hub import load_adapter, remove_adapter, save_adapter
 from peft_kernels.formats.peft_prompts.folder import load_prompt, save_prompt
 from peft_kernels.integrations.transformers.adapters import (
     adapters_of,

@@ -12,6 +12,13 @@ from peft_kernels.nn.adapter_fusion import AdapterFusion
 from peft_kernels.nn.bottleneck import BottleneckAdapter
 from peft_kernels.ops._activations import activation_name
 
+# Config file, then the files of the weights: the first that is there is read.
+ADAPTER_FILES = ("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+FUSION_FILES = (
+    "adapter_fusion_config.json",
+    "model_adapter_fusion.safetensors",
+    "pytorch_model_adapter_fusion.bin",
+)
 FLAGS = {
     "pfeiffer": {"original_ln_before": True, "is_parallel": False},
     "houlsby": {"original_ln_before": False, "is_parallel": False},
