@@ -127,6 +127,9 @@ def test_without_ranks_there_is_no_first(launched):
 def test_no_other_launches(launched):
     backward = launched("sm_90", "i", backward=True)
     assert ("tile", NONE) in backward and {role for _, role in backward} == {NONE}
+    in_parts = launched("sm_90", "i", splits=2, backward=True)
+    found = [one for one in in_parts if one[1] != NONE]
+    assert found == [("tile", FIRST), ADDED]
     for chip in set(chips.ARCHS) - set(chips.DEPENDENT):
         assert {role for _, role in launched(chip, "i", splits=2)} == {NONE}, chip
 
@@ -217,9 +220,13 @@ def test_every_second_waits_first(compiled, target):
     ],
 )
 def test_no_other_waits_or_lets_go(compiled, target):
-    """A first launch lets the next begin before it reads; a third's second does both."""
+    """A first launch lets the next begin before it reads; a third's second does both.
+
+    A tile in parts, of dx, is compiled as y's, whose wait is over at once where it follows nothing.
+    """
     for ptx in compiled(target):
-        assert bool(ptx.waits) == ptx.is_second(), ptx
+        tile_in_parts = ptx.kernel == "tile" and ptx.constants["PDL"]
+        assert bool(ptx.waits) == (ptx.is_second() or tile_in_parts), ptx
         lets_go = ptx.constants["PDL"] and (
             ptx.kernel in ("shrink", "sum_partials") or ptx.constants.get("SPLIT", False)
         )

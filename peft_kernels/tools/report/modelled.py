@@ -58,10 +58,11 @@ def _row(name: str, m: int, n: int, k: int) -> ModelledRow:
     time, roofline = modelled.seconds(name, problem, plan), modelled.roofline(name, problem)
     launches, found = modelled.launches(name, problem, plan), _tiling(name, problem, plan)
     above = "launches" if time > LIMIT * roofline else ""
-    if time - (launches - 1) * cost.LAUNCH > LIMIT * roofline:
+    if time - launches.beyond_the_first(cost.CHIPS[name]) > LIMIT * roofline:
         above = ", ".join(filter(None, (above, _longest_wait(name, found))))
     return ModelledRow(
-        chip=name, m=m, n=n, k=k, plan=plan, tile=_tile(found), launches=launches, above=above,
+        chip=name, m=m, n=n, k=k, plan=plan, tile=_tile(found),
+        launches=launches.total, above=above,
         microseconds=1e6 * time, roofline=1e6 * roofline,
     )  # fmt: skip
 
@@ -103,7 +104,8 @@ def view(rows: list[ModelledRow]) -> Table:
         caption="modelled from datasheets, measured on no chip. The roofline has one launch of"
         f" {1e6 * cost.LAUNCH:g} microseconds. L: the plan is the library's, whose GEMM is counted"
         f" at its roofline. Above {LIMIT:g}, what is in the way: the launches beyond the first (+2:"
-        " two of them), and what its tiles wait for",
+        " two of them), and what its tiles wait for. Where launches overlap, another takes"
+        f" {1e6 * (cost.LAUNCH - cost.OVERLAP):g}",
     )
     for name in ("chip", "n x k"):
         table.add_column(name, no_wrap=True)

@@ -12,7 +12,7 @@ Where tensor cores take operands from shared memory alone, a product of a tile t
 registers, as a float32 one is cut into bfloat16's, stops its program: the tile is stored, the
 threads meet, and wait for the product. Other programs of the core go on meanwhile.
 
-Everything here is modelled, from six assumptions and the figures of the device, or of a datasheet
+Everything here is modelled, from seven assumptions and the figures of the device, or of a datasheet
 where there is none. None of it was measured.
 """
 
@@ -30,6 +30,10 @@ from peft_kernels.triton.common.sizes import cdiv
 # Seconds that a launch takes besides its work: the gap to the one before, the first loads, the last
 # stores. Assumed.
 LAUNCH = 2e-6
+# Of that, what passes while the launch before still runs, where the two overlap (``dependent.py``):
+# the gap and the first loads. Assumed. Their work is counted as if it didn't overlap, for both
+# draw on the same cores and memory.
+OVERLAP = 1e-6
 # Of the datasheet's FLOP/s, what our loop is expected to reach where nothing else binds. Assumed.
 REACHED = 0.8
 # Even shares of DRAM's bandwidth that one core draws alone: half of the cores draw all. Assumed.
@@ -48,6 +52,7 @@ class Chip:
 
     The clock is the one that the FLOP/s are for. ``shared``: bytes of shared memory a core, where
     tensor cores take their operands from nowhere else. ``l2``: bytes of the cache that all share.
+    ``dependent``: launches of a call may overlap.
     """
 
     cores: int
@@ -56,6 +61,11 @@ class Chip:
     clock: float
     shared: int = 0
     l2: int = 0
+    dependent: bool = False
+
+    def second_launch(self) -> float:
+        """Seconds that a launch takes besides its work, if it may overlap with the one before."""
+        return LAUNCH - OVERLAP if self.dependent else LAUNCH
 
 
 # The chip of its architecture that most figures are known of: what is taken where no device is
@@ -65,9 +75,9 @@ CHIPS = {
     "sm_80": Chip(108, 312e12, 2.04e12, 1.41e9, l2=40 << 20),  # A100 SXM 80 GB
     "sm_86": Chip(82, 71e12, 0.936e12, 1.70e9, l2=6 << 20),  # RTX 3090
     "sm_89": Chip(128, 165e12, 1.01e12, 2.52e9, l2=72 << 20),  # RTX 4090
-    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9, 228 << 10, 50 << 20),  # H100 SXM
-    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9, 228 << 10, 126 << 20),  # B200
-    "sm_120": Chip(170, 210e12, 1.79e12, 2.41e9, l2=96 << 20),  # RTX 5090
+    "sm_90": Chip(132, 989e12, 3.35e12, 1.83e9, 228 << 10, 50 << 20, True),  # H100 SXM
+    "sm_100": Chip(148, 2250e12, 8.0e12, 1.85e9, 228 << 10, 126 << 20, True),  # B200
+    "sm_120": Chip(170, 210e12, 1.79e12, 2.41e9, l2=96 << 20, dependent=True),  # RTX 5090
     "gfx90a": Chip(110, 192e12, 1.64e12, 1.7e9, l2=8 << 20),  # one die of an MI250X
     "gfx942": Chip(304, 1307e12, 5.3e12, 2.1e9, l2=256 << 20),  # MI300X
     "gfx950": Chip(256, 2517e12, 8.0e12, 2.4e9, l2=256 << 20),  # MI355X
@@ -106,7 +116,7 @@ def _of_device(name: str, device: torch.device) -> Chip | None:
         bits = 2 * 1e3 * figure("memory_clock_rate") * figure("memory_bus_width")
         bandwidth, l2 = bits / 8 or bandwidth, figure("L2_cache_size") or l2
     flops = known.flops * (cores / known.cores) * (clock / known.clock)
-    return Chip(cores, flops, bandwidth, clock, known.shared, l2)
+    return Chip(cores, flops, bandwidth, clock, known.shared, l2, known.dependent)
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,8 @@ def seconds(chip: Chip, product: Product, tile: Tile, splits: int = 1) -> float:
     time = LAUNCH + max(waits(chip, product, tile, splits).values())
     if splits > 1:
         parts = _parts(product, splits)
-        time += LAUNCH + reread_seconds(chip, parts) + product.bytes_written() / chip.bandwidth
+        time += reread_seconds(chip, parts) + product.bytes_written() / chip.bandwidth
+        time += chip.second_launch()
     return time
 
 

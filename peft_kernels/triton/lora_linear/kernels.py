@@ -172,7 +172,9 @@ def tile_kernel(
 
     With PDL, which a mask doesn't go with, P is read last: the base's product needs no wait for it.
     """
-    tl.static_assert(not (PDL and DROPOUT), "a mask applies to P Q before the base adds to it")
+    tl.static_assert(
+        SPLIT or not (PDL and DROPOUT), "a mask applies to P Q before the base adds to it"
+    )
     let_next_begin(PDL and SPLIT)
     pid_m, pid_n = tile_position(
         tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M

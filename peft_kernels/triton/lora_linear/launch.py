@@ -251,7 +251,7 @@ def _tile(
         m, n, depth, call.r, chunk, *a.stride(), *w.stride(), *q.stride(),
     )  # fmt: skip
     if splits > 1:
-        _add_low_rank(call, parts, LowRank(p, q, factor, masked), out, bias, gain, pdl)
+        _add_low_rank(call, parts, LowRank(p, q, factor, masked), out, bias, gain, call.pdl)
     return out
 
 

@@ -81,11 +81,16 @@ def in_loop_launch(call: Call, tiling: Tiling, in_terms: bool, added: Added) -> 
 def tile_launch(
     call: Call, tiling: Tiling, n: int, depth: int, dropout: bool, added: Added, pdl: bool
 ) -> Summed:
-    """Of n columns, summed over ``depth``. ``pdl``: after what makes P."""
+    """Of n columns, summed over ``depth``. ``pdl``: after what makes P.
+
+    In parts it is a first launch itself, of the one that adds them up.
+    """
+    first = dependent.first(call.pdl and tiling.splits > 1)
+    pair = dependent.second(True) if pdl else first
     tile = tiling.tile
     settings = {
         **added.settings(), "DROPOUT": dropout, **_product(call, tiling),
-        "BLOCK_R": min(call.block_r, chips.MAX_TILE_BLOCK_R), **dependent.second(pdl),
+        "BLOCK_R": min(call.block_r, chips.MAX_TILE_BLOCK_R), **pair,
     }  # fmt: skip
     grid = cdiv(call.m, tile.m) * cdiv(n, tile.n), tiling.splits
     return Summed(tiling.splits, _chunk(depth, tiling), (grid, settings))

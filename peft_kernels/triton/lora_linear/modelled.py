@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -71,8 +71,10 @@ def seconds(name: str, problem: Problem, plan: str, chip: cost.Chip | None = Non
         time += _shrink_for_add(name, problem, in_terms, chip) if forward else 0.0
         size = product.bytes_written()
         added = cost.reread_seconds(chip, size) + size / chip.bandwidth
-        return time + 2 * cost.LAUNCH + product.roofline(chip) + added
-    time += _summed(name, problem, in_terms, chip) if forward else 0.0
+        added += chip.second_launch() if forward else cost.LAUNCH
+        return time + cost.LAUNCH + product.roofline(chip) + added
+    if forward:  # the tile's is a second launch
+        time += _summed(name, problem, in_terms, chip) + chip.second_launch() - cost.LAUNCH
     masked = not forward and problem.dropout
     kernel = "tile_masked" if masked else "tile"
     return time + tilings.seconds(name, kernel, problem.dtype, product, chip)
@@ -85,22 +87,37 @@ def _terms(chip: cost.Chip, problem: Problem) -> float:
 
 
 def _summed(name: str, problem: Problem, in_terms: bool, chip: cost.Chip) -> float:
-    """S, split over k as far as fills the chip, whose parts are added up in a second launch."""
-    return cost.LAUNCH + _shrink(name, problem, in_terms, chip, 0)
+    """S, split over k as far as fills the chip; parts are added up in a second launch."""
+    time = _shrink(name, problem, in_terms, chip, 0)
+    return time + chip.second_launch() * (_filling(name, problem, in_terms, chip)[1] > 1)
+
+
+def _filling(name: str, problem: Problem, in_terms: bool, chip: cost.Chip) -> tuple[int, int]:
+    """The parts of S that fill the chip: what each sums over, and how many."""
+    k, block = problem.k, chips.tile(name, "shrink", problem.dtype, problem.m).k
+    return chunks(chip.cores, k, block, _programs_of_s(name, problem, in_terms))
+
+
+def _programs_of_s(name: str, problem: Problem, in_terms: bool) -> int:
+    """Those of one part."""
+    rows = chips.tile(name, "shrink", problem.dtype, problem.m).m
+    return cdiv(problem.m, rows) * cdiv(problem.r, _block_r(problem, in_terms))
+
+
+def _block_r(problem: Problem, in_terms: bool) -> int:
+    block_r = chips.rank_block(problem.r)
+    return min(block_r, chips.MAX_TERMS_BLOCK_R) if in_terms else block_r
 
 
 def _shrink(name: str, problem: Problem, in_terms: bool, chip: cost.Chip, splits: int) -> float:
     """One launch: S in ``splits`` parts, 0 for as many as fill the chip."""
     tile = chips.tile(name, "shrink", problem.dtype, problem.m)
     rank_bytes, products, stops = _operand(name, "shrink", problem, in_terms)
-    block_r = chips.rank_block(problem.r)
-    if in_terms:
-        block_r = min(block_r, chips.MAX_TERMS_BLOCK_R)
-    programs = cdiv(problem.m, tile.m) * cdiv(problem.r, block_r)
+    block_r = _block_r(problem, in_terms)
     chunk = tile.k * cdiv(cdiv(problem.k, tile.k), max(splits, 1))
     if not splits:
-        chunk, splits = chunks(chip.cores, problem.k, tile.k, programs)
-    programs *= splits
+        chunk, splits = _filling(name, problem, in_terms, chip)
+    programs = splits * _programs_of_s(name, problem, in_terms)
     operands = 2 * tile.m + rank_bytes * block_r
     busy = max(cost.busy_seconds(chip, tile.m * products * block_r, operands, chunk))
     stopped = cost.stopped_seconds(chip, tile, operands, programs, cdiv(chunk, tile.k) * stops)
@@ -136,22 +153,39 @@ def _shrink_for_add(name: str, problem: Problem, in_terms: bool, chip: cost.Chip
     return _parts_of_s(name, problem, in_terms, chip, splits)
 
 
-def launches(name: str, problem: Problem, plan: str) -> int:
-    """Those that `seconds` counts, the library's among them."""
+class Launches(NamedTuple):
+    """How many, the library's among them, and how many of them may overlap with the one before."""
+
+    total: int
+    overlapping: int
+
+    def beyond_the_first(self, chip: cost.Chip) -> float:
+        """Seconds that these take besides their work."""
+        others = self.total - 1 - self.overlapping
+        return others * cost.LAUNCH + self.overlapping * chip.second_launch()
+
+
+def launches(name: str, problem: Problem, plan: str) -> Launches:
+    """Those that `seconds` counts."""
     in_terms = plan.endswith(IN_TERMS)
     plan = plan.removesuffix(IN_TERMS)
     chip, product, kernel = cost.CHIPS[name], base(problem), "tile"
     if plan == "ii":
         product, kernel = in_loop(name, problem, in_terms), "in_loop"
     if plan == "library":
-        summed = not parts_of_s(name, problem, in_terms, chip)
-        count = 2
+        whole = not parts_of_s(name, problem, in_terms, chip)
+        added = 1
     else:
-        summed = plan != "ii"
-        count = 1 + (tilings.tiling(name, kernel, problem.dtype, product).splits > 1)
-    if problem.direction == "fwd":
-        count += in_terms + (plan != "ii") + summed
-    return count
+        whole = True
+        added = int(tilings.tiling(name, kernel, problem.dtype, product).splits > 1)
+    if problem.direction == "bwd":
+        return Launches(1 + added, 0 if plan == "library" else added)
+    if plan == "ii":
+        return Launches(1 + added + in_terms, added)
+    summed = whole and _filling(name, problem, in_terms, chip)[1] > 1
+    # After S, whose launch is a first one, all of ours do.
+    after = summed + added + (plan == "i")
+    return Launches(1 + after + in_terms + (plan == "library"), after)
 
 
 def roofline(name: str, problem: Problem) -> float:
