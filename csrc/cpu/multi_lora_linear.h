@@ -6,7 +6,7 @@ namespace peft_kernels {
 
 constexpr int64_t PAGE = 8;        // rank rows
 constexpr int64_t SHRINK_ROWS = 12;  // of a unit, at most: they stay in L1 beside A's
-constexpr int64_t EXPAND_ROWS = 48;  // that share a copy of B's columns
+constexpr int64_t EXPAND_ROWS = 48;  // of a unit, at most: B's columns stay in L2 beside them
 
 // One side of a bank's adapters: A [rows, k], or B [rows, n], in pages of rank rows.
 struct Pages {

@@ -14,13 +14,12 @@
 
 namespace peft_kernels::PK_ISA {
 
-constexpr int TILE_ROWS = 6;                   // of an update
-constexpr int64_t COPY_ROWS = 2 * TILE_ROWS;   // of an update that reads B where it lies, at most
-constexpr int64_t SUM_COLUMNS = 1024;          // of one row, held in L1
+constexpr int EXPAND_TILE = 4;                 // rows of an update that share what is read of B
+constexpr int64_t EXPAND_COLUMNS = 1024;       // of those, whose sums stay in L1
+constexpr int64_t LINE = 64;                   // bytes
 constexpr int64_t OUTER_ROWS = 64;             // gathered at once
 constexpr int64_t ACROSS_COLUMNS = 256;        // of a B that isn't transposed, at a time
 constexpr int64_t RUN_PAGES = RUN / PAGE;      // rank rows of an update that make a run
-constexpr int64_t LINE = 64;                   // bytes
 
 template <class Bank>
 int64_t units_of(const Bank* banks, int64_t count) {
@@ -131,190 +130,107 @@ struct Addend {
   const Group& group;
   int64_t begin;  // the position of row 0
   bool masked, in_place;
+  bool in_caches;  // y: many rows were written too long ago
 
   PK_INLINE int64_t row(int64_t i) const { return t.work.rows[begin + i] - t.first_row; }
   PK_INLINE char* at(int64_t i, int64_t col) const {
     return static_cast<char*>(t.y.at(row(i), t.column + col));
   }
 
+  void fetch(int64_t i, int64_t col, int64_t cols) const {
+    const char *y = at(i, col), *end = at(i, col + cols);
+    for (; y < end; y += LINE) __builtin_prefetch(y, 0, 2);  // into L2
+  }
+
   // y[i, col...] += mask * sums.
   void add(int64_t i, int64_t col, int64_t cols, float* sums) const {
     if (masked) {
-      alignas(64) float factors[SUM_COLUMNS];
+      alignas(64) float factors[EXPAND_COLUMNS];
       dropout_factors(group.dropout, begin + i - group.begin, col, cols, factors);
       for (int64_t j = 0; j < cols; j++) sums[j] *= factors[j];
     }
-    add_row(t.y, row(i), t.column + col, sums, cols);
-    store_row(t.y, row(i), t.column + col, sums, cols);
+    const int64_t whole = in_place ? cols / V * V : 0;
+    if (whole)
+      with_type(t.y.dtype, at(i, col), [&](auto* y) {
+        for (int64_t j = 0; j < whole; j += V) store(y + j, load(y + j) + load(sums + j));
+      });
+    add_row(t.y, row(i), t.column + col + whole, sums + whole, cols - whole);
+    store_row(t.y, row(i), t.column + col + whole, sums + whole, cols - whole);
   }
 };
 
-// LANES columns of B_g where they lie.
-template <class T>
-struct PageColumns {
-  const Pages& pages;
-  int64_t slot, col;
-
-  static constexpr int64_t ON_END = PAGE;  // rank rows
-  static constexpr bool of_many_rows = false;
-
-  PK_INLINE const T* at(int64_t q) const { return pages.first<T>(slot, q / PAGE) + col; }
-  PK_INLINE int64_t step() const { return pages.data.row_stride; }
-};
-
-// The same copied as floats, on end.
-struct Panel {
-  const Float* data;
-
-  static constexpr int64_t ON_END = RUN;
-  static constexpr bool of_many_rows = true;
-
-  PK_INLINE const Float* at(int64_t q) const { return data + q * LANES; }
-  PK_INLINE int64_t step() const { return LANES; }
-};
-
-template <class T>
-inline Panel copied(const PageColumns<T>& from, const Group& group, int64_t cols, float* to) {
-  for (int64_t q = 0; q < group.rank; q++)
-    widen_row(from.at(q) + q % PAGE * from.step(), to + q * LANES, cols);
-  return {reinterpret_cast<const Float*>(to)};
-}
-
-// sums[a] += the products of z's row a and the rank rows [first, end), which are of one run.
-template <int R, bool WHOLE, class Columns>
-PK_INLINE void add_run(const Columns& columns, const float* z, int64_t rank, int64_t first,
-                       int64_t end, int64_t cols, Vec (&sums)[R][VECS]) {
-  const int64_t step = columns.step();
-  for (int64_t q = first; q < end;) {
-    const auto* b = columns.at(q);
-    for (const int64_t stop = std::min(end, q + Columns::ON_END); q < stop; q++, b += step) {
-      Vec lanes[VECS];
-      for (int v = 0; v < VECS; v++)
-        lanes[v] = WHOLE ? load(b + v * V) : load_part(b + v * V, cols - v * V);
-#pragma GCC unroll 6
-      for (int a = 0; a < R; a++) {
-        const Vec factor = splat(z[a * rank + q]);
-        for (int v = 0; v < VECS; v++) sums[a][v] += factor * lanes[v];
-      }
+// sums[a][j] += sum_q z[a][q] b[q, j] over Q rank rows, in their order.
+template <int R, int Q, class T>
+PK_INLINE void add_rank_rows(const float* z, int64_t rank, const T* b, int64_t step, int64_t cols,
+                             float (&sums)[R][EXPAND_COLUMNS]) {
+  const auto add = [&](int64_t j, const Vec (&lanes)[Q]) {
+    for (int a = 0; a < R; a++) {
+      Vec total = load(sums[a] + j);
+      for (int q = 0; q < Q; q++) total += splat(z[a * rank + q]) * lanes[q];
+      store(sums[a] + j, total);
     }
-  }
-}
-
-// A tile of R rows by VECS vectors of columns, the last of them in part: rows share what is read of
-// B_g. Many rows of y don't stay in the caches, and a walk down their columns outruns the hardware
-// prefetcher. Rows are unrolled wherever sums are, which otherwise were in memory.
-template <int R, bool WHOLE, class Columns>
-PK_INLINE void expand_tile(const Addend& to, const Columns& columns, const float* z, int64_t i,
-                           int64_t col, int64_t cols) {
-  const int64_t rank = to.group.rank;
-  char* y[R];
-#pragma GCC unroll 6
-  for (int a = 0; a < R; a++) y[a] = to.at(i + a, col);
-  if constexpr (Columns::of_many_rows)
-#pragma GCC unroll 6
-    for (int a = 0; a < R; a++)
-      for (int64_t line = 0; line < VECS; line++) __builtin_prefetch(y[a] + line * LINE, 1);
-  z += i * rank;
-  Vec sums[R][VECS]{};
-  add_run<R, WHOLE>(columns, z, rank, 0, std::min(rank, RUN), cols, sums);
-  for (int64_t first = RUN; first < rank; first += RUN) {
-    Vec run[R][VECS]{};
-    add_run<R, WHOLE>(columns, z, rank, first, std::min(rank, first + RUN), cols, run);
-#pragma GCC unroll 6
-    for (int a = 0; a < R; a++)
-      for (int v = 0; v < VECS; v++) sums[a][v] += run[a][v];
-  }
-  if (WHOLE && to.in_place)
-    return with_type(to.t.y.dtype, nullptr, [&]<class T>(T*) {
-#pragma GCC unroll 6
-      for (int a = 0; a < R; a++) {
-        T* row = reinterpret_cast<T*>(y[a]);
-        for (int v = 0; v < VECS; v++) store(row + v * V, load(row + v * V) + sums[a][v]);
-      }
-    });
-#pragma GCC unroll 6
-  for (int a = 0; a < R; a++) {
-    alignas(64) float values[LANES];
-    for (int v = 0; v < VECS; v++) store(values + v * V, sums[a][v]);
-    to.add(i + a, col, cols, values);
-  }
-}
-
-// sums[j] += sum_q z[q] b[q, j] over Q rank rows, in their order.
-template <int Q, class T>
-PK_INLINE void add_rank_rows(const float* z, const T* b, int64_t step, int64_t cols, float* sums) {
+  };
   int64_t j = 0;
+  Vec lanes[Q];
   for (; j + V <= cols; j += V) {
-    Vec total = load(sums + j);
-    for (int q = 0; q < Q; q++) total += splat(z[q]) * load(b + q * step + j);
-    store(sums + j, total);
+    for (int q = 0; q < Q; q++) lanes[q] = load(b + q * step + j);
+    add(j, lanes);
   }
   if (j == cols) return;
-  Vec total = load(sums + j);
-  for (int q = 0; q < Q; q++) total += splat(z[q]) * load_part(b + q * step + j, cols - j);
-  store(sums + j, total);
+  for (int q = 0; q < Q; q++) lanes[q] = load_part(b + q * step + j, cols - j);
+  add(j, lanes);
 }
 
-// One row: reading B_g is the whole cost, so its rows are read along, a few streams at a time.
-template <class T>
-void expand_row(const Addend& to, const float* z, int64_t i, int64_t col, int64_t cols) {
+// R rows. B_g's rows are read along, a few streams at a time: where rows are few, reading is the
+// most of it, and where they are many, B_g comes from L2 and y is walked along too.
+template <int R, class T>
+void expand_tile(const Addend& to, const float* z, int64_t i, int64_t col, int64_t cols) {
   const Pages& pages = to.t.pages;
   const int64_t step = pages.data.row_stride;
   const int64_t rank = to.group.rank, width = round_up(cols, V);
-  alignas(64) float sums[SUM_COLUMNS], before[SUM_COLUMNS];
-  std::memset(sums, 0, width * sizeof(float));
-  if (rank > RUN) std::memset(before, 0, width * sizeof(float));
+  alignas(64) float sums[R][EXPAND_COLUMNS], before[R][EXPAND_COLUMNS];
+  z += i * rank;
+  for (int a = 0; a < R; a++) {
+    if (!to.in_caches) to.fetch(i + a, col, cols);
+    std::memset(sums[a], 0, width * sizeof(float));
+    if (rank > RUN) std::memset(before[a], 0, width * sizeof(float));
+  }
   for (int64_t page = 0; page * PAGE < rank; page++) {
-    if (page && page % RUN_PAGES == 0) end_run(width, sums, before);
+    if (page && page % RUN_PAGES == 0)
+      for (int a = 0; a < R; a++) end_run(width, sums[a], before[a]);
     const T* b = pages.first<T>(to.group.slot, page) + col;
+    const float* factors = z + page * PAGE;
     const int64_t count = page_rows(to.group, page);
     int64_t q = 0;
     for (; q + 4 <= count; q += 4)
-      add_rank_rows<4>(z + page * PAGE + q, b + q * step, step, cols, sums);
-    for (; q < count; q++) add_rank_rows<1>(z + page * PAGE + q, b + q * step, step, cols, sums);
+      add_rank_rows<R, 4>(factors + q, rank, b + q * step, step, cols, sums);
+    for (; q < count; q++)
+      add_rank_rows<R, 1>(factors + q, rank, b + q * step, step, cols, sums);
   }
-  for (int64_t j = 0; rank > RUN && j < cols; j++) sums[j] += before[j];
-  to.add(i, col, cols, sums);
-}
-
-// LANES columns of y, or fewer.
-template <class Columns>
-inline void expand_columns(const Addend& to, const Columns& columns, const float* z, int64_t count,
-                           int64_t col, int64_t cols) {
-  for_tiles<TILE_ROWS>(count, [&](int64_t i, auto R) {
-    if (cols == LANES)
-      expand_tile<R, true>(to, columns, z, i, col, cols);
-    else
-      expand_tile<R, false>(to, columns, z, i, col, cols);
-  });
+  for (int a = 0; a < R; a++) {
+    for (int64_t j = 0; rank > RUN && j < cols; j++) sums[a][j] += before[a][j];
+    to.add(i + a, col, cols, sums[a]);
+  }
 }
 
 // rows[begin, end) of a group, at most EXPAND_ROWS, for columns [col, col_end) of the pages.
 inline void expand_rows(const Expand& t, const Group& group, int64_t begin, int64_t end,
                         int64_t col, int64_t col_end) {
   const int64_t count = end - begin, rank = group.rank;
-  const Scratch z(count * rank), panel(count > COPY_ROWS ? rank * LANES : 0);
+  const Scratch z(count * rank);
   const bool masked = t.masked && group.dropout.threshold != 0;
-  const Addend to{t, group, begin, masked, !masked && t.y.col_stride == 1};
+  const Addend to{t, group, begin, masked, !masked && t.y.col_stride == 1,
+                  count <= EXPAND_ROWS / 2};
   const float factor = t.scaled ? group.scale : 1;
   for (int64_t i = 0; i < count; i++) {
     const float* s = t.s.data + t.work.rows[begin + i] * t.s.stride;
     for (int64_t q = 0; q < rank; q++) z[i * rank + q] = s[q] * factor;
   }
   with_type(t.pages.data.dtype, nullptr, [&]<class T>(T*) {
-    if (count == 1) {
-      for (int64_t j = col; j < col_end; j += SUM_COLUMNS)
-        expand_row<T>(to, z, 0, j, std::min(SUM_COLUMNS, col_end - j));
-      return;
-    }
-    for (int64_t j = col; j < col_end; j += LANES) {
-      const int64_t cols = std::min<int64_t>(LANES, col_end - j);
-      const PageColumns<T> columns{t.pages, group.slot, j};
-      if (count > COPY_ROWS)
-        expand_columns(to, copied(columns, group, cols, panel), z, count, j, cols);
-      else
-        expand_columns(to, columns, z, count, j, cols);
-    }
+    for (int64_t j = col; j < col_end; j += EXPAND_COLUMNS)
+      for_tiles<EXPAND_TILE>(count, [&](int64_t i, auto R) {
+        expand_tile<R, T>(to, z, i, j, std::min(EXPAND_COLUMNS, col_end - j));
+      });
   });
 }
 
