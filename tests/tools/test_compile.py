@@ -54,20 +54,26 @@ IN_EVERY_CASE = ("sm_80", "sm_90", "sm_100", "gfx942", "other (sm_80)")
 def shipped_for(target):
     """Chips whose own GEMM wouldn't compete take the base product from the library.
 
-    Those that copy by descriptors have programs that stay.
+    Those that copy by descriptors have programs that stay. Without tensor cores the library's is
+    the one plan over a dense weight, and nothing is written in terms.
     """
-    library = {"multi_tile"} if target == "other (sm_80)" else set()
+    library = {"multi_tile"} if target in ("sm_75", "other (sm_80)") else set()
     stays = set() if target in ("sm_90", "sm_100") else {"persistent"}
-    return KERNELS - library - stays
+    others = {"tile", "in_loop", "terms"} if target == "sm_75" else set()
+    return KERNELS - library - stays - others
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", sorted(set(run.TARGETS) - set(IN_EVERY_CASE)))
 def test_budget_of_each_kernel(target):
-    """In its first case, the heaviest: their tiles are the others', or smaller."""
+    """In its first case, mostly the heaviest: their tiles are the others', or smaller.
+
+    Of a T4's tensor cores Triton has no instructions: once it has, x is widened for nothing.
+    """
     rows = run.compile_table((target,), once=True)
     assert {row.kernel for row in rows} == shipped_for(target)
     assert [row for row in rows if not row.within_budget()] == []
+    assert any(row.tensor_core for row in rows) == (target != "sm_75")
 
 
 @pytest.mark.long
@@ -118,5 +124,5 @@ def test_budget_sees_each_excess(each_kernel):
 
 
 def test_unknown_target():
-    with pytest.raises(ValueError, match="targets must be among sm_80"):
+    with pytest.raises(ValueError, match="targets must be among sm_75"):
         run.compile_table(("sm_42",))

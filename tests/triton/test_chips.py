@@ -113,6 +113,9 @@ H100 = {"major": 9, "minor": 0, "shared_memory_per_block_optin": 227 * 1024}
 @pytest.mark.parametrize(
     ("major", "minor", "room", "name"),
     [
+        (6, 1, 48, "sm_75"),
+        (7, 0, 96, "sm_75"),
+        (7, 5, 64, "sm_75"),
         (8, 0, 163, "sm_80"),
         (8, 6, 99, "sm_86"),
         (8, 9, 99, "sm_89"),
@@ -141,7 +144,7 @@ def test_torch_may_not_say_how_much_shared_memory_there_is(gpu):
 
 def test_every_name_is_a_gpu_s():
     nvidia = {name for name in chips.ARCHS if re.fullmatch(r"sm_\d+", name)}
-    assert set(chips.ARCHS) - nvidia == {"gfx90a", "gfx942", "gfx950"} and len(nvidia) == 6
+    assert set(chips.ARCHS) - nvidia == {"gfx90a", "gfx942", "gfx950"} and len(nvidia) == 7
 
 
 def test_an_amd_gpu_without_tiles_of_its_own(gpu):
@@ -165,14 +168,15 @@ T4 = {
 @pytest.mark.parametrize(("m", "codes_plan"), [(7, "fused"), (8, "scratch")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_rule_of_a_t4(gpu, dtype, m, codes_plan):
-    """Triton has no instructions of its tensor cores: products are the library's, which has them.
+    """Triton has no instructions of its tensor cores: products with W are the library's, which has.
 
-    And bfloat16, as float32, has the same plans, for x stays as it is: nothing is widened.
+    Ours are float32 products in each dtype, even where torch allows TF32.
     """
     gpu(**T4)
     name = chips.arch_name(GPU)
     assert name == chips.NO_TENSOR_CORES
-    assert chips.tile(name, "shrink", torch.float16, m) == chips.SAFE.tiles["shrink"]
+    with patch.object(torch._C, "_get_fp32_precision_getter", lambda *asked: "tf32"):
+        assert chips.precision(GPU, dtype, "bf16x3") == chips.WIDENED
     figures = cost.of_device(name, GPU)
     assert figures == replace(cost.CHIPS[name], bandwidth=figures.bandwidth)
     assert figures.bandwidth == pytest.approx(cost.CHIPS[name].bandwidth, rel=0.01)
@@ -184,6 +188,28 @@ def test_the_rule_of_a_t4(gpu, dtype, m, codes_plan):
         with plans.force("ii"):
             assert plans.choose(GPU, problem) == "library"
         assert plans.default_plan(name, replace(problem, codes="4-bit/64"), figures) == codes_plan
+
+
+def test_every_product_on_a_t4_is_widened():
+    """Of every op, and so no launch writes an operand in terms."""
+    found: dict[str, set[str]] = {}
+
+    def record(kernel, grid, args, options):
+        if "PRECISION" in options:
+            found.setdefault(kernel.fn.__module__.split(".")[2], set()).add(options["PRECISION"])
+        assert kernel.fn.__name__ != "terms_kernel"
+
+    with (
+        patch.object(launch, "run", record),
+        patch.object(chips, "arch_name", lambda device: chips.NO_TENSOR_CORES),
+    ):
+        for case in compile_report.CASES:
+            case.run()
+    assert set(found) == {
+        "lora_linear", "lora_linear_codes", "dora_linear", "multi_lora_linear", "adapter",
+        "adapter_fusion", "prefix_attention",
+    }  # fmt: skip
+    assert set().union(*found.values()) == {chips.WIDENED}
 
 
 def test_tiles_with_less_shared_memory_than_they_take(gpu):

@@ -136,6 +136,18 @@ def test_shipped_tiles(plan, arch, m):
         Case(m, 140, 150, 20).check(plan)
 
 
+@pytest.mark.parametrize(("adapter_dtype", "size"), [(F16, 1.0), (F32, 1.0), (F32, 1e-9)], ids=str)
+def test_without_tensor_cores(adapter_dtype, size):
+    """float16's products on a T4, whose small operands are float32 as they are and aren't scaled.
+
+    An S of 1e-9 would be nothing in float16.
+    """
+    case = Case(70, 75, 53, 18, F16, adapter_dtype)
+    case.lora_a *= size
+    with patch.object(chips, "arch_name", lambda device: chips.NO_TENSOR_CORES):
+        case.check("library")
+
+
 @pytest.mark.long
 @plans
 @pytest.mark.parametrize("m", [40, 150])

@@ -256,6 +256,15 @@ def test_more_rows_than_few_leave_the_base_to_the_library(m, has_base):
     check(inputs, "decode")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_without_tensor_cores(plan, dtype):
+    """In the tiles of a T4, x widened to float32."""
+    inputs = example_inputs(70, [24, 70], 85, RANKS, dtype=dtype)
+    with patch.object(chips, "arch_name", lambda device: chips.NO_TENSOR_CORES):
+        check(inputs, plan, slots=[1, 2])
+
+
 @pytest.mark.parametrize("slots", [[], [4], [1, 4, 38], [1, 2, 6, 10]])
 def test_a_gradient_has_programs_for_the_slots_that_want_one(slots):
     ranks = [3, 1, 0, 2] * 10

@@ -58,6 +58,7 @@ def _amd(name: str) -> Target:
 
 
 TARGETS = {
+    "sm_75": _nvidia(75, chips.NO_TENSOR_CORES),
     "sm_80": _nvidia(80, "sm_80"),
     "sm_86": _nvidia(86, "sm_86"),
     "sm_89": _nvidia(89, "sm_89"),
@@ -95,7 +96,7 @@ class CompiledRow:
     shared: int  # bytes a program
     shared_limit: int
     tensor_core: dict[str, int]  # instruction: how often it occurs
-    multiplies: bool  # 16-bit tiles
+    multiplies: bool  # 16-bit tiles, on a chip with tensor cores that Triton knows
 
     def within_budget(self) -> bool:
         """No spills, shared memory within the chip, 16-bit products on the tensor cores."""
@@ -172,6 +173,7 @@ def _launches_of(name: str, case: AnyCase) -> Iterator[Launch]:
             dtype=case.dtype,
             tile=" ".join(tile),
             multiplies=stem not in ELEMENTWISE_KERNELS
+            and target.plans != chips.NO_TENSOR_CORES
             and bound.get("HAS_BASE", True)
             and case.dtype != "float32",
             narrow=stem in ("decode_tile", "gain_end")

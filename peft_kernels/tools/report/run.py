@@ -3,7 +3,8 @@
 Four kinds of tables, none of which needs a GPU:
 
 compile   every Triton kernel in every shipped configuration, compiled for every target: registers,
-          spills, shared memory against the chip's limit, tensor-core instructions
+          spills, shared memory against the chip's limit, tensor-core instructions (a T4 has none
+          that Triton knows)
 objects   the CUDA kernels in the native library, where it was built with nvcc
 traffic   bytes and full-size activation passes of every plan, counted from the kernels' own loads
           and stores, against the floor and against the peers
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from peft_kernels.tools.report.traffic.counted import TrafficRow
 
 TARGETS = (
-    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950",
+    "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950",
     "other (sm_80)",
 )  # fmt: skip
 # Several tiles a side with the H100's tiles, and four different numbers.
@@ -152,8 +153,8 @@ def print_tables(console: Console, found: Found) -> None:
     show(console, cuda_objects.table(found.objects))
     console.print(
         f"{len(found.verdicts())} kernels compiled, {found.outside()} outside the budget (no"
-        " spills, shared memory within the chip, 16-bit products on the tensor cores). Nothing was"
-        " run on a GPU."
+        " spills, shared memory within the chip, 16-bit products on the tensor cores, of which"
+        " Triton has no instructions on sm_75). Nothing was run on a GPU."
     )
 
 

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from peft_kernels.triton.common.activations import activation
 from peft_kernels.triton.common.blocks import (
+    WIDENED,
     dot,
     float_scalar,
     kept_mask,
@@ -61,7 +62,7 @@ def masked_load(base, rows, cols, m, n, row_stride, col_stride):
 @triton.jit
 def product(p, q, acc, dtype: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + p q; p is float32, q a parameter: float32 where WIDE, else ``dtype``."""
-    if WIDE or dtype == tl.float32:
+    if WIDE or dtype == tl.float32 or PRECISION == WIDENED:
         acc = dot(p, q.to(tl.float32), acc, PRECISION)
     else:
         if dtype == tl.float16:

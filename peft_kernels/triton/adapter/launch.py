@@ -293,11 +293,8 @@ class _Call:
 
     def _precision(self) -> str:
         """Of products of float32 tiles; beside a 16-bit x they are split for the tensor cores."""
-        if self.x.dtype is torch.float32:
-            return chips.float32_precision(self.x.device)
-        if INTERPRET.value:
-            return "ieee"
-        return "bf16x6" if self.wide and self.norm else "bf16x3"
+        parts = "bf16x6" if self.wide and self.norm else "bf16x3"
+        return chips.precision(self.x.device, self.x.dtype, "ieee" if INTERPRET.value else parts)
 
     def tile(self, kernel: str) -> Tile:
         return tiles.tile(self.arch_name, kernel, self.x.dtype, wide=self.wide)

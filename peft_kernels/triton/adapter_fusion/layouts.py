@@ -64,9 +64,7 @@ def layout_of(
 
 def _precision(dtype: torch.dtype, device: torch.device) -> str:
     """Of products of float32 tiles; beside a 16-bit x they are split for the tensor cores."""
-    if dtype is torch.float32:
-        return chips.float32_precision(device)
-    return "ieee" if INTERPRET.value else "bf16x3"
+    return chips.precision(device, dtype, "ieee" if INTERPRET.value else "bf16x3")
 
 
 # ---- launches ----------------------------------------------------------------------------------
@@ -75,12 +73,13 @@ def _precision(dtype: torch.dtype, device: torch.device) -> str:
 def weights_launch(layout: Layout) -> Prepared:
     """That of the forward's weights and of the backward's."""
     sizes = layout.sizes
+    many = sizes.dtype is torch.float32 and sizes.arch_name != chips.NO_TENSOR_CORES
     return (cdiv(sizes.m, WEIGHTS_BLOCK_M),), {
         "ACTIVATION": sizes.activation,
         "BLOCK_M": WEIGHTS_BLOCK_M,
         "BLOCK_R": chips.rank_block(max(sizes.adapters)),
         "ADAPTERS": next_power_of_2(len(sizes.adapters)),
-        "num_warps": 8 if sizes.dtype is torch.float32 else 4,
+        "num_warps": 8 if many else 4,
     }
 
 

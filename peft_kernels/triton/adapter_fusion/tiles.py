@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peft_kernels.triton.common.chips import Tile
+from peft_kernels.triton.common.chips import NO_TENSOR_CORES, Tile
 
 # 16-bit x. "wide": with a float32 parameter, whose products are split.
 TILES: dict[str, dict[str, Tile]] = {
@@ -48,6 +48,7 @@ FLOAT32 = {
     "mix": Tile(32, 64, 0, 4, 1),
     "grad": Tile(32, 0, 64, 8, 2),
 }
+TILES[NO_TENSOR_CORES] = FLOAT32
 
 
 def tile(name: str, kernel: str, dtype: torch.dtype, *, wide: bool) -> Tile:

@@ -7,10 +7,15 @@ Kernels import these by name; each is compiled into its caller.
 import triton
 import triton.language as tl
 
+from peft_kernels.triton.common import chips
+
 # The interpreter has bfloat16 as raw uint16: it multiplies those integers in tl.dot, and truncates
 # where a GPU rounds to nearest. Under it the helpers below widen, and round, by themselves.
 # The answer is Triton's own: it takes TRITON_INTERPRET=true and =on for 1 too.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+# The PRECISION of products where Triton has no instructions of the tensor cores: 16-bit operands
+# are widened to float32 and multiplied once. Parts of fewer bits would each be a product as slow.
+WIDENED = tl.constexpr(chips.WIDENED)
 
 
 # ---- dependent launches: the rules are in ``dependent.py`` -------------------------------------
@@ -92,11 +97,11 @@ def rounded(tile, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b with float32 sums; PRECISION counts for float32 operands only."""
-    if INTERPRET:
+    """acc + a b with float32 sums; PRECISION counts for float32 operands, and if it is WIDENED."""
+    if INTERPRET or PRECISION == WIDENED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee" if PRECISION == WIDENED else PRECISION)
 
 
 @triton.jit
@@ -122,7 +127,7 @@ def wide_dot(a, wide, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
     wide = the sum of TERMS numbers of a's dtype: 3 of bfloat16's 8 bits, or 2 of float16's 11, hold
     a float32. The big tile goes to the tensor cores as it is; the small one is multiplied again.
     """
-    if a.dtype == wide.dtype:
+    if a.dtype == wide.dtype or PRECISION == WIDENED:
         acc = dot(a, wide, acc, PRECISION)
     else:
         if a.dtype == tl.float16:
@@ -184,20 +189,23 @@ def rank_dot(p, q, acc, dtype: tl.constexpr, PRECISION: tl.constexpr, BY_ROW: tl
     rate. A second product would take a second accumulator from a Blackwell's tensor memory.
     BY_ROW keeps the rows of the result apart, where those of p belong to different requests.
     """
-    if dtype == tl.float16:
-        up, down = scales(p, 30, BY_ROW)
-        p = p * up
-        if q.dtype == tl.float32:
-            q_up, q_down = scales(q, 30)
-            q = q * q_up
-            up = up * q_up
-            down = down * q_down
-        acc = acc * up
-    if q.dtype != dtype:
-        q = rounded(q, dtype)
-    acc = dot(rounded(p, dtype), q, acc, PRECISION)
-    if dtype == tl.float16:
-        acc = acc * down
+    if PRECISION == WIDENED:
+        acc = dot(p, q, acc, PRECISION)
+    else:
+        if dtype == tl.float16:
+            up, down = scales(p, 30, BY_ROW)
+            p = p * up
+            if q.dtype == tl.float32:
+                q_up, q_down = scales(q, 30)
+                q = q * q_up
+                up = up * q_up
+                down = down * q_down
+            acc = acc * up
+        if q.dtype != dtype:
+            q = rounded(q, dtype)
+        acc = dot(rounded(p, dtype), q, acc, PRECISION)
+        if dtype == tl.float16:
+            acc = acc * down
     return acc
 
 

@@ -59,8 +59,10 @@ class Arch:
 
 
 FEW_ROWS = 64
-# GPUs before Ampere, whose tensor cores Triton has no instructions of, in `SAFE` tiles.
+# GPUs before Ampere, whose tensor cores Triton has no instructions of: a product is fused
+# multiply-adds in float32, whatever x's dtype.
 NO_TENSOR_CORES = "sm_75"
+WIDENED = "widened"  # the PRECISION of their products
 
 ARCHS: dict[str, Arch] = {
     # A100: 312 TFLOP/s, 2.0 TB/s
@@ -223,11 +225,19 @@ FLOAT32 = {
     "grad_a": Tile(32, 0, 64, 8, 2),
     "add_low_rank": Tile(32, 64, 0, 4, 1),
 }
+# T4: 65 TFLOP/s in float16, 0.32 TB/s. Any x is multiplied as float32 x is, and widening it takes
+# registers. Of its 64 KB of shared memory as much as those before it have.
+ARCHS[NO_TENSOR_CORES] = Arch(
+    cores=40,
+    shared=48 * 1024,
+    balance=203,
+    tiles=FLOAT32 | {"shrink": Tile(32, 0, 32, 8, 2), "from_dy": Tile(16, 64, 0, 8, 2)},
+)
 
 
 @functools.cache
 def arch_name(device: torch.device) -> str:
-    """The name in `ARCHS` of the device's tiles, `NO_TENSOR_CORES`, or ``"other"``.
+    """The name in `ARCHS` of the device's tiles, or ``"other"``.
 
     That of its architecture, or of the one whose code its family runs. ``"other"`` as well where a
     program has less shared memory than the architecture's tiles were compiled for.
@@ -238,7 +248,7 @@ def arch_name(device: torch.device) -> str:
     if torch.version.hip:
         name = properties.gcnArchName.partition(":")[0]
     elif properties.major < 8:
-        return NO_TENSOR_CORES
+        name = NO_TENSOR_CORES
     else:
         minor = 0 if properties.major >= 10 else properties.minor
         name = f"sm_{properties.major}{minor}"
@@ -282,10 +292,12 @@ def rank_block(r: int) -> int:
 def gemm_is_competitive(name: str, dtype: torch.dtype, n: int, k: int) -> bool:
     """Whether our GEMM can be expected to match the library's.
 
-    It can't on an architecture without tiles of its own, with float32 x, and with rows that aren't
-    a multiple of 16 elements, which Triton loads one by one.
+    It can't on an architecture without tiles of its own or without tensor cores, with float32 x,
+    and with rows that aren't a multiple of 16 elements, which Triton loads one by one.
     """
-    return name in ARCHS and dtype is not torch.float32 and n % 16 == 0 and k % 16 == 0
+    if name not in ARCHS or name == NO_TENSOR_CORES or dtype is torch.float32:
+        return False
+    return n % 16 == 0 and k % 16 == 0
 
 
 def terms(dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
@@ -310,11 +322,20 @@ def joined_slots(name: str, kernel: str, dtype: torch.dtype, terms: int, block_r
 def float32_precision(device: torch.device) -> str:
     """``input_precision`` of the products of float32 x: TF32 if torch allows it, as `F.linear`.
 
-    And if Triton has it on ``device``; else it refuses the kernel, whatever x's dtype.
+    And if Triton has it on ``device``; else it refuses the kernel, whatever x's dtype. `WIDENED`
+    where there are no tensor cores.
     """
+    if arch_name(device) == NO_TENSOR_CORES:
+        return WIDENED
     # What torch.backends.cuda.matmul.fp32_precision reads, which is slow to say so.
     allowed = torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
     return "tf32" if allowed and _has_tf32(device) else "ieee"
+
+
+def precision(device: torch.device, dtype: torch.dtype, beside: str = "ieee") -> str:
+    """``PRECISION`` of an op's products; ``beside``: of float32 tiles beside a 16-bit x."""
+    found = float32_precision(device)
+    return found if dtype is torch.float32 or found == WIDENED else beside
 
 
 @functools.cache

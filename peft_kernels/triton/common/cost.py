@@ -52,7 +52,8 @@ class Chip:
 
     The clock is the one that the FLOP/s are for. ``shared``: bytes of shared memory a core, where
     tensor cores take their operands from nowhere else. ``l2``: bytes of the cache that all share.
-    ``dependent``: launches of a call may overlap.
+    ``dependent``: launches of a call may overlap. ``ours``: FLOP/s of our products where Triton has
+    no instructions of the tensor cores.
     """
 
     cores: int
@@ -62,6 +63,7 @@ class Chip:
     shared: int = 0
     l2: int = 0
     dependent: bool = False
+    ours: float = 0.0
 
     def second_launch(self) -> float:
         """Seconds that a launch takes besides its work, if it may overlap with the one before."""
@@ -71,7 +73,7 @@ class Chip:
 # The chip of its architecture that most figures are known of: what is taken where no device is
 # asked. Of an MI300X and an MI355X the cache that all share is the last before DRAM.
 CHIPS = {
-    "sm_75": Chip(40, 65e12, 0.32e12, 1.59e9, l2=4 << 20),  # T4, float16
+    "sm_75": Chip(40, 65e12, 0.32e12, 1.59e9, l2=4 << 20, ours=8.1e12),  # T4, float16
     "sm_80": Chip(108, 312e12, 2.04e12, 1.41e9, l2=40 << 20),  # A100 SXM 80 GB
     "sm_86": Chip(82, 71e12, 0.936e12, 1.70e9, l2=6 << 20),  # RTX 3090
     "sm_89": Chip(128, 165e12, 1.01e12, 2.52e9, l2=72 << 20),  # RTX 4090
@@ -115,8 +117,9 @@ def _of_device(name: str, device: torch.device) -> Chip | None:
     if not torch.version.hip:
         bits = 2 * 1e3 * figure("memory_clock_rate") * figure("memory_bus_width")
         bandwidth, l2 = bits / 8 or bandwidth, figure("L2_cache_size") or l2
-    flops = known.flops * (cores / known.cores) * (clock / known.clock)
-    return Chip(cores, flops, bandwidth, clock, known.shared, l2, known.dependent)
+    share = (cores / known.cores) * (clock / known.clock)
+    flops, ours = known.flops * share, known.ours * share
+    return Chip(cores, flops, bandwidth, clock, known.shared, l2, known.dependent, ours)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def busy_seconds(chip: Chip, numbers: int, operands: int, depth: int) -> tuple[f
     Args:
         operands: bytes.
     """
-    products = 2 * numbers * depth / (REACHED * chip.flops / chip.cores)
+    products = 2 * numbers * depth / (REACHED * (chip.ours or chip.flops) / chip.cores)
     return products, operands * depth / (PORT * chip.clock)
 
 

@@ -19,6 +19,7 @@ from peft_kernels.triton.lora_linear.launch import lora_linear_bwd, with_gain
 BLOCK_M, BLOCK_N, WARPS = 32, 128, 4
 # Of the rare columns whose z is computed anew.
 END_M, END_N, END_K, END_R = 32, 32, 32, 16
+WIDENED_END_M = 16  # multiplied outside the tensor cores
 
 
 def dora_linear_fwd(
@@ -104,12 +105,14 @@ def _gain_end(
     (m, n), k, r = dy.shape, x.shape[1], s.shape[1]
     dgain = torch.empty_like(gain)
     factor, on_device = argument(scale, 1.0)
+    precision = chips.float32_precision(x.device)
     launch(
         kernels.gain_end_kernel,
         (cdiv(n, END_N),),
         dy, x, weight, lora_b, s, sums, gain, dgain, factor, m, n, k, r,
         *dy.stride(), *x.stride(), weight.stride(1), weight.stride(0), *lora_b.stride(),
-        SCALE_ON_DEVICE=on_device, PRECISION=chips.float32_precision(x.device),
-        BLOCK_M=END_M, BLOCK_N=END_N, BLOCK_K=END_K, BLOCK_R=END_R, num_warps=WARPS,
+        SCALE_ON_DEVICE=on_device, PRECISION=precision,
+        BLOCK_M=WIDENED_END_M if precision == chips.WIDENED else END_M,
+        BLOCK_N=END_N, BLOCK_K=END_K, BLOCK_R=END_R, num_warps=WARPS,
     )  # fmt: skip
     return dgain

@@ -47,8 +47,8 @@ def in_loop(name: str, problem: Problem, in_terms: bool = False) -> cost.Product
 def _operand(name: str, kernel: str, problem: Problem, in_terms: bool) -> tuple[int, int, int]:
     """Of a kernel's A: bytes of a number, how often it is multiplied, and a block's stops."""
     terms = problem.terms()
-    if problem.adapter_dtype is problem.dtype:
-        return problem.dtype.itemsize, 1, 0
+    if problem.adapter_dtype is problem.dtype or name == chips.NO_TENSOR_CORES:
+        return problem.adapter_dtype.itemsize, 1, 0
     if in_terms:
         return terms * problem.dtype.itemsize, chips.slots(terms), 0
     block_r = chips.rank_block(problem.r)
@@ -138,7 +138,8 @@ def parts_of_s(
     name: str, problem: Problem, in_terms: bool = False, chip: cost.Chip | None = None
 ) -> int:
     """In how many parts the library's plan leaves S to its last launch; 0: it has S before."""
-    if chip is None or name not in chips.ARCHS or problem.dtype is torch.float32 or not problem.n:
+    ours = name in chips.ARCHS and name != chips.NO_TENSOR_CORES
+    if chip is None or not ours or problem.dtype is torch.float32 or not problem.n:
         return 0
     times = {0: _summed(name, problem, in_terms, chip)}
     for splits in PARTS_OF_S:

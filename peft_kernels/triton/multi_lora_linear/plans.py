@@ -11,7 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from peft_kernels.triton.common.chips import ARCHS, FEW_ROWS, Tile, gemm_is_competitive
+from peft_kernels.triton.common.chips import (
+    ARCHS,
+    FEW_ROWS,
+    NO_TENSOR_CORES,
+    Tile,
+    gemm_is_competitive,
+)
 
 DECODE_MAX_ROWS = 16
 NATIVE_MAX_ROWS = 8  # of base and delta in the CUDA kernel; nothing was measured
@@ -109,6 +115,7 @@ _FLOAT32 = {
     "shrink": Tile(32, 0, 32, 4, 3),
     "grad": Tile(32, 0, 64, 4, 2),
 }
+_TILES[NO_TENSOR_CORES] = _FLOAT32 | {"shrink": Tile(32, 0, 32, 8, 3)}
 # Few rows and no product of tiles: alike everywhere.
 _FEW = {
     "decode_delta": Tile(16, 64, 0, 4, 1),

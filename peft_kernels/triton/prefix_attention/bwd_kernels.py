@@ -20,7 +20,7 @@ and every sum has one order: the same input gives the same bits.
 import triton
 import triton.language as tl
 
-from peft_kernels.triton.common.blocks import dot, rank_dot, rounded, scales
+from peft_kernels.triton.common.blocks import WIDENED, dot, rank_dot, rounded, scales
 from peft_kernels.triton.prefix_attention.kernels import (
     LOG2E,
     prefix_of_row,
@@ -174,7 +174,7 @@ def prefix_attention_query_grad_kernel(
 def _product(p, tile, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
     """acc + p tile for a float32 p, the sum of TERMS numbers of the tile's dtype."""
     dtype: tl.constexpr = tile.dtype
-    if TERMS == 1 or dtype == tl.float32:
+    if TERMS == 1 or dtype == tl.float32 or PRECISION == WIDENED:
         acc = rank_dot(p, tile, acc, dtype, PRECISION)
     else:
         if dtype == tl.float16:

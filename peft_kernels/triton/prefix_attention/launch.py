@@ -139,11 +139,10 @@ class _Call:
         return tiles.tile(self.arch_name, kernel, self.q.dtype, self.block_d, has_mask=has_mask)
 
     def flags(self, tile: Tile) -> dict[str, Any]:
-        float32 = self.q.dtype is torch.float32
         return {
             "GROUP": self.group,
             "PADDED": self.block_d != self.size,
-            "PRECISION": chips.float32_precision(self.q.device) if float32 else "ieee",
+            "PRECISION": chips.precision(self.q.device, self.q.dtype),
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
             "BLOCK_D": self.block_d,

@@ -139,14 +139,17 @@ FLOAT32 = {
     "text_grad": {64: Tile(16, 32, 0, 4, 1), 128: Tile(16, 16, 0, 8, 1)},
     "prefix_grad": {64: Tile(16, 32, 0, 4, 1), 128: Tile(16, 16, 0, 8, 1)},
 }
+TILES[chips.NO_TENSOR_CORES] = FLOAT32 | {"text_grad": {64: Tile(16, 16, 0, 8, 1)}}
 # Wider heads are the reference's, in both directions: whole rows of q, k and v lie in a tile, and
-# would take 200 KB of shared memory and more. So are those of float32 where there isn't room.
+# would take 200 KB of shared memory and more. So are those of float32, which x is widened to where
+# there are no tensor cores, in 64 KB.
 MAX_SIZE, MAX_SIZE_IN_64_KB = 256, 128
 
 
 def has_room(name: str, dtype: torch.dtype, size: int) -> bool:
     """Whether the architecture ``name`` has the shared memory that heads of ``size`` take."""
-    little = dtype is torch.float32 and chips.arch(name).shared <= 64 * 1024
+    float32 = dtype is torch.float32 or name == chips.NO_TENSOR_CORES
+    little = float32 and chips.arch(name).shared <= 64 * 1024
     return size <= (MAX_SIZE_IN_64_KB if little else MAX_SIZE)
 
 
