@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from peft_kernels.tools.report import compile as report
-from peft_kernels.tools.report.compile_cases import Case, PartsCase, TilesCase
+from peft_kernels.tools.report.compile_cases import Case, MultiCase, PartsCase, TilesCase
 
 PLANS = ("i", "ii", "library")
 CASES = (
@@ -21,6 +21,8 @@ CASES = (
     Case(64, 16, "float16", "float16", False, ("library",)),
     PartsCase(Case(64, 16, "bfloat16", "float32", False, ("library",))),
     TilesCase(Case(64, 16, "bfloat16", "float32", False, ("i", "ii")), (1, 2)),
+    MultiCase(64, 16, (1024,), "bfloat16", "float32", False, "grouped"),
+    MultiCase(16, 16, (1024,), "bfloat16", "bfloat16", False, "decode"),
 )
 
 
@@ -55,7 +57,7 @@ def compiled(target: str) -> list[Ptx]:
     """One launch of each kernel and set of its constants but for the sizes of its tile."""
     jobs: dict[str, report.Launch] = {}
     for job in report.launches(target, CASES):
-        if job.kernel not in ("from_dy", "grad_a"):
+        if job.kernel not in ("from_dy", "grad_a", "multi_grad", "sum_parts"):
             constants = {k: v for k, v in _constants(job).items() if not k.startswith("BLOCK")}
             jobs.setdefault(f"{job.kernel} {constants} {job.dtype}", job)
     return [_ptx(job) for job in jobs.values()]
@@ -69,7 +71,8 @@ def _constants(job: report.Launch) -> dict[str, object]:
 def _ptx(job: report.Launch) -> Ptx:
     made = report.compiled(job)
     lines = made.asm.get("ptx", made.asm.get("amdgcn", "")).splitlines()
-    passed = [name for name, kind in job.signature.items() if kind != "constexpr"]
+    kinds = [(name, kind) for name, kinds in job.signature.items() for kind in _flat(kinds)]
+    passed = [(name, kind) for name, kind in kinds if kind != "constexpr"]
     return Ptx(
         target=job.target,
         kernel=job.kernel,
@@ -81,10 +84,15 @@ def _ptx(job: report.Launch) -> Ptx:
         stores=_lines(lines, r"\bst\.global"),
         loads={
             name: _loads(lines, place)
-            for place, name in enumerate(passed)
-            if job.signature[name].startswith("*")
+            for place, (name, kind) in enumerate(passed)
+            if kind.startswith("*")
         },
     )
+
+
+def _flat(kinds: str | tuple) -> list[str]:
+    """Of an argument, or of a tuple of one item, as that of one bank."""
+    return [kinds] if isinstance(kinds, str) else [kind for one in kinds for kind in _flat(one)]
 
 
 def _lines(lines: list[str], pattern: str) -> list[int]:

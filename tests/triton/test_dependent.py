@@ -11,6 +11,8 @@ import torch
 from peft_kernels.triton.common import chips, dependent, launch
 from peft_kernels.triton.lora_linear import calls, modelled, plans, tilings
 from peft_kernels.triton.lora_linear import launch as launchers
+from peft_kernels.triton.multi_lora_linear import launch as multi_launchers
+from peft_kernels.triton.multi_lora_linear import layouts as multi_layouts
 
 op = importlib.import_module("peft_kernels.ops.lora_linear")
 
@@ -141,6 +143,79 @@ def test_programs_that_stay_come_after_an_ordinary_shrink(launched):
     assert {role for _, role in found} == {NONE}
 
 
+# ---- of several adapters -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def multi_launched(monkeypatch):
+    """The same of `multi_lora_linear` on a Hopper, forward or backward."""
+
+    def record(plan, *, m=64, dtypes=(BF16,), pages=2, has_base=True, backward=False):
+        found = []
+
+        def note(kernel, grid, args, options):
+            assert 0 not in grid
+            found.append((kernel.__name__.removesuffix("_kernel"), role(options)))
+
+        def empty(*shape, dtype=BF16):
+            return torch.empty(shape, dtype=dtype, device=META)
+
+        def by_bank(*shape, dtype):
+            return [empty(*shape, dtype=dtype) for _ in dtypes]
+
+        i32 = torch.int32
+        a, b = ([empty(64, n, dtype=one) for one in dtypes] for n in (4096, 1024))
+        tables, ranks = by_bank(8, pages, dtype=i32), by_bank(8, dtype=i32)
+        ids = empty(m, dtype=i32), empty(m, dtype=i32), empty(10, dtype=i32)
+        banks = (a, b, tables, ranks, by_bank(8, dtype=F32), *ids)
+        x, weight = empty(m, 4096), empty(1024 * len(dtypes), 4096)
+        monkeypatch.setattr(launch, "run", note)
+        monkeypatch.setattr(chips, "arch_name", lambda device: "sm_90")
+        multi_layouts._layout.cache_clear()
+        y = empty(m, weight.shape[0])
+        if backward:
+            s = empty(m, 16, dtype=F32)
+            rest = by_bank(8, dtype=i32), [16], True, plan
+            multi_launchers.multi_lora_linear_bwd(y, x, weight, *banks, s, [], [], *rest)
+        elif has_base:
+            multi_launchers.multi_lora_linear_fwd(x, weight, None, *banks, [], [], plan)
+        else:
+            multi_launchers.multi_lora_linear_add(y, x, *banks, [], [], plan)
+        return found
+
+    yield record
+    multi_layouts._layout.cache_clear()
+
+
+MULTI_SUMMED = [("multi_shrink", FIRST), ("sum_partials", SECOND)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"plan": "grouped"}, [*MULTI_SUMMED, ("multi_tile", SECOND)]),
+        ({"plan": "grouped", "has_base": False}, [*MULTI_SUMMED, ("multi_delta", SECOND)]),
+        ({"plan": "single", "m": 1 << 16}, [("multi_shrink", FIRST), ("multi_delta", SECOND)]),
+        ({"plan": "grouped", "dtypes": (BF16, BF16)}, [*MULTI_SUMMED, ("multi_tile", SECOND)]),
+        ({"plan": "decode", "m": 16}, [("decode_shrink", FIRST), ("decode_tile", SECOND)]),
+    ],
+)
+def test_of_several_adapters(multi_launched, options, expected):
+    assert multi_launched(**options) == expected
+
+
+def test_of_several_adapters_no_other_launches(multi_launched):
+    """Not where shrinks and tiles of more than one group alternate, nor without a page of ranks."""
+    for options in (
+        {"plan": "grouped", "dtypes": (BF16, F32)},
+        {"plan": "grouped", "backward": True},
+        {"plan": "grouped", "pages": 0},
+        {"plan": "decode", "m": 16, "pages": 0},
+    ):
+        found = multi_launched(**options)
+        assert found and {role for _, role in found} == {NONE}, options
+
+
 # ---- what they compute, in the interpreter, which runs one after the other ---------------------
 
 
@@ -188,6 +263,10 @@ def test_against_float64(plan, splits, dtype, adapter_dtype, gain):
 # ---- what is compiled --------------------------------------------------------------------------
 
 
+FIRSTS = {"shrink", "sum_partials", "tile", "in_loop", "multi_shrink", "decode_shrink"}
+SECONDS = {"tile", "add_low_rank", "sum_partials", "multi_tile", "multi_delta", "decode_tile"}
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """The launches of a target, compiled when it is first asked for."""
@@ -201,12 +280,12 @@ def compiled():
 def test_every_second_waits_first(compiled, target):
     """Before it reads what the launch before has made, and before any store."""
     seconds = [ptx for ptx in compiled(target) if ptx.is_second()]
-    assert {ptx.kernel for ptx in seconds} == {"tile", "add_low_rank", "sum_partials"}
+    assert {ptx.kernel for ptx in seconds} == SECONDS
     assert {ptx.constants["SPLIT"] for ptx in seconds if ptx.kernel == "tile"} == {False, True}
     for ptx in seconds:
         (wait,) = ptx.waits
         assert ptx.stores and min(ptx.stores) > wait, ptx
-        made = {"parts", "p"} | ({"base"} if ptx.constants.get("PARTS", 1) > 1 else set())
+        made = {"parts", "p", "s"} | ({"base"} if ptx.constants.get("PARTS", 1) > 1 else set())
         read = {name: lines for name, lines in ptx.loads.items() if name in made and lines}
         assert read or ptx.constants.get("SPLIT"), ptx
         assert all(min(lines) > wait for lines in read.values()), ptx
@@ -228,21 +307,26 @@ def test_no_other_waits_or_lets_go(compiled, target):
         tile_in_parts = ptx.kernel == "tile" and ptx.constants["PDL"]
         assert bool(ptx.waits) == (ptx.is_second() or tile_in_parts), ptx
         lets_go = ptx.constants["PDL"] and (
-            ptx.kernel in ("shrink", "sum_partials") or ptx.constants.get("SPLIT", False)
+            ptx.kernel == "sum_partials"
+            or ptx.kernel.endswith("shrink")
+            or ptx.constants.get("SPLIT", False)
         )
         assert len(ptx.begins) == lets_go, ptx
         loads = [line for lines in ptx.loads.values() for line in lines]
         assert max(ptx.begins, default=0) < min(loads, default=1), ptx
     has = {ptx.kernel for ptx in compiled(target) if ptx.begins}
     dependent_there = target in chips.DEPENDENT
-    assert has == ({"shrink", "sum_partials", "tile", "in_loop"} if dependent_there else set())
+    assert has == (FIRSTS if dependent_there else set())
 
 
 def test_the_base_is_multiplied_before_the_wait(compiled):
     """Or read, where a library has made it and float16's powers of two don't take its place."""
     seconds = [ptx for ptx in compiled("sm_90") if ptx.is_second()]
-    tiles = [ptx for ptx in seconds if ptx.kernel == "tile"]
-    assert all(max(ptx.loads["a"] + ptx.loads["w"]) < ptx.waits[0] for ptx in tiles)
+    products = {"tile": "a", "multi_tile": "x", "decode_tile": "x"}
+    read = [ptx for ptx in seconds if ptx.kernel in products and ptx.loads["w"]]
+    assert {ptx.kernel for ptx in read} == set(products)
+    for ptx in read:
+        assert max(ptx.loads[products[ptx.kernel]] + ptx.loads["w"]) < ptx.waits[0]
     adds = [ptx for ptx in seconds if ptx.constants.get("PARTS") == 1]
     early = {ptx.dtype: max(ptx.loads["base"]) < ptx.waits[0] for ptx in adds}
     assert early == {"bfloat16": True, "float16": False}

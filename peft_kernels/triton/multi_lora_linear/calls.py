@@ -135,7 +135,7 @@ class Call:
             )  # fmt: skip
         if shrink.splits == 1:
             return parts[0]
-        return sum_partials(parts, parts.new_empty(self.m, layout.s_columns), 1.0)
+        return sum_partials(parts, parts.new_empty(self.m, layout.s_columns), 1.0, layout.pdl)
 
     def _decode_shrink(self, x: Tensor) -> Tensor:
         layout = self.layout

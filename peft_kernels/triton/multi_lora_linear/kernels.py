@@ -18,7 +18,14 @@ Rounding is that of ``lora_linear/kernels.py``. No kernel uses an atomic.
 import triton
 import triton.language as tl
 
-from peft_kernels.triton.common.blocks import kept_mask, pointers, rounded, step, wide_dot
+from peft_kernels.triton.common.blocks import (
+    kept_mask,
+    let_next_begin,
+    pointers,
+    rounded,
+    step,
+    wide_dot,
+)
 from peft_kernels.triton.multi_lora_linear.banks import (
     PAGE,
     blocks_of,
@@ -41,6 +48,7 @@ def multi_shrink_kernel(
     SLICED: tl.constexpr, SCALED: tl.constexpr, GROUPED: tl.constexpr, DROPOUT: tl.constexpr,
     TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """S[split, i, q] = sum over split's chunk of k of dropout_g(x)[i, k] A_g[q, k].
 
@@ -50,6 +58,7 @@ def multi_shrink_kernel(
     ``out`` is [splits, m, s_columns] float32, zero beyond an adapter's rank. Grid: (row blocks x
     rank blocks, splits); the rank blocks of a row block are neighbours and find x in L2.
     """
+    let_next_begin(PDL)
     blocks = blocks_of(s_widths, BLOCK_R)
     bank, rank_block, s_first = locate(tl.program_id(0) % blocks, s_widths, BLOCK_R)
     first_place = tl.program_id(0) // blocks * BLOCK_M
@@ -117,13 +126,14 @@ def multi_shrink_kernel(
 @triton.jit
 def decode_shrink_kernel(
     x, matrices, tables, ranks, out, ids, per_id, slots, k, s_columns, sx_m, sx_k, s_widths,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """S of one row and one page of its adapter, in float32. Grid: (rows x pages of all banks,).
 
     With few rows, each likely with an adapter of its own, a product of tiles would be mostly
     padding; a page a program spreads even one row's adapter over the GPU.
     """
+    let_next_begin(PDL)
     pages = blocks_of(s_widths, PAGE)
     bank, page, s_first = locate(tl.program_id(0) % pages, s_widths, PAGE)
     row = tl.program_id(0) // pages

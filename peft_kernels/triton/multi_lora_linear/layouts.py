@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.multi_lora_linear import PAGE
-from peft_kernels.triton.common import chips, layouts
+from peft_kernels.triton.common import chips, dependent, layouts
 from peft_kernels.triton.common.launch import GROUP_M, chunks, options
 from peft_kernels.triton.common.layouts import Prepared
 from peft_kernels.triton.common.sizes import cdiv
@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     dropout: bool
     plan: str
     backward: bool
+    device: torch.device
     arch_name: str
     cores: int
     precision: str
@@ -71,6 +72,10 @@ class Layout(layouts.Layout):
         self.s_columns = last.s_column + last.s_width
         self.groups = _groups(self.slices)
         self.block_r = chips.rank_block(max(one.s_width for one in self.slices))
+        # Of several groups a tile's launch doesn't follow its own shrink's; without columns of S
+        # there is no shrink.
+        follows = not sizes.backward and len(self.groups) == 1 and self.s_columns > 0
+        self.pdl = follows and dependent.launches(sizes.arch_name, sizes.device)
 
     def tile(self, kernel: str) -> chips.Tile:
         return plans.tile(self.sizes.arch_name, kernel, self.sizes.dtype, self.sizes.m)
@@ -92,7 +97,7 @@ def layout_of(
     return _layout(
         Sizes(
             m, k, x.dtype, tuple(banks), ids.numel(), dropout, plan, backward,
-            chips.arch_name(device), chips.cores(device), chips.float32_precision(device),
+            device, chips.arch_name(device), chips.cores(device), chips.float32_precision(device),
         )
     )  # fmt: skip
 
@@ -155,6 +160,7 @@ def shrink_launches(layout: Layout, backward: bool) -> Shrink:
             "DROPOUT": sizes.dropout and not backward,
             "TERMS": chips.terms(sizes.dtype, group.dtype), "PRECISION": sizes.precision,
             "BLOCK_M": tile.m, "BLOCK_K": tile.k, "BLOCK_R": layout.block_r,
+            **dependent.first(layout.pdl),
         }  # fmt: skip
         launches.append(((row_blocks * blocks, splits), settings | options(tile)))
     return Shrink(splits, chunk, launches)
@@ -163,7 +169,9 @@ def shrink_launches(layout: Layout, backward: bool) -> Shrink:
 def decode_shrink_launch(layout: Layout, s_widths: tuple[int, ...]) -> Prepared:
     tile = layout.tile("decode_shrink")
     pages = sum(s_widths) // PAGE
-    return (layout.sizes.m * pages,), {"BLOCK_K": tile.k, **options(tile)}
+    return (layout.sizes.m * pages,), {
+        "BLOCK_K": tile.k, **options(tile), **dependent.first(layout.pdl),
+    }  # fmt: skip
 
 
 def decode_tile_launch(
@@ -173,6 +181,7 @@ def decode_tile_launch(
     return _grid(layout, tile, widths), {
         "HAS_BASE": has_base, "HAS_BIAS": has_bias, "PRECISION": layout.sizes.precision,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, **options(tile),
+        **dependent.second(layout.pdl),
     }  # fmt: skip
 
 
@@ -202,5 +211,5 @@ def _flags(layout: Layout, sums: bool, dropout: bool) -> dict[str, Any]:
     return {
         "SUMS": sums, "GROUPED": layout.plan == "grouped", "DROPOUT": dropout,
         "PRECISION": layout.sizes.precision, "GROUP_M": GROUP_M,
-        "BLOCK_R": min(layout.block_r, chips.MAX_TILE_BLOCK_R),
+        "BLOCK_R": min(layout.block_r, chips.MAX_TILE_BLOCK_R), **dependent.second(layout.pdl),
     }  # fmt: skip

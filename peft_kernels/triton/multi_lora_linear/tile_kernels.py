@@ -24,6 +24,7 @@ from peft_kernels.triton.common.blocks import (
     rounded,
     step,
     tile_position,
+    wait_for_first,
 )
 from peft_kernels.triton.multi_lora_linear.banks import (
     PAGE,
@@ -115,6 +116,7 @@ def multi_tile_kernel(
     HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, GROUPED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out = x w + delta + bias in one store.
 
@@ -150,6 +152,7 @@ def multi_tile_kernel(
     # 2. + the delta of each run, for rows that have an adapter with a rank here
     first_bank, last_bank = _banks_of(bank, matrices, SUMS)
     slot = _with_delta(slot, ranks, first_bank, last_bank)
+    wait_for_first(PDL)
     where = tl.arange(0, BLOCK_M)
     start = 0
     while start < BLOCK_M:
@@ -181,6 +184,7 @@ def multi_delta_kernel(
     ADDS: tl.constexpr, SUMS: tl.constexpr, GROUPED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out += delta in place, where it ADDS, or out = delta; arguments as of `multi_tile_kernel`.
 
@@ -199,6 +203,7 @@ def multi_delta_kernel(
     slot = _with_delta(slot, ranks, first_bank, last_bank)
     if ADDS:
         inside = slot >= 0
+    wait_for_first(PDL)
     where = tl.arange(0, BLOCK_M)
     out_ptrs = pointers(out, rows, first_col + cols, so_m, 1)
     start = 0
@@ -231,6 +236,7 @@ def decode_tile_kernel(
     m, depth, per_id, slots, s_columns, sx_m, sx_k, sw_k, sw_n, sy_m, widths, s_widths,
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y = x W^T + delta + bias or, without a base, y += delta, for few rows.
 
@@ -264,6 +270,7 @@ def decode_tile_kernel(
     max_pages = pick(s_widths, bank) // PAGE
     rank = tl.load(pick(ranks, bank) + slot, mask=slot >= 0, other=0)
     scale = tl.load(pick(scales, bank) + slot, mask=slot >= 0, other=0.0)
+    wait_for_first(PDL)
     s_ptrs = s + _before(s_widths, bank) + rows.to(tl.int64) * s_columns
     delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, tl.max(rank, axis=0), PAGE):
