@@ -145,9 +145,28 @@ def _why_backend(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
         return f"PEFT_KERNELS_BACKEND={forced} is set"
     if backend == "reference":
         return _why_reference(device)
-    if device == "cuda" and backend == "triton" and has_cuda_kernels(op):
-        return f"{_KERNELS[backend]}: {_cuda_kernels.why_not(torch.device(device))}"
+    if device == "cuda" and backend == "triton":
+        return _why_triton(op, dtype)
     return _KERNELS[backend]
+
+
+def _why_triton(op: str, dtype: torch.dtype) -> str:
+    reason = _KERNELS["triton"]
+    if dtype is not torch.float32 and _multiplies_in_float32():
+        reason += " (in float32: it has no instructions of this GPU's tensor cores)"
+    if has_cuda_kernels(op):
+        reason += f": {_cuda_kernels.why_not(torch.device('cuda'))}"
+    return reason
+
+
+def _multiplies_in_float32() -> bool:
+    """Whether the Triton kernels do so with any x on the current GPU."""
+    if not torch.cuda.is_available():
+        return False
+    from peft_kernels.triton.common import chips
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return chips.arch_name(device) == chips.NO_TENSOR_CORES
 
 
 def _why_reference(device: str) -> str:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import peft_kernels
 from peft_kernels._library import HAS_TRITON, OPS
 from peft_kernels.cli import main
+from peft_kernels.tools import doctor
 from peft_kernels.tools.bench import measure
 from peft_kernels.tools.bench.peak import reset_peak
 from peft_kernels.tools.bench.suites import lora_linear as suite
@@ -84,6 +86,22 @@ def test_doctor_names_a_forced_backend(capsys, monkeypatch):
     with peft_kernels.backend("reference"):
         _, out, _ = run(capsys, "doctor")
     assert "PEFT_KERNELS_BACKEND=reference is set" in out
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton")
+@pytest.mark.parametrize(("capability", "widened"), [((7, 5), True), ((8, 0), False)])
+def test_doctor_says_that_a_t4_multiplies_in_float32(monkeypatch, capability, widened):
+    chips = pytest.importorskip("peft_kernels.triton.common.chips")
+    major, minor = capability
+    gpu = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(chips, "arch_name", chips.arch_name.__wrapped__)
+    rows = [row for row in doctor.backends("lora_linear") if row[1] == "cuda"]
+    said = {dtype for _, _, dtype, _, why in rows if "no instructions of this GPU" in why}
+    assert said == ({"bfloat16", "float16"} if widened else set())
 
 
 # ---- bench -----------------------------------------------------------------------------------

@@ -399,6 +399,8 @@ def test_the_backend_launches_its_kernels():
         ("sm_90", "bf16", 512, False),
         ("sm_90", "f32", 256, True),
         ("gfx942", "bf16", 256, True),
+        ("sm_75", "bf16", 128, True),
+        ("sm_75", "bf16", 129, False),
         ("gfx942", "f32", 128, True),
         ("gfx942", "f32", 129, False),
         ("other", "f32", 256, False),
