@@ -13,7 +13,8 @@ import sys
 from dataclasses import asdict, dataclass
 
 from peft_kernels.tools.report import compile as report
-from peft_kernels.tools.report.compile_cases import Case, MultiCase, PartsCase, TilesCase
+from peft_kernels.tools.report.compile_cases import Case, CodesCase, MultiCase, PartsCase, TilesCase
+from peft_kernels.tools.report.compile_prefix import PrefixCase
 
 PLANS = ("i", "ii", "library")
 CASES = (
@@ -23,6 +24,8 @@ CASES = (
     TilesCase(Case(64, 16, "bfloat16", "float32", False, ("i", "ii")), (1, 2)),
     MultiCase(64, 16, (1024,), "bfloat16", "float32", False, "grouped"),
     MultiCase(16, 16, (1024,), "bfloat16", "bfloat16", False, "decode"),
+    CodesCase(16, 16, "bfloat16", "float32", False, ("fused",), "4-bit nested"),
+    PrefixCase(1, 16384, 32, 64, "bfloat16", "bfloat16", "", backward=False),
 )
 
 

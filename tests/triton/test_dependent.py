@@ -7,6 +7,7 @@ from unittest.mock import patch
 import dependent_ptx
 import pytest
 import torch
+from overlapping import overlapping
 
 from peft_kernels.triton.common import chips, dependent, launch
 from peft_kernels.triton.lora_linear import calls, modelled, plans, tilings
@@ -226,25 +227,14 @@ def test_against_float64(plan, splits, dtype, adapter_dtype, gain):
     """P Q is added last there."""
     inputs = op.example_inputs(70, 75, 150, 5, dtype=dtype, adapter_dtype=adapter_dtype)
     inputs = [inputs[name] for name in ("x", "weight", "bias", "lora_a", "lora_b")]
-    options, seconds = (0.7, None, 0.3, torch.tensor(11)), []
+    options = 0.7, None, 0.3, torch.tensor(11)
     factor = torch.rand(75) + 0.5 if gain else None
-
-    def run(kernel, grid, args, options):
-        seconds.append(options.get("launch_pdl", False))
-        launch_run(kernel, grid, args, {k: v for k, v in options.items() if k != "launch_pdl"})
-
-    launch_run = launch.run
-    tiling = tilings.Tiling(chips.Tile(32, 64, 32, 4, 2), splits)
-    calls._call.cache_clear()
-    with (
-        patch.object(launch, "run", run),
-        patch.object(tilings, "tiling", lambda *asked: tiling),
-        patch.object(dependent, "launches", lambda name, device: True),
-        plans.force(plan),
-    ):
+    tiling = patch.object(
+        tilings, "tiling", lambda *asked: tilings.Tiling(chips.Tile(32, 64, 32, 4, 2), splits)
+    )
+    with overlapping() as seconds, tiling, plans.force(plan):
         y, s = launchers.with_gain(*inputs[:3], factor, *inputs[3:], *options)
-    calls._call.cache_clear()
-    assert seconds[-1]
+    assert seconds[-1] == ("tile" if (plan, splits) == ("i", 1) else "add_low_rank")
 
     def reference(x, weight, bias, a, b):
         out, s = op.lora_linear_fwd_ref(x, weight, None, a, b, *options)
@@ -264,7 +254,9 @@ def test_against_float64(plan, splits, dtype, adapter_dtype, gain):
 
 
 FIRSTS = {"shrink", "sum_partials", "tile", "in_loop", "multi_shrink", "decode_shrink"}
+FIRSTS |= {"prefix_attention_fwd"}
 SECONDS = {"tile", "add_low_rank", "sum_partials", "multi_tile", "multi_delta", "decode_tile"}
+SECONDS |= {"codes_tile", "prefix_attention_combine"}
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +277,9 @@ def test_every_second_waits_first(compiled, target):
     for ptx in seconds:
         (wait,) = ptx.waits
         assert ptx.stores and min(ptx.stores) > wait, ptx
-        made = {"parts", "p", "s"} | ({"base"} if ptx.constants.get("PARTS", 1) > 1 else set())
+        made = {"parts", "lse_parts", "p", "s"} | (
+            {"base"} if ptx.constants.get("PARTS", 1) > 1 else set()
+        )
         read = {name: lines for name, lines in ptx.loads.items() if name in made and lines}
         assert read or ptx.constants.get("SPLIT"), ptx
         assert all(min(lines) > wait for lines in read.values()), ptx
@@ -308,7 +302,7 @@ def test_no_other_waits_or_lets_go(compiled, target):
         assert bool(ptx.waits) == (ptx.is_second() or tile_in_parts), ptx
         lets_go = ptx.constants["PDL"] and (
             ptx.kernel == "sum_partials"
-            or ptx.kernel.endswith("shrink")
+            or ptx.kernel.endswith(("shrink", "_fwd"))
             or ptx.constants.get("SPLIT", False)
         )
         assert len(ptx.begins) == lets_go, ptx
@@ -322,11 +316,17 @@ def test_no_other_waits_or_lets_go(compiled, target):
 def test_the_base_is_multiplied_before_the_wait(compiled):
     """Or read, where a library has made it and float16's powers of two don't take its place."""
     seconds = [ptx for ptx in compiled("sm_90") if ptx.is_second()]
-    products = {"tile": "a", "multi_tile": "x", "decode_tile": "x"}
-    read = [ptx for ptx in seconds if ptx.kernel in products and ptx.loads["w"]]
-    assert {ptx.kernel for ptx in read} == set(products)
-    for ptx in read:
-        assert max(ptx.loads[products[ptx.kernel]] + ptx.loads["w"]) < ptx.waits[0]
+    products = {
+        "tile": ("a", "w"), "multi_tile": ("x", "w"), "decode_tile": ("x", "w"),
+        "codes_tile": ("a", "codes"),
+    }  # fmt: skip
+    multiplied = set()
+    for ptx in (ptx for ptx in seconds if ptx.kernel in products):
+        read = [line for name in products[ptx.kernel] for line in ptx.loads[name]]
+        if read:  # a delta alone has no base
+            assert max(read) < ptx.waits[0], ptx
+            multiplied.add(ptx.kernel)
+    assert multiplied == set(products)
     adds = [ptx for ptx in seconds if ptx.constants.get("PARTS") == 1]
     early = {ptx.dtype: max(ptx.loads["base"]) < ptx.waits[0] for ptx in adds}
     assert early == {"bfloat16": True, "float16": False}

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from overlapping import overlapping
 from random_codes import PLANES, problem, weight_of
 
 import peft_kernels
@@ -147,6 +148,14 @@ def test_every_code_of_e4m3():
 def test_shipped_tiles(plan, arch, m):
     with patch.object(chips, "arch_name", lambda device: arch):
         Case(m, 140, 192, "nested", r=20, dtype=BF16).check(plan)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_where_launches_overlap(dtype):
+    """P Q is added last there, and dx is as elsewhere."""
+    with overlapping() as seconds:
+        Case(40, 70, 128, "nested", dtype=dtype).check("fused")
+    assert seconds[-1] == "codes_tile" and seconds.count("codes_tile") == 1
 
 
 @plans

@@ -20,8 +20,9 @@ from peft_kernels.triton.common.blocks import (
     scalar,
     step,
     tile_position,
+    wait_for_first,
 )
-from peft_kernels.triton.lora_linear.kernels import ended, low_rank
+from peft_kernels.triton.lora_linear.kernels import ended, low_rank, plus_low_rank
 from peft_kernels.triton.lora_linear_codes.weights import weight_tile
 
 
@@ -35,12 +36,16 @@ def codes_tile_kernel(
     FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out = a w + mask o (factor P Q) + bias, one store; the weight [w_n, w_k] is in codes.
 
     y:  a = x,  w = W^T, P = S,  Q = B^T, factor = scale, no mask
     dx: a = dy, w = W,   P = dS, Q = A,   factor = 1 / (1 - p), the mask of dropout
+
+    With PDL, which a mask doesn't go with, P is read last: the base's product needs no wait for it.
     """
+    tl.static_assert(not (PDL and DROPOUT), "a mask applies to P Q before the base adds to it")
     n = w_n if FORWARD else w_k
     depth = w_k if FORWARD else w_n
     pid_m, pid_n = tile_position(
@@ -53,9 +58,13 @@ def codes_tile_kernel(
 
     # 1. factor P Q, first: the mask applies to it alone, and the base then adds to the same tile
     scale = float_scalar(factor, FACTOR_ON_DEVICE)
-    acc = low_rank(
-        p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
-    )
+    if PDL:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        acc = low_rank(
+            p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
     if DROPOUT:
         key = scalar(seed, SEED_ON_DEVICE)
         acc = tl.where(kept_mask(key, threshold, rows, pid_n * BLOCK_N, BLOCK_M, BLOCK_N), acc, 0.0)
@@ -83,6 +92,11 @@ def codes_tile_kernel(
         a_ptrs += step(BLOCK_K, sa_k)
 
     # 3. bias, and the only rounding and store
+    wait_for_first(PDL)
+    if PDL:
+        acc = plus_low_rank(
+            acc, p, q, rows, cols, m, n, r, sq_r, sq_n, scale, dtype, PRECISION, BLOCK_R
+        )
     acc = ended(acc, None, bias, cols, n, False, HAS_BIAS)
     mask = (rows < m)[:, None] & (cols < n)[None, :]
     tl.store(pointers(out, rows, cols, n, 1), rounded(acc, dtype), mask=mask)

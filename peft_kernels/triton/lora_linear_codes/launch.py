@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops._quantized import QuantizedWeight, arguments_of
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, dependent
 from peft_kernels.triton.common.launch import GROUP_M, argument, launch, options
 from peft_kernels.triton.common.sizes import cdiv
 from peft_kernels.triton.lora_linear import plans
@@ -55,7 +55,7 @@ def _forward(
     if plan == "scratch":
         dense = dequantized(weight, x.dtype)
         return lora_linear_fwd(x, dense, bias, lora_a, lora_b, *scale_and_dropout)
-    s = shrink(call, x, lora_a)
+    s = shrink(call, x, lora_a, pdl=call.pdl)
     scale, scale_t, *_ = scale_and_dropout
     factor = scale if scale_t is None else scale_t
     bias = None if bias is None else bias.contiguous()
@@ -199,5 +199,6 @@ def _tile(
         SEED_ON_DEVICE=call.seed_on_device, PRECISION=call.precision, GROUP_M=GROUP_M,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(tile),
+        **dependent.second(call.pdl and forward),
     )  # fmt: skip
     return out

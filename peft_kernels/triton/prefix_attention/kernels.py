@@ -19,7 +19,7 @@ and their gradients are rounded to q's dtype for the tensor cores.
 import triton
 import triton.language as tl
 
-from peft_kernels.triton.common.blocks import dot, rounded
+from peft_kernels.triton.common.blocks import dot, let_next_begin, rounded, wait_for_first
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -156,6 +156,7 @@ def prefix_attention_fwd_kernel(
     q_strides, k_strides, v_strides, pk_strides, pv_strides, mask_strides,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out [B, splits, S, Hq, D] and lse [B, splits, Hq, S] of the keys of each split.
 
@@ -163,6 +164,7 @@ def prefix_attention_fwd_kernel(
     KV heads, ``factor`` is scale log2(e). Grid: (row blocks x splits x heads x B,), the longest
     rows under the diagonal first.
     """
+    let_next_begin(PDL)
     count = queries * GROUP
     blocks = tl.cdiv(count, BLOCK_M)
     pid = tl.program_id(0)
@@ -238,12 +240,13 @@ def prefix_attention_fwd_kernel(
 @triton.jit(do_not_specialize=["queries", "splits"])
 def prefix_attention_combine_kernel(
     parts, lse_parts, out, lse, heads, queries, size, splits,
-    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out [B, S, Hq, D] and lse [B, Hq, S] from float32 [B, splits, ...]; grid (B S Hq,).
 
     ``heads`` are query heads, SPLITS >= splits.
     """
+    wait_for_first(PDL)
     row = tl.program_id(0).to(tl.int64)
     head, query, b = row % heads, row // heads % queries, row // heads // queries
     which, cols = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.prefix_attention import prefix_attention_bwd_ref, prefix_attention_fwd_ref
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, dependent
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import MAX_SPLITS, launch, options, sum_partials
 from peft_kernels.triton.common.sizes import cdiv, next_power_of_2
@@ -180,13 +180,14 @@ class _Call:
         if splits > 1:
             out_parts = self.by_query(self.batch, splits, dtype=torch.float32)
             lse_parts = self.by_row(self.batch, splits)
+        pdl = splits > 1 and dependent.launches(self.arch_name, self.q.device)
         launch(
             kernels.prefix_attention_fwd_kernel,
             (cdiv(self.rows, tile.m) * splits * self.heads * self.batch,),
             *self.sources(), out_parts, lse_parts,
             self.heads, self.queries, self.keys, self.length, self.size, splits, chunk,
             self.factor, *self.strides(),
-            CAUSAL=self.causal, **self.flags(tile),
+            CAUSAL=self.causal, **self.flags(tile), **dependent.first(pdl),
         )  # fmt: skip
         if splits > 1:
             launch(
@@ -194,7 +195,7 @@ class _Call:
                 (self.batch * self.queries * self.query_heads,),
                 out_parts, lse_parts, out, lse, self.query_heads, self.queries, self.size, splits,
                 SPLITS=next_power_of_2(splits), BLOCK_D=self.block_d,
-                num_warps=COMBINE_WARPS,
+                num_warps=COMBINE_WARPS, **dependent.second(pdl),
             )  # fmt: skip
         return out.transpose(1, 2), lse
 
