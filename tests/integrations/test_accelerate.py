@@ -1,96 +1,38 @@
 """accelerate(): PEFT's models on this package's kernels, against the same model as PEFT runs it."""
 
 import copy
-import logging
-import pickle
 
 import pytest
 import torch
+from accelerated_models import (
+    DORA,
+    IDS,
+    KERNEL,
+    OTHER,
+    ROWS,
+    TARGETS,
+    assert_as_peft,
+    config,
+    error,
+    llama,
+    make_base,
+    make_model,
+    models,
+    run,
+    second,
+)
 from tiny_models import make_bert, make_gpt2, make_llama
 from torch import nn
-from torch.nn.utils import prune
 
 import peft_kernels
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
-TARGETS = {
-    make_bert: ["query", "value", "intermediate.dense"],
-    make_gpt2: ["c_attn", "mlp.c_proj", "lm_head"],
-    make_llama: ["q_proj", "v_proj", "down_proj", "lm_head"],
-}
-OTHER = {
-    make_bert: ["query", "key"],
-    make_gpt2: ["c_attn", "c_fc"],
-    make_llama: ["q_proj", "up_proj"],
-}
-IDS = torch.randint(0, 32, (4, 6), generator=torch.Generator().manual_seed(0))
-KERNEL, ROWS, DORA = "lora_linear", "multi_lora_linear", "dora_linear"
-
-models = pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:.*Already found a `peft_config`"),
 ]
-
-
-def make_base(make, dtype=torch.float64) -> nn.Module:
-    """With weights large enough that adapters make a difference."""
-    torch.manual_seed(0)
-    model = make()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
-
-
-def config(targets, **options):
-    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
-    return peft.LoraConfig(target_modules=targets, **{**settings, **options})
-
-
-def make_model(make, dtype=torch.float64, **options):
-    model = peft.get_peft_model(make_base(make, dtype), config(TARGETS[make], **options))
-    return model.train(False)
-
-
-def second(model, make, name="other", **options) -> None:
-    torch.manual_seed(2)
-    model.add_adapter(name, config(OTHER[make], **{"r": 3, "lora_alpha": 6, **options}))
-
-
-def run(model, **inputs):
-    """The output, and the gradients of all that is trained."""
-    model.zero_grad()
-    torch.manual_seed(5)
-    output = model(input_ids=IDS, **inputs)[0]
-    if output.requires_grad:
-        (
-            output.sin() * torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)
-        ).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return output.detach(), gradients
-
-
-def error(found, truth) -> float:
-    """The root mean square of what is off."""
-    return (found.double() - truth).square().mean().sqrt().item()
-
-
-def assert_as_peft(model, ways, inputs=None, **tolerances):
-    """The accelerated model gives what PEFT's gives, by these ways, and PEFT's own after."""
-    inputs = inputs or {}
-    peft_kernels.restore(model)
-    expected, gradients = run(model, **inputs)
-    report = peft_kernels.accelerate(model)
-    output, found = run(model, **inputs)
-    counts = report.counts()
-    torch.testing.assert_close(output, expected, **tolerances)
-    torch.testing.assert_close(found, gradients, **tolerances)
-    assert set(counts) == set(ways), counts
-    peft_kernels.restore(model)
-    assert torch.equal(run(model, **inputs)[0], expected)
 
 
 @models
@@ -187,10 +129,6 @@ class TestEveryModel:
         assert_as_peft(model.train(), {KERNEL, "no active adapter"})
         model.delete_adapter("default")
         assert_as_peft(model, {KERNEL, "no active adapter"})
-
-
-def llama(**options):
-    return make_model(make_llama, **options)
 
 
 def test_names_train_the_adapters_they_name():
@@ -309,56 +247,6 @@ def test_an_error_leaves_no_names_behind():
     assert torch.equal(run(model)[0], expected)
 
 
-@pytest.mark.parametrize("place", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
-@pytest.mark.parametrize("kind", ["hook", "pre_hook", "forward"])
-def test_what_is_called_below_is_called(place, kind):
-    model = llama(lora_dropout=0.1)
-    layer = model.base_model.model.model.layers[1].mlp.down_proj
-    part = layer.base_layer if place == "base_layer" else getattr(layer, place)["default"]
-    if kind == "forward":
-        plain = part.forward
-        part.forward = lambda x: plain(x) * 2
-    elif kind == "hook":
-        part.register_forward_hook(lambda module, args, output: output * 2)
-    else:
-        part.register_forward_pre_hook(lambda module, args: args[0] * 2)
-    reason = f"{place}: {'another forward' if kind == 'forward' else 'hooks'}"
-    assert_as_peft(model, {KERNEL, reason})
-
-
-def test_a_layers_own_forward_is_reported():
-    """Such as accelerate's hooks put there, around the forward that the layer had."""
-    model = llama()
-    layer = model.base_model.model.lm_head
-    layer.forward = layer.forward
-    report = peft_kernels.accelerate(model)
-    assert [found.reason for found in report.layers if found.reason] == ["another forward"]
-    run(model)
-    assert report.counts() == {KERNEL: len(report.layers) - 1}
-
-
-def test_hooks_of_all_modules():
-    model = llama()
-    seen = []
-    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
-        assert_as_peft(model, {"base_layer: hooks"})
-    assert model.base_model.model.lm_head.base_layer in seen
-
-
-def test_parametrized_and_other_bases():
-    model = llama()
-    layers = model.base_model.model.model.layers
-    nn.utils.parametrizations.weight_norm(layers[0].self_attn.q_proj.base_layer)
-    prune.l1_unstructured(layers[1].self_attn.q_proj.lora_A["default"], "weight", 0.5)
-    whole = "lora_A, lora_B: weights that aren't whole matrices"
-    report = peft_kernels.accelerate(model)
-    assert {"base_layer: ParametrizedLinear", "lora_A: hooks"} <= {
-        layer.reason for layer in report.layers
-    }
-    assert whole not in report.counts()
-    assert_as_peft(model, {KERNEL, "base_layer: ParametrizedLinear", "lora_A: hooks"})
-
-
 def test_dropout_is_of_each_call_in_training():
     model = llama(dtype=torch.float32, lora_dropout=0.5)
     report = peft_kernels.accelerate(model)
@@ -436,148 +324,3 @@ def test_several_at_any_scales(scales, bias):
         results.append((y.detach(), gradients))
     torch.testing.assert_close(*results)
     assert report.counts() == {KERNEL: 2}
-
-
-@pytest.mark.parametrize("copied", [
-    copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))
-], ids=["deepcopy", "pickle"])  # fmt: skip
-def test_copies_run_on_kernels(copied):
-    model = llama()
-    peft_kernels.accelerate(model)
-    other = copied(model)
-    report = peft_kernels.accelerate(other)
-    torch.testing.assert_close(run(other), run(model))
-    assert report.counts()[KERNEL] == len(report.layers)
-
-
-def test_saves_and_loads_as_before(tmp_path):
-    model = llama(dtype=torch.float32)
-    keys = list(model.state_dict())
-    peft_kernels.accelerate(model)
-    assert list(model.state_dict()) == keys
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(make_base(make_llama, torch.float32), tmp_path)
-    peft_kernels.accelerate(again)
-    assert torch.equal(run(again)[0], run(model)[0])
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(run(merged)[0], run(again)[0], rtol=1e-4, atol=1e-4)
-
-
-def test_layers_stay_pefts():
-    model = llama()
-    layer = model.base_model.model.lm_head
-    printed, kind = repr(layer), type(layer)
-    peft_kernels.accelerate(model)
-    assert repr(layer) == printed and printed.startswith("lora.Linear(")
-    assert isinstance(layer, kind) and type(layer) is not kind
-    run(model)
-    peft_kernels.restore(model)
-    assert type(layer) is kind and not any("peft_kernels" in key for key in vars(layer))
-
-
-def test_hotswap_without_compiling_again(tmp_path):
-    hotswap = pytest.importorskip("peft.utils.hotswap")
-    targets, base = ["q_proj", "down_proj"], make_base(make_llama, torch.float32)
-    model = peft.get_peft_model(copy.deepcopy(base), config(targets)).train(False)
-    other = peft.get_peft_model(base, config(targets, r=2)).train(False)
-    other.save_pretrained(tmp_path)
-    expected = run(other)[0]
-    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
-    report = peft_kernels.accelerate(model)
-    assert all(layer.reason is None for layer in report.layers)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        compiled(IDS)
-        hotswap.hotswap_adapter(model, tmp_path, adapter_name="default")
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(compiled(IDS)[0], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_whole():
-    model = llama(dtype=torch.float32)
-    expected = run(model)
-    peft_kernels.accelerate(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(run(compiled)[0], expected[0], rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_before():
-    """What was compiled over PEFT's layers isn't run on."""
-    model = llama(dtype=torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    expected = run(compiled)[0]
-    report = peft_kernels.accelerate(model)
-    torch.testing.assert_close(run(compiled)[0], expected, rtol=1e-4, atol=1e-4)
-    run(model)
-    assert report.counts()[KERNEL] == len(report.layers)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant):
-    model = llama(dtype=torch.float32, lora_dropout=0.0).train()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_as_peft(model, {KERNEL}, rtol=1e-4, atol=1e-4)
-
-
-def test_wrapped(caplog):
-    model = nn.Sequential(make_base(make_llama))
-    adapted = peft.inject_adapter_in_model(config(TARGETS[make_llama]), model)
-    with caplog.at_level(logging.INFO, "peft_kernels"):
-        report = peft_kernels.accelerate(adapted)
-    assert "7 of 7 layers of PEFT's run on peft_kernels (reference)" in caplog.text
-    assert "7 of 7" in report.summary()
-
-
-def test_a_report_says_what_was_given_back():
-    model = llama()
-    report = peft_kernels.accelerate(model)
-    layers = [layer.name for layer in report.layers]
-    peft_kernels.restore(model)
-    assert report.missing() == layers
-    assert report.summary().endswith("; 7 no longer: accelerate() again")
-    _, *table = str(report).splitlines()
-    assert [line.split()[0] for line in table] == layers
-    assert all(line.endswith("PEFT: no longer, accelerate() again") for line in table)
-
-
-def test_a_wrapper_that_nobody_keeps():
-    model = llama()
-    report = peft_kernels.accelerate(nn.Sequential(model))
-    run(model)
-    assert report.counts() == {KERNEL: len(report.layers)}
-
-
-@pytest.mark.parametrize("adapted", [True, False])
-def test_what_it_cannot_help(adapted):
-    model = make_base(make_llama)
-    if adapted:
-        model = peft.get_peft_model(
-            model,
-            peft.IA3Config(
-                target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-            ),
-        )
-    expected, classes = run(model)[0], [type(module) for module in model.modules()]
-    report = peft_kernels.accelerate(model)
-    assert [type(module) for module in model.modules()] == classes
-    assert torch.equal(run(model)[0], expected)
-    assert report.counts() == {} and report.missing() == []
-    if adapted:
-        assert "0 of 4" in report.summary() and "ia3.Linear (4)" in str(report)
-    else:
-        assert str(report) == "the model has no layers of PEFT's or adapters', and is as it was"
-    peft_kernels.restore(model)
-
-
-def test_arguments_are_checked():
-    for function in (peft_kernels.accelerate, peft_kernels.restore):
-        with pytest.raises(TypeError, match="model must be a Module; got 5"):
-            function(5)
-    model = llama()
-    peft_kernels.accelerate(model)
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(IDS, adapter_names=["default"])

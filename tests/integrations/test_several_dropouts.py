@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_accelerate import KERNEL, config, error
+from accelerated_models import KERNEL, config, error
 from tiny_models import make_llama
 from torch import nn
 
