@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from peft_kernels.models.swap import Model, named, replace_modules, required_targets
+from peft_kernels.models.swap import Model, named, replace_modules
+from peft_kernels.models.targets import required_targets
 from peft_kernels.modules.bases import check_bases
 from peft_kernels.nn.quantized_linear import QuantizedLinear
 

@@ -17,7 +17,8 @@ from peft_kernels.models.freezing import freeze
 from peft_kernels.models.in_place import keep_in_place, let_go
 from peft_kernels.models.input_grads import let_gradients_be, let_gradients_through
 from peft_kernels.models.resizing import choose_resizing
-from peft_kernels.models.swap import named, replace_modules, required_targets
+from peft_kernels.models.swap import named, replace_modules
+from peft_kernels.models.targets import required_targets
 from peft_kernels.modules.bases import check_bases
 from peft_kernels.modules.fully_sharded import reshard
 from peft_kernels.modules.names import plain_parameters, unwrapped

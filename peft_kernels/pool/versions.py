@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_kernels.formats import peft_lora
-from peft_kernels.models.swap import checked_names, matches, pattern_value, require_matches
+from peft_kernels.models.targets import checked_names, matches, pattern_value, require_matches
 from peft_kernels.nn.lora_settings import check_settings, scaling
 from peft_kernels.nn.multi_lora import MultiLoRALinear
 from peft_kernels.pool.pages import Placement

@@ -9,7 +9,7 @@ from tiny_models import make_bert, make_gpt2, make_llama
 from torch import nn
 
 from peft_kernels import load_adapter, save_adapter, swap_linear
-from peft_kernels.models.swap import find_targets
+from peft_kernels.models.targets import find_targets
 from peft_kernels.nn import LoRALinear
 
 peft = pytest.importorskip("peft")

@@ -20,10 +20,7 @@ from peft_kernels.formats.folder import (
 from peft_kernels.models.modules_to_save import (
     plain_keys,
 )
-from peft_kernels.models.swap import (
-    find_targets,
-    pattern_value,
-)
+from peft_kernels.models.targets import find_targets, pattern_value
 from peft_kernels.nn.lora_settings import check_settings, scaling
 
 KEY_PREFIX = "base_model.model."

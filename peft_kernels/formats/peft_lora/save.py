@@ -28,11 +28,8 @@ from peft_kernels.models.modules_to_save import (
     settings_of,
     writable_task_type,
 )
-from peft_kernels.models.swap import (
-    lora_layers_in,
-    matches,
-    named,
-)
+from peft_kernels.models.swap import lora_layers_in, named
+from peft_kernels.models.targets import matches
 from peft_kernels.modules.bases import check_memory, is_sharded
 from peft_kernels.modules.names import gathered, plain_modules, unwrapped
 from peft_kernels.modules.replaced import check_stored
