@@ -16,7 +16,7 @@ from peft_kernels.tools.report import compile as report
 from peft_kernels.tools.report.compile_cases import Case, CodesCase, MultiCase, PartsCase, TilesCase
 from peft_kernels.tools.report.compile_prefix import PrefixCase
 
-PLANS = ("i", "ii", "library")
+PLANS = ("i", "ii", "library", "persistent")
 CASES = (
     Case(64, 16, "bfloat16", "float32", False, PLANS),
     Case(64, 16, "float16", "float16", False, ("library",)),
@@ -31,7 +31,10 @@ CASES = (
 
 @dataclass
 class Ptx:
-    """Of one launch, the numbers of the lines; ``loads`` by the pointer that they read from."""
+    """Of one launch, the numbers of the lines; ``loads`` by the pointer that they read from.
+
+    ``early``: the lines that some way from the start comes to without a wait.
+    """
 
     target: str
     kernel: str
@@ -41,6 +44,8 @@ class Ptx:
     begins: list[int]
     waits: list[int]
     stores: list[int]
+    ends: list[int]
+    early: list[int]
     loads: dict[str, list[int]]
 
     def is_second(self) -> bool:
@@ -85,6 +90,8 @@ def _ptx(job: report.Launch) -> Ptx:
         begins=_lines(lines, r"griddepcontrol\.launch_dependents"),
         waits=_lines(lines, r"griddepcontrol\.wait"),
         stores=_lines(lines, r"\bst\.global"),
+        ends=_lines(lines, r"^\s*(@\S+\s+)?(ret|exit);"),
+        early=sorted(_early(lines)),
         loads={
             name: _loads(lines, place)
             for place, (name, kind) in enumerate(passed)
@@ -94,12 +101,34 @@ def _ptx(job: report.Launch) -> Ptx:
 
 
 def _flat(kinds: str | tuple) -> list[str]:
-    """Of an argument, or of a tuple of one item, as that of one bank."""
-    return [kinds] if isinstance(kinds, str) else [kind for one in kinds for kind in _flat(one)]
+    """Of an argument, or of a tuple of one item, as that of one bank.
+
+    A matrix's descriptor is passed with two sizes and two strides.
+    """
+    if isinstance(kinds, str):
+        return [kinds] * (5 if kinds.startswith("tensordesc") else 1)
+    return [kind for one in kinds for kind in _flat(one)]
 
 
 def _lines(lines: list[str], pattern: str) -> list[int]:
     return [number for number, line in enumerate(lines) if re.search(pattern, line)]
+
+
+def _early(lines: list[str]) -> set[int]:
+    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if "$L" in line[:3]}
+    found: set[int] = set()
+    ways = [0]
+    while ways:
+        at = ways.pop()
+        if at in found or at >= len(lines) or "griddepcontrol.wait" in lines[at]:
+            continue
+        found.add(at)
+        jump = re.match(r"\s*(@\S+\s+)?(?:bra\S*\s+(\$\w+)|ret|exit)\s*;", lines[at])
+        if jump and jump.group(2):
+            ways.append(labels[jump.group(2)])
+        if not jump or jump.group(1):
+            ways.append(at + 1)
+    return found
 
 
 def _loads(lines: list[str], place: int) -> list[int]:

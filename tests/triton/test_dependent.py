@@ -137,11 +137,10 @@ def test_no_other_launches(launched):
         assert {role for _, role in launched(chip, "i", splits=2)} == {NONE}, chip
 
 
-def test_programs_that_stay_come_after_an_ordinary_shrink(launched):
+def test_programs_that_stay(launched):
     with patch.object(launchers.persistent, "serves", lambda *asked: True):
         found = launched("sm_90", "persistent")
-    assert [kernel for kernel, _ in found] == ["shrink", "sum_partials", "persistent"]
-    assert {role for _, role in found} == {NONE}
+    assert found == [*SUMMED, ("persistent", SECOND)]
 
 
 # ---- of several adapters -----------------------------------------------------------------------
@@ -257,6 +256,7 @@ FIRSTS = {"shrink", "sum_partials", "tile", "in_loop", "multi_shrink", "decode_s
 FIRSTS |= {"prefix_attention_fwd"}
 SECONDS = {"tile", "add_low_rank", "sum_partials", "multi_tile", "multi_delta", "decode_tile"}
 SECONDS |= {"codes_tile", "prefix_attention_combine"}
+STAYS = {"sm_90", "sm_100"}  # chips with programs that stay
 
 
 @pytest.fixture(scope="module")
@@ -272,17 +272,22 @@ def compiled():
 def test_every_second_waits_first(compiled, target):
     """Before it reads what the launch before has made, and before any store."""
     seconds = [ptx for ptx in compiled(target) if ptx.is_second()]
-    assert {ptx.kernel for ptx in seconds} == SECONDS
+    stays = {"persistent"} if target in STAYS else set()
+    assert {ptx.kernel for ptx in seconds} == SECONDS | stays
     assert {ptx.constants["SPLIT"] for ptx in seconds if ptx.kernel == "tile"} == {False, True}
     for ptx in seconds:
-        (wait,) = ptx.waits
-        assert ptx.stores and min(ptx.stores) > wait, ptx
-        made = {"parts", "lse_parts", "p", "s"} | (
-            {"base"} if ptx.constants.get("PARTS", 1) > 1 else set()
-        )
-        read = {name: lines for name, lines in ptx.loads.items() if name in made and lines}
+        assert len(ptx.waits) == 1, ptx
+        assert ptx.stores and not {*ptx.stores} & {*ptx.early}, ptx
+        made = {"parts", "lse_parts", "p", "s"}
+        if ptx.constants.get("PARTS", 1) > 1:
+            made.add("base")
+        read = {line for name in made & set(ptx.loads) for line in ptx.loads[name]}
         assert read or ptx.constants.get("SPLIT"), ptx
-        assert all(min(lines) > wait for lines in read.values()), ptx
+        assert not read & {*ptx.early}, ptx
+        # The compiler doesn't know that each program that stays has a tile. Its warps that copy for
+        # others write nothing, and end by themselves.
+        if ptx.kernel != "persistent":
+            assert ptx.ends and not {*ptx.ends} & {*ptx.early}, ptx
 
 
 @pytest.mark.parametrize(
@@ -307,7 +312,8 @@ def test_no_other_waits_or_lets_go(compiled, target):
         )
         assert len(ptx.begins) == lets_go, ptx
         loads = [line for lines in ptx.loads.values() for line in lines]
-        assert max(ptx.begins, default=0) < min(loads, default=1), ptx
+        if ptx.begins:
+            assert ptx.begins[0] < min(loads), ptx
     has = {ptx.kernel for ptx in compiled(target) if ptx.begins}
     dependent_there = target in chips.DEPENDENT
     assert has == (FIRSTS if dependent_there else set())
@@ -324,9 +330,9 @@ def test_the_base_is_multiplied_before_the_wait(compiled):
     for ptx in (ptx for ptx in seconds if ptx.kernel in products):
         read = [line for name in products[ptx.kernel] for line in ptx.loads[name]]
         if read:  # a delta alone has no base
-            assert max(read) < ptx.waits[0], ptx
+            assert set(read) <= set(ptx.early), ptx
             multiplied.add(ptx.kernel)
     assert multiplied == set(products)
     adds = [ptx for ptx in seconds if ptx.constants.get("PARTS") == 1]
-    early = {ptx.dtype: max(ptx.loads["base"]) < ptx.waits[0] for ptx in adds}
+    early = {ptx.dtype: set(ptx.loads["base"]) <= set(ptx.early) for ptx in adds}
     assert early == {"bfloat16": True, "float16": False}

@@ -82,7 +82,7 @@ def _forward(
         low_rank = LowRank(p, lora_b.T, factor, masked=False, total=None if p is s else s)
         return _add_low_rank(call, y, low_rank, y, late, gain, pdl=call.pdl), s
     tile = _tile_of(plan, call, x, weight.T)
-    s = shrink(call, x, lora_a, pdl=call.pdl and tile is _tile)
+    s = shrink(call, x, lora_a, pdl=call.pdl)
     y = x.new_empty(call.m, call.n)
     return tile(call, x, weight.T, bias, gain, s, lora_b.T, y, factor, masked=False), s
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels.triton.common import chips
+from peft_kernels.triton.common import chips, dependent
 from peft_kernels.triton.common.chips import Tile
 from peft_kernels.triton.common.launch import GROUP_M, argument, launch, options
 from peft_kernels.triton.common.sizes import cdiv
@@ -79,5 +79,6 @@ def tile(
         PRECISION=call.precision, SPECIALIZE=call.arch_name in SPECIALIZING, GROUP_M=GROUP_M,
         BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k,
         BLOCK_R=min(call.block_r, chips.MAX_TILE_BLOCK_R), **options(block),
+        **dependent.second(call.pdl and not masked),
     )  # fmt: skip
     return out

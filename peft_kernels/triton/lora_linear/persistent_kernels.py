@@ -19,6 +19,7 @@ from peft_kernels.triton.common.blocks import (
     rounded,
     scalar,
     tile_position,
+    wait_for_first,
 )
 from peft_kernels.triton.lora_linear.kernels import ended, low_rank, plus_low_rank
 
@@ -30,6 +31,7 @@ def persistent_kernel(
     DROPOUT: tl.constexpr, FACTOR_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out = gain (a w + mask o (factor P Q)) + bias; a and w are descriptors.
 
@@ -55,6 +57,7 @@ def persistent_kernel(
             acc = dot(a_tile, w_tile, acc, PRECISION)
 
         # 2. factor P Q, into the same sums where no mask is between
+        wait_for_first(PDL)
         rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         if DROPOUT:
