@@ -7,6 +7,7 @@ import peft_kernels
 from peft_kernels import _cuda_kernels, _library
 from peft_kernels.ops.prompt_lookup import prompt_lookup_fwd_ref
 from peft_kernels.tools import doctor
+from peft_kernels.triton.common import chips
 
 GPU = torch.device("cuda", 0)
 # A call on a GPU, as far as the dispatcher knows; its tensors are on the CPU.
@@ -120,6 +121,8 @@ def test_without_nvcc_that_is_the_reason(monkeypatch):
 def test_doctor_says_what_a_gpu_lacks(driver, monkeypatch):
     driver.error = REASONS["old driver"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(chips, "arch_name", lambda device: "sm_80")
     said = doctor._cuda()
     assert said == f"cuda:0: {driver.error}; cuda:1: {driver.error}"
     (row,) = [row for row in doctor.backends("prompt_lookup") if row[1:3] == ("cuda", "float32")]
