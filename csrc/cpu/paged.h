@@ -6,7 +6,6 @@
 #include <atomic>
 #include <memory>
 #include <thread>
-#include <utility>
 
 #include "multi_lora_linear.h"
 #include "matrix/rank_products.h"
@@ -130,7 +129,7 @@ struct Addend {
   const Group& group;
   int64_t begin;  // the position of row 0
   bool masked, in_place;
-  bool in_caches;  // y: many rows were written too long ago
+  bool in_caches;  // y, unless rows are many: those were written too long ago
 
   PK_INLINE int64_t row(int64_t i) const { return t.work.rows[begin + i] - t.first_row; }
   PK_INLINE char* at(int64_t i, int64_t col) const {

@@ -46,6 +46,29 @@ def test_has_the_bits_of_lists(m, dtype):
     assert torch.equal(y, expected)
 
 
+@pytest.mark.builds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1024, 1061, 2050])
+def test_stretches_of_columns_runs_of_ranks_and_many_rows(n, dtype):
+    """Against float64; and a row alone has the bits that it has among others."""
+    bank = example_bank(n, K, (70, 133), dtype=dtype)
+    ids = torch.tensor([0] * 61 + [1] * 27 + [-1] + [1, 0], dtype=torch.int32)
+    torch.manual_seed(n)
+    y, x = torch.randn(len(ids), n).to(dtype), torch.randn(len(ids), K).to(dtype)
+    before = y.clone()
+    of_bank = prepared([bank])
+    of_bank.add_to(y, x, ids)
+    for i in (0, 60, 61, 87, 88, 90):
+        alone = before[i : i + 1].clone()
+        of_bank.add_to(alone, x[i : i + 1], ids[i : i + 1])
+        assert torch.equal(alone[0], y[i])
+    with peft_kernels.backend("reference"):
+        doubles = bank._replace(a=bank.a.double(), b=bank.b.double())
+        exact = by_lists(before.double(), x.double(), [doubles], ids)
+    torch.testing.assert_close(y, exact.to(dtype))
+    assert torch.equal(y[88], before[88]) and not torch.equal(y[87], before[87])
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_columns_of_a_wider_y(backend):
     banks = banks_of()
